@@ -1,0 +1,80 @@
+# Every target sets up what it needs on a fresh clone; a second run finds the stamps in .venv and starts at once.
+
+PYTHON ?= python3
+ARGS   ?=
+
+VENV     := .venv
+BIN      := $(VENV)/bin
+READY    := $(VENV)/.stamp-venv
+PACKAGES := $(VENV)/.stamp-packages
+BUILT    := $(VENV)/.stamp-built
+
+# Folders are listed too: their time changes when a file is added or removed.
+NATIVE := $(shell find csrc 2>/dev/null)
+CPP     = $(shell find csrc tests \( -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build demo test lint format check bench clean distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  PYTHON=python3.12   the interpreter that .venv is made with (3.10 or newer; now: $(PYTHON))'
+	@echo '  ARGS="-k kl -x"     passed on by demo, test, check and bench'
+
+build: $(BUILT)  ## .venv, pinned packages, compiled extension (rebuilt when setup.py or csrc changes)
+
+demo: $(BUILT)  ## train a small language model with the fused loss
+	$(BIN)/python examples/train_lm.py $(ARGS)
+
+test: $(BUILT)  ## the whole test suite, doctests included
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(PACKAGES)  ## ruff, mypy, clang-format; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	@echo '$(BIN)/clang-format --dry-run --Werror' && $(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(PACKAGES)  ## fix imports and formatting of Python and C++
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+	@echo '$(BIN)/clang-format -i' && $(BIN)/clang-format -i $(CPP)
+
+check: $(BUILT)  ## compare every loss with its reference on this machine
+	$(BIN)/python -m fastdiv check $(ARGS)
+
+bench: $(BUILT)  ## time every loss on this machine
+	$(BIN)/python -m fastdiv bench $(ARGS)
+
+clean:  ## remove what was built and all caches; keep .venv and its packages
+	rm -rf build dist *.egg-info fastdiv/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove .venv
+	rm -rf $(VENV)
+
+$(READY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'fastdiv needs Python 3.10 or newer; choose one with: make PYTHON=/path/to/python3 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo '$(PYTHON) cannot make a virtual environment: its venv or ensurepip module is missing.' >&2; \
+	  echo 'On Debian or Ubuntu: apt-get install python3-venv. Or choose another one: make PYTHON=...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(PACKAGES): requirements-dev.txt $(READY)
+	@echo 'installing the pinned packages; torch is a large one'
+	$(BIN)/python -m pip install -qq -r requirements-dev.txt
+	@touch $@
+
+$(BUILT): setup.py pyproject.toml $(NATIVE) $(PACKAGES)
+	@command -v "$${CXX:-c++}" >/dev/null || { \
+	  echo 'no C++ compiler found; install g++ (or clang and set CXX)' >&2; exit 1; }
+	@echo 'compiling the extension: minutes the first time, then only what changed'
+	@touch $@.started # so that a file saved during the build counts as changed after it
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@mv $@.started $@

@@ -1,0 +1,225 @@
+// Scalar mathematics for host and device, float and double.
+//
+// The float versions are branch-free so that a plain loop over them vectorises; every argument a
+// log-softmax can produce is covered (e^z for z <= 0, log of a positive number), nothing more.
+// Polynomials: Cephes (S. Moshier), single precision exp and log.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define FD_FN __host__ __device__ __forceinline__
+#else
+#define FD_FN inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define FD_SIMD(...) _Pragma("unroll")
+#else
+#define FD_PRAGMA(x) _Pragma(#x)
+#define FD_SIMD(...) FD_PRAGMA(omp simd __VA_ARGS__)
+#endif
+
+namespace fastdiv {
+
+template <class real>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float lowest = -3.40282347e38f, highest = 3.40282347e38f;
+};
+template <>
+struct Limits<double> {
+  static constexpr double lowest = -1.7976931348623157e308, highest = 1.7976931348623157e308;
+};
+
+FD_FN float float_from_bits(int32_t i) { return __builtin_bit_cast(float, i); }
+FD_FN int32_t bits_of(float f) { return __builtin_bit_cast(int32_t, f); }
+
+template <class real>
+FD_FN real abs_of(real v) {
+  return v < real(0) ? -v : v;
+}
+template <class real>
+FD_FN bool is_infinite(real v) {  // not NaN
+  return abs_of(v) > Limits<real>::highest;
+}
+
+// p * v where 0 * inf = 0: a class without mass adds nothing.  A NaN mass stays NaN.
+template <class real>
+FD_FN real mass_times(real p, real v) {
+  return p == real(0) ? real(0) : p * v;
+}
+
+// --- exponentials of z <= 0 -------------------------------------------------------------------
+
+constexpr float kExpFloor = -87.3f;  // e^z is subnormal below: 0 there
+
+// e^z = scale * (1 + r + tail), tail = O(r^2); scale is 2^n exactly and n = 0 for z > -0.34.
+struct ExpParts {
+  float scale, r, tail;
+};
+
+FD_FN ExpParts exp_parts(float z) {
+  const float shifted = z * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer
+  const float n = shifted - 12582912.f;
+  const float r = z - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float scale = float_from_bits(int32_t(uint32_t(bits_of(shifted)) << 23) + 0x3f800000);
+  return {scale, r, p * (r * r)};
+}
+
+FD_FN float exp_neg(float z) {
+#if defined(__CUDA_ARCH__)
+  return exp2f(z * 1.44269504f);
+#else
+  const ExpParts e = exp_parts(z < kExpFloor ? kExpFloor : z);
+  const float value = e.scale * (e.tail + e.r + 1.f);
+  return z < kExpFloor ? 0.f : value;
+#endif
+}
+FD_FN double exp_neg(double z) { return exp(z); }
+
+// The functions of z = -|log q - log p| from which every divergence is built, each accurate to its
+// last digits also as z -> 0, where the textbook forms cancel.
+template <class real>
+struct ExpGap {
+  real z;    // clamped to where e^z is a normal number
+  real e;    // e^z
+  real em1;  // e^z - 1
+  real chi;  // e^z - 1 - z          = z^2/2 + ...   (+inf at z = -inf)
+  real phi;  // z e^z - (e^z - 1)    = z^2/2 + ...   (1 at z = -inf)
+};
+
+FD_FN ExpGap<float> exp_gap(float z) {
+  const bool gone = z < kExpFloor;
+  const float c = gone ? kExpFloor : z;
+  const ExpParts x = exp_parts(c);
+  ExpGap<float> g;
+  g.z = c;
+  g.e = gone ? 0.f : x.scale * (x.tail + x.r + 1.f);
+  g.em1 = x.scale * (x.r + x.tail) + (x.scale - 1.f);
+  // For n = 0 the bracket is exactly 0 and chi is the polynomial's tail.
+  const float chi = x.scale * x.tail + ((x.scale * x.r - c) + (x.scale - 1.f));
+  g.chi = gone ? -1.f - z : chi;
+  g.phi = c > -0.5f ? c * g.em1 - chi : c * g.e - g.em1;
+  return g;
+}
+
+FD_FN ExpGap<double> exp_gap(double z) {
+  ExpGap<double> g;
+  g.z = z < -700.0 ? -700.0 : z;
+  g.e = exp(z);
+  g.em1 = expm1(z);
+  double tail = 1.0 / 39916800;  // 1/11!, Taylor series of (e^z - 1 - z) / z^2
+  const double inverse_factorial[] = {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+                                      1.0 / 720,     1.0 / 120,    1.0 / 24,    1.0 / 6,
+                                      1.0 / 2};
+  for (double c : inverse_factorial) tail = tail * z + c;
+  g.chi = z > -0.125 ? z * z * tail : g.em1 - z;
+  g.phi = z > -0.5 ? z * g.em1 - g.chi : g.z * g.e - g.em1;
+  return g;
+}
+
+// --- logarithms -------------------------------------------------------------------------------
+
+// log(1 + m) = m + log_tail(m) for |m| < 0.42.
+FD_FN float log_tail(float m) {
+  float p = 7.0376836292e-2f * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const float y = m * m;
+  return m * y * p - 0.5f * y;
+}
+
+// v = 2^k (1 + m), 1 + m in [sqrt(1/2), sqrt(2)), for normal v > 0.
+struct LogParts {
+  float k, m;
+};
+FD_FN LogParts log_parts(float v) {
+  const int32_t bits = bits_of(v), k = (bits - 0x3f3504f3) >> 23;
+  return {float(k), float_from_bits(bits - int32_t(uint32_t(k) << 23)) - 1.f};
+}
+
+FD_FN float log_of(float v) {  // any v: log 0 = -inf, NaN below 0
+  const bool tiny = v < 1.17549435e-38f;
+  const LogParts l = log_parts(tiny ? v * 16777216.f : v);
+  const float k = tiny ? l.k - 24.f : l.k;
+  const float value = l.m + (log_tail(l.m) + k * -2.12194440e-4f) + k * 0.693359375f;
+  const float positive = v > Limits<float>::highest ? v : value;
+  const float nan = v - v + float_from_bits(0x7fc00000);
+  return v > 0.f ? positive : (v == 0.f ? -HUGE_VALF : nan);
+}
+FD_FN double log_of(double v) { return log(v); }
+
+// log(1 + u) and (1 + u) log(1 + u) - u = u^2/2 + ..., for u in [-1, 0].
+template <class real>
+struct Log1p {
+  real value, psi;
+};
+FD_FN Log1p<float> log1p_gap(float u) {
+  const float v = 1.f + u;
+  const LogParts l = log_parts(v);
+  const bool near = l.k == 0.f;  // there 1 + m is v, and u has digits that v has lost
+  const float m = near ? u : l.m;
+  const float tail = log_tail(m) + l.k * -2.12194440e-4f;
+  const float value = m + tail + l.k * 0.693359375f;
+  return {value, near ? u * u + v * tail : v * value - u};
+}
+FD_FN Log1p<double> log1p_gap(double u) {
+  const double v = 1.0 + u;
+  const double value = log1p(u < -1.0 + 1e-300 ? -1.0 + 2.3e-16 : u);
+  double tail = -1.0 / 12;  // log1p(u) - u = -u^2/2 + u^3/3 - ...
+  const double inverse[] = {1.0 / 11, -1.0 / 10, 1.0 / 9, -1.0 / 8, 1.0 / 7,
+                            -1.0 / 6, 1.0 / 5,   -1.0 / 4, 1.0 / 3, -1.0 / 2};
+  for (double c : inverse) tail = tail * u + c;
+  return {value, u > -0.03125 ? u * u + v * u * u * tail : v * value - u};
+}
+
+// --- the rest ---------------------------------------------------------------------------------
+
+template <class real>
+FD_FN real max_of(const real* x, int n, real m) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+  for (int i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
+#else
+  constexpr int kLanes = 32;  // independent lanes: a plain maximum loop needs -ffast-math
+  real lane[kLanes];
+  for (int j = 0; j < kLanes; ++j) lane[j] = m;
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+  for (; i < n; ++i) m = x[i] > m ? x[i] : m;
+  for (int j = 0; j < kLanes; ++j) m = lane[j] > m ? lane[j] : m;
+#endif
+  return m;
+}
+
+// cap * tanh(x / cap), and its derivative with respect to x.
+template <class real>
+struct Softcap {
+  real cap;
+  FD_FN real value(real x) const {
+    const real u = x / cap;
+    const real em1 = exp_gap(real(-2) * abs_of(u)).em1;
+    const real magnitude = cap * (-em1 / (real(2) + em1));
+    return u < real(0) ? -magnitude : (u == u ? magnitude : u);
+  }
+  FD_FN real slope(real x) const {
+    const real e = exp_gap(real(-2) * abs_of(x / cap)).e;
+    return real(4) * e / ((real(1) + e) * (real(1) + e));
+  }
+};
+
+}  // namespace fastdiv

@@ -1,0 +1,143 @@
+// The online softmax: what has been seen of a row so far, and how two such parts become one.
+#pragma once
+
+#include "common/math.h"
+
+namespace fastdiv {
+
+// What the kernels read `target` as.  (kNone: class indices, or no target at all.)
+enum class Target : int { kNone = 0, kLogits = 1, kLogProbs = 2, kProbs = 3 };
+
+// A stretch of columns.  On a CPU a tile in the L1 cache, on a GPU one thread's registers.
+template <class real>
+struct Tile {
+  const real* x;        // input logits, softcapped
+  const real* t;        // target row, or null
+  const real* weights;  // class weights, or null
+  int n;
+};
+
+// One column, as the policies see it in the first sweep.
+template <class real>
+struct Column {
+  real lx, ex;  // scaled logit less the running maximum, and its exponential
+  real et;      // the same exponential of the target row, or the probability itself
+  real ratio;   // log of et / ex
+  real weight;  // class weight
+};
+
+// What the backward needs to know of a row.
+template <class real>
+struct Row {
+  real x_max, x_logz;  // log q = (x - x_max) * scale - x_logz
+  real t_max, t_logz;  // log p likewise where the target is logits; else 0
+  real gap;            // log q - log p = ((x - t) - (x_max - t_max)) * scale - gap, for logits
+  real a, b;           // the loss's own, see the policies
+  real mass;           // sum of p: 1, unless the target is given as probabilities
+};
+
+// Of a change of the running maximum: e^d, d = old maximum - new maximum, and the old sum.
+template <class real>
+struct Shift {
+  real ratio, delta, old_sum;
+
+  // Sum of e^l l, l = shifted logit, under the new maximum.
+  FD_FN real of_moment(real sum) const { return mass_times(ratio, sum + mass_times(old_sum, delta)); }
+};
+
+// Running log-sum-exp.  The maximum starts at the lowest finite number, so that e^(-inf - max) is
+// 0 and not NaN: rows that are masked with -inf, or with finfo.min, need no branch.
+template <class real>
+struct LogSumExp {
+  real max = Limits<real>::lowest, sum = 0;
+
+  FD_FN Shift<real> rebase(real to, real scale) {
+    const real delta = (max - to) * scale;
+    const Shift<real> shift{exp_neg(delta), delta, sum};
+    max = to;
+    sum *= shift.ratio;
+    return shift;
+  }
+};
+
+// The sums that a loss keeps beside the two log-sum-exps; each loss names what it puts there.
+template <class real>
+struct Sums {
+  real a = 0, b = 0, c = 0, d = 0;
+
+  FD_FN void add(const Sums& o) { a += o.a, b += o.b, c += o.c, d += o.d; }
+};
+
+template <Target kTarget, class real>
+FD_FN real log_target(real t, real t_max, real t_logz, real scale) {
+  if constexpr (kTarget == Target::kLogits) return (t - t_max) * scale - t_logz;
+  if constexpr (kTarget == Target::kProbs) return log_of(t);
+  return t;
+}
+
+// P is a policy of csrc/losses.  It says which rows it reads (kTarget, kWeights), what it sums of
+// each column (partial) and how these sums follow new maxima (rebase).
+template <class P>
+struct RowState {
+  using real = typename P::real;
+  static constexpr Target kTarget = P::kTarget;
+  static constexpr bool kNormalise = kTarget == Target::kLogits;
+
+  LogSumExp<real> x, t;
+  Sums<real> sums;
+
+  FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
+    rebase(loss, max_of(tile.x, tile.n, x.max),
+           kNormalise ? max_of(tile.t, tile.n, t.max) : t.max, scale);
+    const real x_max = x.max, t_max = kNormalise ? t.max : real(0);
+    real x_sum = 0, t_sum = 0, a = 0, b = 0, c = 0, d = 0;
+    FD_SIMD(reduction(+ : x_sum, t_sum, a, b, c, d))
+    for (int i = 0; i < tile.n; ++i) {
+      Column<real> col{};
+      col.lx = (tile.x[i] - x_max) * scale;
+      col.ex = exp_neg(col.lx);
+      col.weight = P::kWeights ? tile.weights[i] : real(1);
+      if constexpr (kTarget != Target::kNone) {
+        const real lt = log_target<kTarget>(tile.t[i], t_max, real(0), scale);
+        col.et = kTarget == Target::kProbs ? tile.t[i] : exp_neg(lt);
+        // From the logits themselves: where student and teacher are close their difference is
+        // exact, that of the two rounded shifted logits is not.
+        col.ratio =
+            kNormalise ? (tile.t[i] - tile.x[i]) * scale - (t_max - x_max) * scale : lt - col.lx;
+        t_sum += col.et;
+      }
+      x_sum += col.ex;
+      const Sums<real> s = loss.partial(col);
+      a += s.a, b += s.b, c += s.c, d += s.d;
+    }
+    x.sum += x_sum, t.sum += t_sum;
+    sums.add({a, b, c, d});
+  }
+
+  FD_FN void merge(const P& loss, RowState o, real scale) {
+    const real x_max = o.x.max > x.max ? o.x.max : x.max;
+    const real t_max = o.t.max > t.max ? o.t.max : t.max;
+    rebase(loss, x_max, t_max, scale);
+    o.rebase(loss, x_max, t_max, scale);
+    x.sum += o.x.sum, t.sum += o.t.sum;
+    sums.add(o.sums);
+  }
+
+  // What is known of the row after the first sweep.
+  FD_FN Row<real> row() const {
+    Row<real> r{};
+    r.x_max = x.max, r.x_logz = log_of(x.sum);
+    if constexpr (kNormalise) r.t_max = t.max, r.t_logz = log_of(t.sum);
+    r.mass = kNormalise || kTarget == Target::kNone ? real(1) : t.sum;
+    return r;
+  }
+
+ private:
+  FD_FN void rebase(const P& loss, real x_max, real t_max, real scale) {
+    const Shift<real> dx = x.rebase(x_max, scale);
+    const Shift<real> dt = kNormalise ? t.rebase(t_max, scale) : Shift<real>{1, 0, t.sum};
+    loss.rebase(sums, dx, dt);
+  }
+};
+
+}  // namespace fastdiv

@@ -1,0 +1,12 @@
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+FD_BEGIN_ISA("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" FD_WIDE_VECTORS)
+#define FD_ISA avx512
+#include "cpu/rows.inl"
+FD_END_ISA
+
+const fastdiv::RowKernels* fastdiv::avx512::find_kernels(LossId loss, Target target, bool f64) {
+  return f64 ? baseline::find_kernels(loss, target, f64) : find<float>(loss, target);
+}
+#endif

@@ -1,0 +1,10 @@
+// The row kernels for any machine, and the double precision ones, which call libm element by
+// element and so gain nothing from a wider instruction set.
+#include "cpu/isa.h"
+
+#define FD_ISA baseline
+#include "cpu/rows.inl"
+
+const fastdiv::RowKernels* fastdiv::baseline::find_kernels(LossId loss, Target target, bool f64) {
+  return f64 ? find<double>(loss, target) : find<float>(loss, target);
+}

@@ -1,0 +1,86 @@
+// How a row comes into the L1 cache tile by tile in the type we compute in, and goes out again.
+// Part of rows.inl: compiled once per instruction set.
+
+constexpr int kTile = 512;
+
+template <class real>
+using LoadTile = const real* (*)(const void* row, int64_t i, int n, real* buffer);
+template <class real>
+using StoreTile = void (*)(void* row, int64_t i, int n, const real* tile);
+
+template <class real>
+const real* load_same(const void* row, int64_t i, int, real*) {
+  return static_cast<const real*>(row) + i;
+}
+template <class T>
+const float* load_widened(const void* row, int64_t i, int n, float* __restrict buffer) {
+  const T* __restrict from = static_cast<const T*>(row) + i;
+  FD_SIMD()
+  for (int j = 0; j < n; ++j) buffer[j] = widen(from[j]);
+  return buffer;
+}
+template <class T>
+void store_narrowed(void* row, int64_t i, int n, const float* __restrict tile) {
+  T* __restrict to = static_cast<T*>(row) + i;
+  FD_SIMD()
+  for (int j = 0; j < n; ++j) narrow(tile[j], to + j);
+}
+template <class real>
+void store_same(void* row, int64_t i, int n, const real* __restrict tile) {
+  real* __restrict to = static_cast<real*>(row) + i;
+  FD_SIMD()
+  for (int j = 0; j < n; ++j) to[j] = tile[j];
+}
+
+template <class real>
+struct Converters {
+  LoadTile<real> load;
+  StoreTile<real> store;
+  bool same;  // the tensor is of the type we compute in
+};
+inline Converters<float> converters(DType dtype, float) {
+  if (dtype == DType::kF16) return {load_widened<Half>, store_narrowed<Half>, false};
+  if (dtype == DType::kBF16) return {load_widened<BFloat16>, store_narrowed<BFloat16>, false};
+  return {load_same<float>, store_same<float>, true};
+}
+inline Converters<double> converters(DType, double) {
+  return {load_same<double>, store_same<double>, true};
+}
+
+template <class real>
+struct Buffer {
+  alignas(64) real data[kTile];
+};
+
+// One row of a matrix, read in tiles; softcapped where a cap is given.
+template <class real>
+struct RowReader {
+  const void* row;
+  LoadTile<real> load;
+  Softcap<real> softcap;
+
+  const real* raw(int64_t i, int n, Buffer<real>& b) const { return load(row, i, n, b.data); }
+  const real* tile(int64_t i, int n, Buffer<real>& b) const {
+    const real* x = raw(i, n, b);
+    if (softcap.cap == real(0)) return x;
+    const Softcap<real> cap = softcap;
+    FD_SIMD()
+    for (int j = 0; j < n; ++j) b.data[j] = cap.value(x[j]);
+    return b.data;
+  }
+};
+
+// One row of a gradient, written in tiles: in place where nothing has to be converted.
+template <class real>
+struct RowWriter {
+  void* row;
+  Converters<real> convert;
+  bool direct;
+
+  real* begin(int64_t i, Buffer<real>& b) const {
+    return direct ? static_cast<real*>(row) + i : b.data;
+  }
+  void end(int64_t i, int n, const real* tile) const {
+    if (!direct) convert.store(row, i, n, tile);
+  }
+};

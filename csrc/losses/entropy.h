@@ -1,0 +1,76 @@
+// Entropy of softmax(x), alone, beside the log-probability of a label, or as a statistic.
+#pragma once
+
+#include "losses/loss.h"
+
+namespace fastdiv {
+
+// sum e^lx lx: the entropy is log(sum e^lx) less its mean.
+template <class real>
+FD_FN real entropy_moment(const Column<real>& c) {
+  return mass_times(c.ex, c.lx);
+}
+template <class real>
+FD_FN real entropy_of(const LogSumExp<real>& x, real moment, const Row<real>& row) {
+  return row.x_logz - moment / x.sum;
+}
+// dH/dx, entropy in row.a
+template <class real>
+FD_FN real entropy_slope(real lq, real q, const Row<real>& row) {
+  return -mass_times(q, lq + row.a);
+}
+
+// H(q) = -sum q log q.  Row: a = H.
+template <class real>
+struct Entropy : Loss<real> {
+  using Loss<real>::Loss;
+
+  FD_FN Sums<real> partial(const Column<real>& c) const { return {entropy_moment(c)}; }
+  FD_FN void rebase(Sums<real>& s, Shift<real> dx, Shift<real>) const { s.a = dx.of_moment(s.a); }
+  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, Label<real>, real,
+                             Row<real>& row) const {
+    row.a = entropy_of(x, s.a, row);
+    return {row.a, row.a};
+  }
+  FD_FN real grad_x(real lq, real q, real, real, const Row<real>& row, Outputs<real> g) const {
+    return g.value * entropy_slope(lq, q, row);
+  }
+};
+
+// log q_y and H(q).  Row: a = H.
+template <class real>
+struct LogProbAndEntropy : Entropy<real> {
+  static constexpr bool kLabel = true, kTwoOutputs = true;
+  using Entropy<real>::Entropy;
+
+  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, Label<real> y, real scale,
+                             Row<real>& row) const {
+    return {y.lx - row.x_logz, Entropy<real>::finish(x, s, y, scale, row).entropy};
+  }
+  FD_FN real grad_x(real lq, real q, real, real, const Row<real>& row, Outputs<real> g) const {
+    return g.entropy * entropy_slope(lq, q, row) - g.value * q;
+  }
+  FD_FN real grad_label(const Row<real>&, Outputs<real> g) const { return g.value; }
+};
+
+// A cross entropy that keeps the entropy of its rows, and sum p (x - max) of a soft target.
+template <class P>
+struct WithStats : P {
+  using typename P::real;
+  static constexpr bool kStats = true;
+  using P::P;
+
+  FD_FN Sums<real> partial(const Column<real>& c) const {
+    Sums<real> s = P::partial(c);
+    s.c = entropy_moment(c);
+    s.d = mass_times(c.et, c.lx);
+    return s;
+  }
+  FD_FN void rebase(Sums<real>& s, Shift<real> dx, Shift<real> dt) const {
+    P::rebase(s, dx, dt);
+    s.c = dx.of_moment(s.c);
+    s.d += mass_times(dt.old_sum, dx.delta);
+  }
+};
+
+}  // namespace fastdiv

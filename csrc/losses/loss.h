@@ -1,0 +1,43 @@
+// What every loss is made of: its numbers, and the defaults a policy starts from.
+#pragma once
+
+#include "common/row_state.h"
+
+namespace fastdiv {
+
+// The options of a loss that are numbers; a policy keeps those it has a use for.
+struct LossParams {
+  double shape;   // beta, skew or alpha of a divergence
+  double label;   // hard target: what the label weighs; soft target: factor of its probabilities
+  double spread;  // what label smoothing gives to every class
+  double z_loss;  // factor of lse^2
+};
+
+// Of the target class of a row: its shifted scaled logit and its class weight.
+template <class real>
+struct Label {
+  real lx, weight;
+};
+
+template <class real>
+struct Outputs {
+  real value, entropy;
+};
+
+// A loss of one row of logits, with a label or a soft target: cross entropy, entropy.
+template <class Real, Target target = Target::kNone>
+struct Loss {
+  using real = Real;
+  static constexpr Target kTarget = target;
+  static constexpr bool kDivergence = false;
+  static constexpr bool kLabel = false;      // reads the class index
+  static constexpr bool kWeights = false;    // reads a weight for every class
+  static constexpr bool kTwoOutputs = false;  // the entropy too, with its own upstream gradient
+  static constexpr bool kStats = false;
+
+  explicit Loss(const LossParams&) {}
+  FD_FN Sums<real> partial(const Column<real>&) const { return {}; }
+  FD_FN void rebase(Sums<real>&, Shift<real>, Shift<real>) const {}
+};
+
+}  // namespace fastdiv

@@ -1,0 +1,33 @@
+// fastdiv._C: loading it registers the ops; its functions say what was built and what runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common/registry.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of fastdiv.";
+  m.def("loss_names", [] {
+    return std::vector<std::string>(std::begin(fastdiv::kLossNames), std::end(fastdiv::kLossNames));
+  });
+  m.def("cpu_isa", [] { return std::string(fastdiv::instruction_set().name); });
+  m.def("set_cpu_isa", [](const std::string& name) { return fastdiv::set_instruction_set(name.c_str()); });
+  m.def("cpu_isas", [] {
+    std::vector<std::string> names;
+    for (int i = 0; i < fastdiv::kInstructionSetCount; ++i)
+      if (fastdiv::kInstructionSets[i].supported()) names.push_back(fastdiv::kInstructionSets[i].name);
+    return names;
+  });
+  m.def("built_cpu_isas", [] {
+    std::vector<std::string> names;
+    for (int i = 0; i < fastdiv::kInstructionSetCount; ++i)
+      names.push_back(fastdiv::kInstructionSets[i].name);
+    return names;
+  });
+  m.attr("compiler") = __VERSION__;
+}

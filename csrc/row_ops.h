@@ -1,0 +1,109 @@
+// The signature of the private ops, shared by the bindings of both devices.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "common/launch.h"
+#include "common/registry.h"
+
+// What every op takes after its tensors.  `batch` is what reduction "batchmean" divides by.
+#define FD_OPTIONS_SCHEMA                                                                     \
+  "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, "   \
+  "float softcap, float shape, float label_rate, float spread, float z_loss"
+#define FD_ROWS_SCHEMA "Tensor? t, Tensor? label, Tensor? class_weight, Tensor? row_weight, "
+
+namespace fastdiv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2, kBatchMean = 3 };
+
+constexpr int64_t kRecordSize = sizeof(Row<float>) / sizeof(float);
+
+// The options as they come, and what the kernels make of them.
+struct Options {
+  LossId loss;
+  Target target;
+  Reduction reduction;
+  int64_t batch, ignore_index;
+  double scale, softcap;
+  LossParams params;
+
+  Options(int64_t loss, int64_t target, int64_t reduction, int64_t batch, int64_t ignore_index,
+          double scale, double softcap, double shape, double label_rate, double spread,
+          double z_loss)
+      : loss(LossId(loss)),
+        target(Target(target)),
+        reduction(Reduction(reduction)),
+        batch(batch),
+        ignore_index(ignore_index),
+        scale(scale),
+        softcap(softcap),
+        params{shape, label_rate, spread, z_loss} {}
+};
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::kF32;
+    case ScalarType::Double: return DType::kF64;
+    case ScalarType::Half: return DType::kF16;
+    case ScalarType::BFloat16: return DType::kBF16;
+    default: throw std::invalid_argument("fastdiv: the logits must be of a floating dtype");
+  }
+}
+inline ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The Python side has checked what users pass and says it better; this repeats what protects memory.
+inline void require(bool ok, const char* message) {
+  if (!ok) throw std::invalid_argument(message);
+}
+inline Matrix matrix_of(const Tensor& m, const Tensor& like) {
+  require(m.dim() == 2 && m.size(0) == like.size(0) && m.size(1) == like.size(1) &&
+              (m.stride(1) == 1 || m.size(1) == 1) && m.scalar_type() == like.scalar_type(),
+          "fastdiv: input and target must be matrices of one shape and dtype, rows contiguous");
+  return {m.data_ptr(), m.stride(0)};
+}
+inline const void* vector_of(const OptionalTensor& v, int64_t size, ScalarType type) {
+  if (!v) return nullptr;
+  require(v->dim() == 1 && v->size(0) == size && v->is_contiguous() && v->scalar_type() == type,
+          "fastdiv: a weight or label vector has the wrong size, dtype or stride");
+  return v->data_ptr();
+}
+
+inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
+                        const OptionalTensor& class_weight, const OptionalTensor& row_weight,
+                        const Options& o) {
+  RowArgs a;
+  a.dtype = dtype_of(x);
+  a.x = matrix_of(x, x);
+  a.rows = x.size(0), a.classes = x.size(1);
+  require(a.classes > 0, "fastdiv: there must be at least one class");
+  require((o.target != Target::kNone) == t.has_value(), "fastdiv: target type without target");
+  if (t) a.t = matrix_of(*t, x);
+  a.label = static_cast<const int64_t*>(vector_of(label, a.rows, ScalarType::Long));
+  a.class_weight = vector_of(class_weight, a.classes, compute_type(x));
+  a.row_weight = vector_of(row_weight, a.rows, compute_type(x));
+  a.ignore_index = o.ignore_index;
+  a.scale = o.scale;
+  a.softcap = o.softcap;
+  a.params = o.params;
+  return a;
+}
+
+inline void set_record(RowArgs& a, const Tensor& record, const Tensor& x) {
+  require(record.dim() == 2 && record.size(0) == a.rows && record.size(1) == kRecordSize &&
+              record.is_contiguous() && record.scalar_type() == compute_type(x),
+          "fastdiv: the record is not one of this input's forward");
+  a.record = record.data_ptr();
+}
+
+}  // namespace fastdiv

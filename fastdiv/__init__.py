@@ -1,0 +1,31 @@
+"""Divergence and cross-entropy losses straight from logits, fused into one pass over them.
+
+*div* is divergence.  Every function takes logits; where a kernel fits it runs, elsewhere the same
+function runs on reference torch operations (see :func:`backend`).
+"""
+
+from importlib.metadata import version as _version
+
+from . import nn
+from ._backend import backend
+from ._info import build_info
+from .cross_entropy import cross_entropy
+from .divergence import js_div, kl_div, reverse_kl_div
+from .entropy import entropy, log_prob, log_prob_and_entropy
+from .reference import Stats
+
+__version__ = _version("fastdiv")
+
+__all__ = [
+    "Stats",
+    "backend",
+    "build_info",
+    "cross_entropy",
+    "entropy",
+    "js_div",
+    "kl_div",
+    "log_prob",
+    "log_prob_and_entropy",
+    "nn",
+    "reverse_kl_div",
+]

@@ -1,0 +1,82 @@
+"""Which code computes a loss: the kernels, or the reference in torch operations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+try:
+    from . import _C
+except ImportError as error:  # a source tree that was not built, or a torch that is too old
+    _C = None  # type: ignore[assignment]
+    load_error: ImportError | None = error
+else:
+    load_error = None
+
+BACKENDS = ("auto", "native", "reference")
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+_current = _checked(os.environ.get("FASTDIV_BACKEND", "auto"), "FASTDIV_BACKEND")
+
+if _C is not None and (_isa := os.environ.get("FASTDIV_CPU_ISA")) and not _C.set_cpu_isa(_isa):
+    raise ImportError(
+        f"FASTDIV_CPU_ISA={_isa}: this machine runs {', '.join(_C.cpu_isas())} "
+        f"(built: {', '.join(_C.built_cpu_isas())})"
+    )
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Chooses what computes the losses inside a ``with`` block.
+
+    ``"auto"`` (the default, or what the environment variable ``FASTDIV_BACKEND`` says) uses a kernel
+    where one fits and reference torch operations elsewhere; ``"native"`` raises ``RuntimeError``
+    where no kernel fits; ``"reference"`` never uses a kernel.  The choice is made when a loss is
+    called, for its backward too, and holds for the whole process, as torch's backend flags do.
+
+    Raises:
+        ValueError: unknown name.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> x, y = torch.zeros(2, 4), torch.tensor([0, 3])
+        >>> with fastdiv.backend("reference"):
+        ...     print(f"{fastdiv.cross_entropy(x, y):.4f}")
+        1.3863
+    """
+    global _current
+    previous, _current = _current, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+def use_kernel(x: torch.Tensor, pointwise: bool = False) -> bool:
+    """Whether a kernel computes a loss of these logits; raises where one is demanded and none fits."""
+    if _current == "reference":
+        return False
+    fits = _C is not None and x.device.type == "cpu" and not pointwise
+    if not fits and _current == "native":
+        raise RuntimeError(f"backend 'native': {_why_not(x, pointwise)}; use backend 'auto'")
+    return fits
+
+
+def _why_not(x: torch.Tensor, pointwise: bool) -> str:
+    if _C is None:
+        return f"the extension module fastdiv._C could not be loaded ({load_error})"
+    if pointwise:
+        return (
+            "reduction 'pointwise' has no kernel (its result is as large as the logits, so that "
+            "there is nothing to fuse)"
+        )
+    return f"there is no kernel for device {x.device.type!r}"

@@ -1,0 +1,179 @@
+"""What the public functions ask of their arguments, and how tensors of any shape become rows."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from ._backend import use_kernel
+from .reference import value_dtype
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABELS = (torch.int64, torch.int32, torch.uint8)
+TARGET_TYPES = ("logits", "log_probs", "probs")
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def check_logits(x: Tensor, name: str = "input") -> None:
+    """A tensor of a floating dtype that we have kernels for."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be of dtype float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a scalar")
+
+
+def class_dim(x: Tensor, dim: int) -> int:
+    """``dim`` counted from 0; there must be classes along it."""
+    if not -x.dim() <= dim < x.dim():
+        raise IndexError(f"dim {dim} is out of range for input of shape {tuple(x.shape)}")
+    dim %= x.dim()
+    if x.shape[dim] == 0:
+        raise ValueError(f"input of shape {tuple(x.shape)} has no classes along dim {dim}")
+    return dim
+
+
+def check_reduction(reduction: str, pointwise: bool = False) -> None:
+    """One of the reductions; ``"pointwise"`` where the loss is a sum over the classes."""
+    if reduction not in REDUCTIONS and not (pointwise and reduction == "pointwise"):
+        names = REDUCTIONS + (("pointwise",) if pointwise else ())
+        raise ValueError(f"reduction must be one of {names}, got {reduction!r}")
+
+
+def check_positive(value: float, name: str) -> float:
+    """A positive finite number."""
+    if not (0 < value < math.inf):
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
+    return float(value)
+
+
+def check_finite(value: float, name: str) -> float:
+    """A finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def check_share(value: float, name: str) -> float:
+    """A number in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    return float(value)
+
+
+def check_in_place(x: Tensor, inplace: bool) -> None:
+    """Logits that may be overwritten by their gradient."""
+    if inplace and x.is_leaf and x.requires_grad:
+        raise ValueError(
+            "inplace_backward=True would overwrite a leaf tensor with its own gradient; "
+            "it is meant for logits that a model computed"
+        )
+
+
+def same_device(x: Tensor, other: Tensor, name: str) -> None:
+    """Both on one device."""
+    if other.device != x.device:
+        raise RuntimeError(f"{name} is on {other.device}, but input is on {x.device}")
+
+
+def as_rows(x: Tensor, dim: int) -> Tensor:
+    """A matrix with the classes in its last dimension, contiguous there; a view where one exists."""
+    if x.dim() != 2 or dim != 1:
+        x = x.movedim(dim, -1)
+        x = x.reshape(-1, x.shape[-1])
+    if x.stride(1) != 1 and x.shape[1] != 1:
+        x = x.contiguous()
+    return x
+
+
+def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Input and target as matrices of one dtype."""
+    check_logits(target, "target")
+    if target.shape != x.shape:
+        raise ValueError(
+            f"target must have the shape of input, {tuple(x.shape)}, got {tuple(target.shape)}"
+        )
+    same_device(x, target, "target")
+    if x.dtype != target.dtype:
+        dtype = torch.promote_types(x.dtype, target.dtype)
+        x, target = x.to(dtype), target.to(dtype)
+    return as_rows(x, dim), as_rows(target, dim)
+
+
+def row_shape(x: Tensor, dim: int) -> tuple[int, ...]:
+    """Shape without the classes."""
+    return (*x.shape[:dim], *x.shape[dim + 1 :])
+
+
+def row_vector(x: Tensor, dim: int, v: Tensor, name: str) -> Tensor:
+    """One entry for each row of x, as a contiguous vector."""
+    if v.shape != row_shape(x, dim):
+        raise ValueError(
+            f"{name} must have the shape of input without its class dimension {dim}, "
+            f"{row_shape(x, dim)}, got {tuple(v.shape)}"
+        )
+    same_device(x, v, name)
+    return v if v.dim() == 1 and v.is_contiguous() else v.reshape(-1).contiguous()
+
+
+def weight_vector(x: Tensor, v: Tensor, name: str) -> Tensor:
+    """A weight in the dtype of the loss; weights get no gradient."""
+    if not isinstance(v, Tensor) or not (v.is_floating_point() or v.dtype in LABELS or v.dtype == torch.bool):
+        raise TypeError(f"{name} must be a real Tensor, got {getattr(v, 'dtype', type(v).__name__)}")
+    if v.requires_grad:
+        raise ValueError(
+            f"{name} gets no gradient: detach it, or use reduction='none' and multiply the result"
+        )
+    return v.to(value_dtype(x.dtype))
+
+
+def token_weights(x: Tensor, dim: int, v: Tensor | None) -> Tensor | None:
+    """Weights of the rows."""
+    if v is None:
+        return None
+    return row_vector(x, dim, weight_vector(x, v, "token_weight"), "token_weight")
+
+
+def class_weights(x: Tensor, classes: int, v: Tensor | None) -> Tensor | None:
+    """Weights of the classes."""
+    if v is None:
+        return None
+    v = weight_vector(x, v, "weight")
+    if v.shape != (classes,):
+        raise ValueError(f"weight must have shape ({classes},), one for each class, got {tuple(v.shape)}")
+    same_device(x, v, "weight")
+    return v.contiguous()
+
+
+def labels(x: Tensor, dim: int, y: Tensor, name: str, ignore_index: int | None) -> Tensor:
+    """Class indices as an int64 vector.
+
+    The CPU kernels check the range.  Where there is none of them, a label outside the classes makes
+    its row NaN, or with ``FASTDIV_CHECK=1`` raises at the price of a synchronisation.
+    """
+    if y.dtype not in LABELS:
+        raise TypeError(f"{name} must hold int64, int32 or uint8 class indices, got {y.dtype}")
+    y = row_vector(x, dim, y, name).to(torch.int64)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return y
+    on_cpu = x.device.type == "cpu"
+    if (on_cpu and not use_kernel(x)) or (not on_cpu and os.environ.get("FASTDIV_CHECK") == "1"):
+        check_labels(y, x.shape[dim], name, ignore_index)
+    return y
+
+
+def check_labels(y: Tensor, classes: int, name: str, ignore_index: int | None) -> None:
+    """Raises IndexError for a label that is no class."""
+    wrong = (y < 0) | (y >= classes)
+    if ignore_index is not None:
+        wrong &= y != ignore_index
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        ignored = "" if ignore_index is None else f" (ignore_index is {ignore_index})"
+        raise IndexError(f"{name}[{i}] is {int(y[i])}, out of range for {classes} classes{ignored}")

@@ -1,0 +1,232 @@
+r"""Divergences between the distribution of the logits and a target distribution.
+
+Throughout :math:`q = \mathrm{softmax}(x / T)` is the input's distribution (the student's) and
+:math:`p` the target's (the teacher's).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _check
+from ._ops import row_loss
+from .reference import Spec
+
+_ARGS = r"""
+    Args:
+        input: Logits :math:`x` of any shape with the classes on ``dim``; float32, bfloat16, float16
+            or float64, strided as it comes.
+        target: Target rows of the shape of ``input``, as ``target_type`` says.  Gets a gradient
+            where it requires one.
+        target_type: What the target holds: ``"logits"``, ``"log_probs"`` or ``"probs"``. Required.
+            Probabilities are taken as they are, normalised or not.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value a row), ``"sum"``, ``"mean"`` (over the rows that count, by
+            token weight), ``"batchmean"`` (sum / ``input.size(0)``, as torch's) or ``"pointwise"``
+            (every term, of the shape of ``input``: torch's ``reduction="none"``).
+        temperature: :math:`T`; divides the input, and the target where that is logits.  The value is
+            not multiplied by :math:`T^2` (the modules of :mod:`fastdiv.nn` have a flag for that).
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``. A row of weight 0
+            does not count: loss and gradient 0, whatever it holds.
+        inplace_backward: The backward writes the gradient over the logits' own memory; autograd
+            notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
+"""
+
+_RETURNS = """
+    Returns:
+        The divergence in nats, float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: a dtype that is not one of the above.
+        ValueError: shapes that do not fit, an option out of its range.
+        IndexError: a dimension that ``input`` does not have.
+"""
+
+
+def _divergence(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    target_type: str,
+    dim: int,
+    reduction: str,
+    temperature: float,
+    token_weight: Tensor | None,
+    inplace_backward: bool,
+    shape: float = 0.0,
+) -> Tensor:
+    _check.check_logits(input)
+    _check.check_logits(target, "target")
+    if target_type not in _check.TARGET_TYPES:
+        raise ValueError(f"target_type must be one of {_check.TARGET_TYPES}, got {target_type!r}")
+    dim = _check.class_dim(input, dim)
+    _check.check_reduction(reduction, pointwise=True)
+    _check.check_in_place(input, inplace_backward)
+    row_weight = _check.token_weights(input, dim, token_weight)
+    x, t = _check.same_rows(input, target, dim)
+    spec = Spec(
+        loss=loss,
+        target_type=target_type,
+        reduction=reduction,
+        batch=input.shape[0],
+        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        shape=shape,
+        inplace=inplace_backward,
+    )
+    value = row_loss(spec, x, t, row_weight=row_weight)
+    if reduction == "pointwise":
+        moved = input.movedim(dim, -1)
+        return value.reshape(moved.shape).movedim(-1, dim)
+    rows = _check.row_shape(input, dim)
+    return value.reshape(rows) if reduction == "none" and len(rows) != 1 else value
+
+
+def _documented(function):  # type: ignore[no-untyped-def]
+    """Fills in what the docstrings of the family share."""
+    if function.__doc__:
+        function.__doc__ = function.__doc__.replace("    {args}\n", _ARGS[1:]).replace(
+            "    {returns}\n", _RETURNS[1:]
+        )
+    return function
+
+
+@_documented
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    target_type: str,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the input's distribution from the target's.
+
+    .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c \,(\log p_c - \log q_c)
+
+    It is what ``F.kl_div(F.log_softmax(input, dim), target)`` computes, from logits and in one pass.
+    Classes at :math:`-\infty` on both sides add nothing; teacher mass where the student has none
+    gives :math:`+\infty` with a finite gradient; between two rows of logits the value is accurate,
+    and never negative, also where it is next to 0.
+
+    {args}
+    {returns}
+    Example:
+        >>> import torch, fastdiv
+        >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
+        >>> t = torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
+        >>> fastdiv.kl_div(x, t, target_type="logits")
+        tensor(0.0389)
+        >>> fastdiv.kl_div(x, t.softmax(-1), target_type="probs", reduction="pointwise")
+        tensor([[-0.0635,  0.0116,  0.1097, -0.0190]])
+
+    Source: :func:`torch.nn.functional.kl_div`; Kullback and Leibler, *On Information and
+    Sufficiency* (1951); as a distillation loss: Hinton et al. (2015).
+    """
+    return _divergence(
+        "kl_div",
+        input,
+        target,
+        target_type,
+        dim,
+        reduction,
+        temperature,
+        token_weight,
+        inplace_backward,
+    )
+
+
+@_documented
+def reverse_kl_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    target_type: str,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the target's distribution from the input's.
+
+    .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c \,(\log q_c - \log p_c)
+
+    The mode-seeking direction: student mass where the teacher has none costs :math:`+\infty`.
+
+    {args}
+    {returns}
+    Example:
+        >>> import torch, fastdiv
+        >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
+        >>> t = torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
+        >>> fastdiv.reverse_kl_div(x, t, target_type="logits")
+        tensor(0.0390)
+
+    Source: Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models* (2024).
+    """
+    return _divergence(
+        "reverse_kl_div",
+        input,
+        target,
+        target_type,
+        dim,
+        reduction,
+        temperature,
+        token_weight,
+        inplace_backward,
+    )
+
+
+@_documented
+def js_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    target_type: str,
+    beta: float = 0.5,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Generalised Jensen-Shannon divergence.
+
+    .. math::
+        \mathrm{JS}_\beta = \beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m),
+        \qquad m = \beta\,p + (1 - \beta)\,q
+
+    ``beta=0.5`` is the symmetric one, in [0, ln 2].  ``beta=0`` and ``beta=1`` mean
+    :math:`\mathrm{KL}(p \| q)` and :math:`\mathrm{KL}(q \| p)`, as GKD defines them: the formula
+    itself tends to 0 there, so the value jumps at the two ends.
+
+    {args}        beta: :math:`\beta` in [0, 1].
+
+    {returns}
+    Example:
+        >>> import torch, fastdiv
+        >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
+        >>> t = torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
+        >>> fastdiv.js_div(x, t, target_type="logits")
+        tensor(0.0097)
+
+    Source: Agarwal et al., *On-Policy Distillation of Language Models* (GKD, 2024); Lin,
+    *Divergence Measures Based on the Shannon Entropy* (1991).
+    """
+    beta = _check.check_share(beta, "beta")
+    loss = {0.0: "kl_div", 1.0: "reverse_kl_div"}.get(beta, "js_div")
+    return _divergence(
+        loss,
+        input,
+        target,
+        target_type,
+        dim,
+        reduction,
+        temperature,
+        token_weight,
+        inplace_backward,
+        beta,
+    )

@@ -1,0 +1,266 @@
+r"""Every loss in plain torch operations: the specification, the fallback and the oracle of the tests.
+
+This module imports torch only.  It works on rows: ``x`` and ``t`` are matrices ``[R, C]`` of input
+logits and targets, ``label`` and ``row_weight`` have one entry for each row.  What it defines, and
+the kernels repeat:
+
+* A class without mass adds nothing: :math:`0 \cdot \infty = 0`, in values and gradients.
+* An infinite term (mass of one distribution where the other has none) makes the value infinite and
+  is otherwise a constant: it gives no gradient to the mass that multiplies it.
+* A probability target of exactly 0 receives no gradient from a divergence.
+* A row that does not count (``ignore_index``, ``row_weight`` 0) is 0, whatever it holds.
+
+Its derivatives of any order are torch's own, so it also serves as the second derivative of the
+kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One loss with all of its options that are not tensors."""
+
+    loss: str
+    target_type: str = "none"  # "none", "logits", "log_probs" or "probs"
+    reduction: str = "none"  # "none", "sum", "mean", "batchmean" or "pointwise"
+    batch: int = 1  # what "batchmean" divides by
+    ignore_index: int = -100
+    scale: float = 1.0  # 1 / temperature
+    softcap: float = 0.0  # 0: none
+    shape: float = 0.0  # beta of js_div
+    label: float = 1.0  # see cross_entropy
+    spread: float = 0.0
+    z_loss: float = 0.0
+    inplace: bool = False
+
+
+def value_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a loss of logits of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def masked_product(mass: Tensor, factor: Tensor) -> Tensor:
+    """``mass * factor`` where a mass of 0 gives 0, also as gradient, whatever the factor."""
+    empty = mass == 0
+    return torch.where(empty, 0.0, mass * torch.where(empty, 0.0, factor))
+
+
+def log_ratio_term(mass: Tensor, log_mass: Tensor, log_other: Tensor) -> Tensor:
+    """``mass * (log_mass - log_other)``; where that is infinite, only ``log_other`` gets gradient."""
+    infinite = (mass != 0) & torch.isinf(log_other)
+    mass = torch.where(infinite, mass.detach(), mass)
+    log_mass = torch.where(infinite, log_mass.detach(), log_mass)
+    empty = mass == 0
+    return masked_product(mass, torch.where(empty, 0.0, log_mass) - torch.where(empty, 0.0, log_other))
+
+
+def log_of(p: Tensor) -> Tensor:
+    """Logarithm with ``log 0 = -inf`` and no gradient there."""
+    empty = p == 0
+    return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, p)))
+
+
+# --- divergences: terms of D = sum f(q, p) ---------------------------------------------------------
+
+
+def kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
+    """KL(p || q): ``p (log p - log q)``."""
+    return log_ratio_term(p, lp, lq)
+
+
+def reverse_kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
+    """KL(q || p): ``q (log q - log p)``."""
+    return log_ratio_term(q, lq, lp)
+
+
+def js_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, beta: float) -> Tensor:
+    """``beta p log(p / m) + (1 - beta) q log(q / m)``, ``m = beta p + (1 - beta) q``."""
+    lm = log_of(beta * p + (1 - beta) * q)
+    return beta * log_ratio_term(p, lp, lm) + (1 - beta) * log_ratio_term(q, lq, lm)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+    "kl_div": kl_div,
+    "reverse_kl_div": reverse_kl_div,
+    "js_div": js_div,
+}
+
+
+def divergence_terms(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
+    """Every term of the divergence of the rows with log-probabilities ``lq`` from the targets."""
+    if spec.target_type == "logits":
+        lp = torch.log_softmax(t * spec.scale, -1)
+        p = lp.exp()
+    elif spec.target_type == "log_probs":
+        lp, p = t, t.exp()
+    else:
+        p = torch.where(t == 0, t.detach(), t)
+        lp = log_of(p)
+    return DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.shape)
+
+
+# --- losses of one row of logits -------------------------------------------------------------------
+
+
+def entropy(lq: Tensor) -> Tensor:
+    """H(q) = -sum q log q."""
+    return -masked_product(lq.exp(), lq).sum(-1)
+
+
+def expected(r: Tensor, lq: Tensor) -> Tensor:
+    """``r log q`` for a target that is not a function of q: linear in r also at 0."""
+    infinite = torch.isinf(lq)
+    finite = r * torch.where(infinite, 0.0, lq)
+    return torch.where(infinite, masked_product(r.detach(), lq), finite)
+
+
+def cross_entropy(
+    spec: Spec,
+    x: Tensor,
+    lq: Tensor,
+    t: Tensor | None,
+    y: Tensor | None,
+    class_weight: Tensor | None,
+) -> Tensor:
+    """``-sum r log q + z omega lse^2`` with ``r = class_weight (label p + spread)``.
+
+    ``p`` is ``t``, or all of it is on the class ``y``.  ``omega`` is the label's class weight, and 1
+    for soft targets.
+    """
+    omega: Tensor | float = 1.0
+    if t is not None:
+        r = spec.label * t + spec.spread
+        value = -expected(r if class_weight is None else r * class_weight, lq).sum(-1)
+    else:
+        assert y is not None
+        omega = torch.ones_like(lq[..., 0]) if class_weight is None else class_weight[y]
+        value = -expected(spec.label * omega, lq.gather(-1, y.unsqueeze(-1)).squeeze(-1))
+        if spec.spread:
+            r = torch.full_like(lq, spec.spread)
+            value = value - expected(r if class_weight is None else r * class_weight, lq).sum(-1)
+    return value + spec.z_loss * omega * torch.logsumexp(x, -1) ** 2 if spec.z_loss else value
+
+
+# --- rows and reductions ---------------------------------------------------------------------------
+
+
+def row_weights(
+    spec: Spec, x: Tensor, label: Tensor | None, row_weight: Tensor | None
+) -> Tensor:
+    """Weight of every row; 0: it does not count."""
+    dtype = value_dtype(x.dtype)
+    weight = x.new_ones(x.shape[:-1], dtype=dtype) if row_weight is None else row_weight
+    return weight if label is None else torch.where(label == spec.ignore_index, 0.0, weight)
+
+
+def total_weight(
+    spec: Spec,
+    x: Tensor,
+    label: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+) -> Tensor:
+    """What a mean is divided by: the weights of the rows that count."""
+    weight = row_weights(spec, x, label, row_weight)
+    if label is None or class_weight is None:
+        return weight.sum()
+    of_label = class_weight[label.clamp(0, x.shape[-1] - 1)]
+    return (weight * torch.where(weight == 0, 0.0, of_label)).sum()
+
+
+def rows(
+    spec: Spec,
+    x: Tensor,
+    t: Tensor | None,
+    label: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+) -> Tensor:
+    """Weighted value of every row, ``[R]``; ``[2, R]`` of log_prob_and_entropy; all terms, pointwise.
+
+    A label outside ``[0, C)`` that is not ``ignore_index`` makes its row NaN.
+    """
+    dtype = value_dtype(x.dtype)
+    weight = row_weights(spec, x, label, row_weight)
+    counts = (weight != 0).unsqueeze(-1)
+    # What a row that does not count holds must not reach its gradient, where 0 * NaN is NaN.
+    x = torch.where(counts, x.to(dtype), 0.0)
+    if t is not None:
+        t = torch.where(counts, t.to(dtype), 0.0)
+    if spec.softcap:
+        x = spec.softcap * torch.tanh(x / spec.softcap)
+    x = x * spec.scale
+    lq = torch.log_softmax(x, -1)
+    if spec.loss in DIVERGENCES:
+        assert t is not None
+        terms = divergence_terms(spec, lq, t)
+        value = terms if spec.reduction == "pointwise" else terms.sum(-1)
+    elif spec.loss == "entropy":
+        value = entropy(lq)
+    elif label is None:
+        value = cross_entropy(spec, x, lq, t, None, class_weight)
+    else:
+        y = label.clamp(0, x.shape[-1] - 1)
+        if spec.loss == "log_prob_and_entropy":
+            value = torch.stack([lq.gather(-1, y.unsqueeze(-1)).squeeze(-1), entropy(lq)])
+        else:
+            value = cross_entropy(spec, x, lq, None, y, class_weight)
+        value = torch.where(label == y, value, torch.nan)
+    if spec.reduction == "pointwise":
+        weight = weight.unsqueeze(-1)
+    else:
+        counts = counts.squeeze(-1)
+    return torch.where(counts, value * weight, 0.0)
+
+
+def loss(
+    spec: Spec,
+    x: Tensor,
+    t: Tensor | None,
+    label: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+) -> Tensor:
+    """The reduced loss."""
+    value = rows(spec, x, t, label, class_weight, row_weight)
+    if spec.reduction in ("none", "pointwise"):
+        return value
+    total = value.sum()
+    if spec.reduction == "mean":
+        return total / total_weight(spec, x, label, class_weight, row_weight)
+    return total / spec.batch if spec.reduction == "batchmean" else total
+
+
+class Stats(NamedTuple):
+    """What :func:`fastdiv.cross_entropy` knows of every row; no gradient flows through it."""
+
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    log_prob: Tensor
+
+
+def stats(spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None) -> Stats:
+    """Log-sum-exp, entropy, argmax and log-probability of the target of every row."""
+    x = x.detach().to(value_dtype(x.dtype))
+    if spec.softcap:
+        x = spec.softcap * torch.tanh(x / spec.softcap)
+    x = x * spec.scale
+    lq = torch.log_softmax(x, -1)
+    if t is not None:
+        log_prob = masked_product(t.detach().to(lq.dtype), lq).sum(-1)
+    else:
+        assert label is not None
+        y = label.clamp(0, x.shape[-1] - 1)
+        log_prob = lq.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        log_prob = torch.where(label == y, log_prob, torch.nan)
+        log_prob = torch.where(label == spec.ignore_index, 0.0, log_prob)
+    return Stats(torch.logsumexp(x, -1), entropy(lq), x.argmax(-1), log_prob)
