@@ -1,18 +1,19 @@
 """The demo's progress bars, table and picture."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
-from rich.text import Text
 from torch import Tensor
 
 # So far apart, in nats, may two curves be that differ in rounding only. One float32 rounding of a
@@ -34,15 +35,14 @@ class Comparison:
     """One task done with fastdiv and with torch."""
 
     task: str
-    fastdiv: str  #: the name of the loss that stands for fastdiv in `runs`
-    runs: dict[str, Run]  #: a training with that loss, and one with `"torch"`
+    runs: dict[str, Run]  #: a training with `torch`, then one with fastdiv
     seconds: dict[str, float]  #: of each loss alone, forward and backward
     memory: dict[str, float | None]  #: the bytes that takes at its peak beyond the logits
 
     @property
     def differences(self) -> Tensor:
         """How far apart the two curves are at every step, in nats."""
-        ours, theirs = (torch.tensor(self.runs[name].losses) for name in (self.fastdiv, "torch"))
+        theirs, ours = (torch.tensor(run.losses) for run in self.runs.values())
         return (ours - theirs).abs()
 
     @property
@@ -52,29 +52,29 @@ class Comparison:
         return bool(early <= NOISE_50_STEPS and overall <= NOISE)
 
 
-class StepsPerSecond(ProgressColumn):
-    """How fast a training is."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} steps/s" if speed else "")
-
-
 def progress_bars(console: Console) -> Progress:
+    """Returns a display for `bar`, to be used as a context manager."""
     return Progress(
-        TextColumn("{task.description:<26}"),
+        TextColumn("{task.description:<25}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]:.3f} nats"),
-        StepsPerSecond(),
+        TextColumn("{task.fields[loss]:7.3f} nats {task.fields[speed]:5.1f} steps/s"),
         console=console,
     )
 
 
-def bar(bars: Progress, title: str, steps: int) -> Callable[[float], None]:
-    """Returns what to call with the loss after every step."""
-    task = bars.add_task(title, total=steps, loss=float("nan"))
-    return lambda loss: bars.update(task, advance=1, loss=loss)
+def bar(bars: Progress, task: str, names: Iterable[str], steps: int) -> Callable[[str, Run], None]:
+    """Adds a bar for each of `names`; returns what to call with a name and its run every step."""
+    ids = {
+        name: bars.add_task(f"{task}, {name}", total=steps, loss=math.nan, speed=math.nan)
+        for name in names
+    }
+
+    def on_step(name: str, run: Run) -> None:
+        speed = len(run.seconds) / sum(run.seconds)
+        bars.update(ids[name], advance=1, loss=run.losses[-1], speed=speed)
+
+    return on_step
 
 
 HEADINGS = ("start\nnats", "end\nnats", "total\ns", "step\ns", "alone\nms", "speed-up", "peak\nMB")
@@ -122,46 +122,56 @@ def _summary(run: Run) -> list[str]:
     ]
 
 
-OURS, THEIRS = "#12406e", "#f2a65a"
+COLORS = ("#f2a65a", "#12406e")  # torch, fastdiv
 SMOOTH = 10  # steps
 
 
 def plot(comparisons: list[Comparison], title: str, path: Path) -> None:
-    """Draws each task: the curves over steps, their difference, and the curves over time."""
+    """Draws of each task the curves over steps, their difference, and the curves over time."""
     figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(3, len(comparisons), height_ratios=[3, 1.5, 2], squeeze=False)
     for comparison, (curves, apart, clock) in zip(comparisons, axes.T, strict=True):
-        ours, theirs = comparison.runs[comparison.fastdiv], comparison.runs["torch"]
-        steps = np.arange(1, len(ours.losses) + 1)
-
-        curves.plot(steps, theirs.losses, color=THEIRS, linewidth=5, alpha=0.7, label="torch")
-        curves.plot(steps, ours.losses, color=OURS, linewidth=1, label=comparison.fastdiv)
-        curves.set(title=comparison.task, ylabel="loss (nats/token)")
+        curves.set_title(comparison.task)
         curves.sharex(apart)
         curves.tick_params(labelbottom=False)
-
-        difference = comparison.differences.numpy()
-        equal = np.count_nonzero(difference == 0)  # those have no place on a log scale
-        difference[difference == 0] = np.nan
-        label = f"apart ({equal} of {len(steps)} steps equal)"
-        apart.semilogy(steps, difference, ".", color=OURS, markersize=4, label=label)
-        resolution = np.spacing(np.array(theirs.losses, dtype=np.float32))
-        apart.plot(steps, resolution, color="grey", linewidth=1, label="a float32 rounding")
-        allowed = np.where(steps <= 50, NOISE_50_STEPS, NOISE)
-        apart.plot(steps, allowed, "--", color="firebrick", linewidth=1, label="allowed")
-        apart.set(xlabel="step", ylabel="difference\n(nats/token)", ylim=(None, 60 * NOISE))
-        apart.legend(fontsize="x-small", ncols=3, loc="upper right")
-
-        window = min(SMOOTH, len(steps))
-        for run, name, color in ((theirs, "torch", THEIRS), (ours, comparison.fastdiv, OURS)):
-            smooth = np.convolve(run.losses, np.ones(window) / window, "valid")
-            seconds = np.cumsum(run.seconds)[window - 1 :]
-            clock.plot(seconds, smooth, color=color, linewidth=2, label=name)
-        clock.set(xlabel="seconds", xlim=(0, None), ylabel=f"loss, mean of {SMOOTH}\n(nats/token)")
+        _draw_curves(curves, comparison)
+        _draw_differences(apart, comparison)
+        _draw_clock(clock, comparison)
         for axis in (curves, apart, clock):
             axis.grid(alpha=0.25)
-        curves.legend()
-        clock.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _draw_curves(axes: Axes, comparison: Comparison) -> None:
+    """Draws fastdiv's curve thin over torch's thick one: they would hide each other otherwise."""
+    for (name, run), color, width in zip(comparison.runs.items(), COLORS, (5, 1), strict=True):
+        steps = range(1, len(run.losses) + 1)
+        axes.plot(steps, run.losses, color=color, linewidth=width, label=name)
+    axes.set_ylabel("loss (nats/token)")
+    axes.legend()
+
+
+def _draw_differences(axes: Axes, comparison: Comparison) -> None:
+    difference = comparison.differences.numpy()
+    steps = np.arange(1, len(difference) + 1)
+    equal = difference == 0  # these have no place on a log scale
+    difference[equal] = np.nan
+    label = f"apart ({equal.sum()} of {len(steps)} steps are equal)"
+    axes.semilogy(steps, difference, ".", color=COLORS[1], markersize=4, label=label)
+    losses = np.array(comparison.runs["torch"].losses, dtype=np.float32)
+    axes.plot(steps, np.spacing(losses), color="grey", linewidth=1, label="a float32 rounding")
+    allowed = np.where(steps <= 50, NOISE_50_STEPS, NOISE)
+    axes.plot(steps, allowed, "--", color="firebrick", linewidth=1, label="allowed")
+    axes.set(xlabel="step", ylabel="difference\n(nats/token)", ylim=(None, 60 * NOISE))
+    axes.legend(fontsize="x-small", ncols=3, loc="upper right")
+
+
+def _draw_clock(axes: Axes, comparison: Comparison) -> None:
+    for (name, run), color in zip(comparison.runs.items(), COLORS, strict=True):
+        window = min(SMOOTH, len(run.losses))
+        smooth = np.convolve(run.losses, np.ones(window) / window, "valid")
+        axes.plot(np.cumsum(run.seconds)[window - 1 :], smooth, color=color, label=name)
+    axes.set(xlabel="seconds", xlim=(0, None), ylabel=f"loss, mean of {SMOOTH}\n(nats/token)")
+    axes.legend()

@@ -22,7 +22,11 @@ _LOSS_IDS = {} if _C is None else {name: i for i, name in enumerate(_C.loss_name
 _TARGET_TYPES = {"none": 0, "logits": 1, "log_probs": 2, "probs": 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
 
-_Rows = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+if _C is not None:
+    _forward_op = torch.ops.fastdiv._row_forward.default
+    _forward_stats_op = torch.ops.fastdiv._row_forward_stats.default
+    _backward_op = torch.ops.fastdiv._row_backward.default
+    _backward_in_place_op = torch.ops.fastdiv._row_backward_.default
 
 
 def _options(spec: Spec, stats: bool = False, reduction: str | None = None) -> tuple[Any, ...]:
@@ -56,9 +60,11 @@ def row_loss(
     rows = (x, t, label, class_weight, row_weight)
     if torch.compiler.is_compiling():
         return _TracedRowLoss.apply(spec, False, *rows)[0]
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return _RowLoss.apply(spec, False, *rows)[0]
-    return torch.ops.fastdiv._row_forward.default(*rows, *_options(spec))[0]
+    if torch.is_grad_enabled():
+        return _apply(spec, False, *rows)[0]
+    return _forward_op(*rows, *_options(spec))[0]
 
 
 def row_loss_and_stats(
@@ -86,9 +92,8 @@ class _TracedRowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: Spec, stats: bool, *rows: Tensor | None) -> tuple[Tensor, ...]:
-        ops = torch.ops.fastdiv
-        op = ops._row_forward_stats if stats else ops._row_forward
-        return op.default(*rows, *_options(spec, stats))
+        op = _forward_stats_op if stats else _forward_op
+        return op(*rows, *_options(spec, stats))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -101,7 +106,7 @@ class _TracedRowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         need_x, need_t = ctx.needs_input_grad[2:4]
-        dx, dt = torch.ops.fastdiv._row_backward.default(
+        dx, dt = _backward_op(
             grad.contiguous(), *ctx.saved_tensors, *_options(ctx.spec), need_x, need_t
         )
         return None, None, dx if need_x else None, dt if need_t else None, None, None, None
@@ -111,13 +116,22 @@ class _RowLoss(_TracedRowLoss):
     """The same with what Dynamo does not trace: in place, second and forward-mode derivatives."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
         need_x, need_t = ctx.needs_input_grad[2:4]
         if ctx.spec.inplace and need_x:
             dx, dt = _backward_in_place(ctx.spec, grad, ctx.saved_tensors, need_t)
-        else:
+        elif torch.is_grad_enabled():  # create_graph=True, or a torch.func transform
             dx, dt = _RowLossBackward.apply(ctx.spec, need_x, need_t, grad, *ctx.saved_tensors)
+        else:
+            return _TracedRowLoss.backward(ctx, grad)
         return None, None, dx if need_x else None, dt if need_t else None, None, None, None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _TracedRowLoss.setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)  # of the record, which has none
 
     @staticmethod
     def jvp(ctx: Any, _spec: None, _stats: None, *tangents: Tensor | None) -> tuple[Any, ...]:
@@ -149,6 +163,11 @@ class _RowLoss(_TracedRowLoss):
         return (out, *[None] * (ctx.outputs - 1))
 
 
+# Function.apply looks up the signature of forward at every call, for longer than all of the rest
+# takes; what it then calls does not, and is enough where no torch.func transform is active.
+_apply = super(torch.autograd.Function, _RowLoss).apply
+
+
 class _RowLossBackward(torch.autograd.Function):
     """The backward kernel, differentiable in turn through the reference formulas."""
 
@@ -158,7 +177,7 @@ class _RowLossBackward(torch.autograd.Function):
     def forward(
         spec: Spec, need_x: bool, need_t: bool, grad: Tensor, *saved: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastdiv._row_backward.default(
+        return _backward_op(
             grad.contiguous(), *saved, *_options(spec), need_x, need_t
         )
 
@@ -219,7 +238,7 @@ def _backward_in_place(
         )
     x = saved[0]
     assert x is not None
-    dt = torch.ops.fastdiv._row_backward_.default(
+    dt = _backward_in_place_op(
         grad.contiguous(), *saved, *_options(spec), need_t
     )
     # Whoever else saved the logits for a backward of his own now gets torch's error.
@@ -284,9 +303,8 @@ def _vmap_any_forward(
     folded, options = _fold_rows(args[:5], in_dims[:5], batch), args[5:]
     reduction = options[2]
     options = (*options[:2], _REDUCTIONS["none"], *options[3:])
-    ops = torch.ops.fastdiv
-    op = ops._row_forward_stats if stats else ops._row_forward
-    value, record, total, *more = op.default(*folded, *options)
+    op = _forward_stats_op if stats else _forward_op
+    value, record, total, *more = op(*folded, *options)
     value = value.unflatten(-1, (batch, -1)).movedim(-2, 0)
     total = total.new_ones(batch)
     if reduction == _REDUCTIONS["mean"]:
@@ -325,7 +343,7 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
         grad = grad.unsqueeze(-1).expand(batch, count)
     grad = grad.movedim(0, -2).flatten(-2).contiguous()
     options[2] = _REDUCTIONS["none"]
-    out = torch.ops.fastdiv._row_backward.default(
+    out = _backward_op(
         grad,
         *folded,
         _fold(record, in_dims[6], batch).contiguous(),

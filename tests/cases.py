@@ -1,0 +1,184 @@
+"""The table that drives the suite: every loss with its options, and the inputs it is tried on.
+
+A new loss is one line in LOSSES.  Truth is the reference in float64; `eager` is what a user of torch
+would write, in the dtype of the logits, and sets the accuracy that we must reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdiv
+
+Eager = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A public function with options.  ``target`` says what its second argument is."""
+
+    name: str
+    target: str  # "labels", "logits", "log_probs", "probs" or "none"
+    eager: Eager  # rows of the plain loss from (log q, target), target as log p for divergences
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.name}-{self.target}" + (f"[{options}]" if options else "")
+
+    @property
+    def divergence(self) -> bool:
+        return self.target in ("logits", "log_probs", "probs") and self.name != "cross_entropy"
+
+    def call(self, x: Tensor, t: Tensor | None, **options: Any) -> Tensor:
+        """The public function; ``t`` is the target as ``make_target`` made it."""
+        options = {**self.options, **options}
+        function = getattr(fastdiv, self.name)
+        if self.divergence:
+            options["target_type"] = self.target
+        value = function(x, **options) if t is None else function(x, t, **options)
+        return torch.stack(value) if isinstance(value, tuple) else value
+
+    def make_target(self, x: Tensor, logits: Tensor) -> Tensor | None:
+        """The target of this case from teacher logits of the shape of x."""
+        if self.target == "none":
+            return None
+        if self.target == "labels":
+            return logits.argmax(-1)
+        if self.target == "logits":
+            return logits
+        p = logits.double().softmax(-1)
+        return (p.log() if self.target == "log_probs" else p).to(x.dtype)
+
+    def truth(self, x: Tensor, t: Tensor | None, **options: Any) -> Tensor:
+        """The reference in float64."""
+        t = t.double() if t is not None and t.is_floating_point() else t
+        with fastdiv.backend("reference"):
+            return self.call(x.double(), t, **options)
+
+    def eager_rows(self, x: Tensor, t: Tensor | None) -> Tensor:
+        """What torch gives for the rows, in the dtype of x."""
+        temperature = self.options.get("temperature", 1.0)
+        if cap := self.options.get("softcap"):
+            x = cap * torch.tanh(x / cap)
+        x = x / temperature
+        if self.divergence:
+            assert t is not None
+            t = {
+                "logits": lambda: torch.log_softmax(t / temperature, -1),
+                "log_probs": lambda: t,
+                "probs": t.log,
+            }[self.target]()
+        return self.eager(x, t)  # type: ignore[arg-type]
+
+
+def _divergence(terms: Callable[[Tensor, Tensor], Tensor]) -> Eager:
+    return lambda x, lp: terms(torch.log_softmax(x, -1), lp).sum(-1)
+
+
+def _js(beta: float) -> Eager:
+    def terms(lq: Tensor, lp: Tensor) -> Tensor:
+        lm = (beta * lp.exp() + (1 - beta) * lq.exp()).log()
+        return beta * lp.exp() * (lp - lm) + (1 - beta) * lq.exp() * (lq - lm)
+
+    return _divergence(terms)
+
+
+def _cross_entropy(**options: Any) -> Eager:
+    def rows(x: Tensor, y: Tensor) -> Tensor:
+        z_loss = options.get("z_loss", 0.0)
+        smoothing = {k: v for k, v in options.items() if k == "label_smoothing"}
+        value = F.cross_entropy(x, y, reduction="none", **smoothing)
+        return value + z_loss * torch.logsumexp(x, -1) ** 2 if z_loss else value
+
+    return rows
+
+
+def _others(epsilon: float) -> Eager:
+    """WeNet's smoothing: epsilon over the classes that are not the label."""
+
+    def rows(x: Tensor, y: Tensor) -> Tensor:
+        lq, c = torch.log_softmax(x, -1), x.shape[-1]
+        p = torch.full_like(lq, epsilon / (c - 1)).scatter(-1, y.unsqueeze(-1), 1 - epsilon)
+        return -(p * lq).sum(-1)
+
+    return rows
+
+
+def _entropy(x: Tensor, _: Any = None) -> Tensor:
+    lq = torch.log_softmax(x, -1)
+    return -(lq.exp() * lq).sum(-1)
+
+
+def _log_prob(x: Tensor, y: Tensor) -> Tensor:
+    return torch.log_softmax(x, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+
+_kl = _divergence(lambda lq, lp: lp.exp() * (lp - lq))
+_reverse_kl = _divergence(lambda lq, lp: lq.exp() * (lq - lp))
+
+DIVERGENCES: list[tuple[str, Eager, dict[str, Any]]] = [
+    ("kl_div", _kl, {}),
+    ("reverse_kl_div", _reverse_kl, {}),
+    ("js_div", _js(0.5), {}),
+    ("js_div", _js(0.1), {"beta": 0.1}),
+]
+
+LOSSES: list[Case] = [
+    Case("cross_entropy", "labels", _cross_entropy()),
+    Case("cross_entropy", "labels", _cross_entropy(label_smoothing=0.1), {"label_smoothing": 0.1}),
+    Case("cross_entropy", "labels", _others(0.1), {"label_smoothing": 0.1, "smoothing": "others"}),
+    Case("cross_entropy", "labels", _cross_entropy(z_loss=1e-3), {"z_loss": 1e-3}),
+    Case("cross_entropy", "labels", _cross_entropy(), {"softcap": 20.0}),
+    Case("cross_entropy", "labels", _cross_entropy(), {"temperature": 2.5}),
+    Case("cross_entropy", "probs", _cross_entropy()),
+    Case("cross_entropy", "probs", _cross_entropy(label_smoothing=0.1), {"label_smoothing": 0.1}),
+    Case("entropy", "none", _entropy),
+    Case("entropy", "none", _entropy, {"temperature": 0.5}),
+    Case("log_prob", "labels", _log_prob),
+    Case(
+        "log_prob_and_entropy",
+        "labels",
+        lambda x, y: torch.stack([_log_prob(x, y), _entropy(x)]),
+    ),
+    *[
+        Case(name, target, eager, options)
+        for name, eager, options in DIVERGENCES
+        for target in ("logits", "log_probs", "probs")
+    ],
+    Case("kl_div", "logits", _kl, {"temperature": 2.0}),
+    Case("js_div", "logits", _js(0.5), {"temperature": 2.0}),
+]
+
+# 1 and 7: less than a vector; 511, 512, 513: the tile; 4099: prime; 8191, 8192, 8193: the segment;
+# 32000 and 128256: vocabularies.  Rows: 1, 3 (split by columns), more than threads.
+SHAPES = [
+    (1, 1),
+    (3, 7),
+    (5, 511),
+    (4, 512),
+    (4, 513),
+    (7, 4099),
+    (3, 8191),
+    (1, 8192),
+    (2, 8193),
+    (9, 32000),
+    (1, 128256),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def make_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float = 3.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    t = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    return x.to(dtype), t.to(dtype)
