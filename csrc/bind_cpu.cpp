@@ -56,8 +56,8 @@ void check_labels(const RowArgs& a) {
     const int64_t y = a.label[r];
     if ((y < 0 || y >= a.classes) && y != a.ignore_index)
       throw std::out_of_range("target[" + std::to_string(r) + "] is " + std::to_string(y) +
-                              ", out of range for " + std::to_string(a.classes) +
-                              " classes" + ignored);
+                              ", out of range for " + std::to_string(a.classes) + " classes" +
+                              ignored);
   }
 }
 
@@ -103,13 +103,13 @@ Tensor new_gradient(const Tensor& x, bool needed) {
   return d;
 }
 
-#define FD_ROWS                                                                        \
+#define FD_ROWS                                                                             \
   const OptionalTensor &t, const OptionalTensor &label, const OptionalTensor &class_weight, \
       const OptionalTensor &row_weight
 #define FD_OPTIONS                                                                           \
   int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index, \
       double scale, double softcap, double shape, double label_rate, double spread, double z_loss
-#define FD_OPTION_NAMES                                                                  \
+#define FD_OPTION_NAMES                                                                         \
   loss, target_type, reduction, batch, ignore_index, scale, softcap, shape, label_rate, spread, \
       z_loss
 
@@ -127,7 +127,8 @@ Forward forward(const Tensor& x, RowArgs& a, const Options& o) {
   Tensor record = new_tensor(x, {a.rows, kRecordSize}, real);
   Tensor total = new_tensor(x, {}, real);
   a.value = rows.data_ptr();
-  a.entropy = static_cast<char*>(a.value) + (two ? a.rows * size_of(real == ScalarType::Double ? DType::kF64 : DType::kF32) : 0);
+  a.entropy = static_cast<char*>(a.value) +
+              (two ? a.rows * size_of(real == ScalarType::Double ? DType::kF64 : DType::kF32) : 0);
   set_record(a, record, x);
   run(kernels.forward, a);
   if (none) return {rows, record, total};
@@ -216,7 +217,8 @@ std::tuple<Tensor, Tensor> row_forward_grad(const Tensor& grad, const Tensor& x,
   Tensor value = two ? new_tensor(x, {2, a.rows}, real) : new_tensor(x, {a.rows}, real);
   Tensor record = new_tensor(x, {a.rows, kRecordSize}, real), dt = new_gradient(x, need_t);
   a.value = value.data_ptr();
-  a.entropy = static_cast<char*>(a.value) + (two ? a.rows * (real == ScalarType::Double ? 8 : 4) : 0);
+  a.entropy =
+      static_cast<char*>(a.value) + (two ? a.rows * (real == ScalarType::Double ? 8 : 4) : 0);
   set_record(a, record, x);
   a.dx = a.x;
   if (need_t) a.dt = matrix_of(dt, x);

@@ -16,11 +16,13 @@ PYBIND11_MODULE(_C, m) {
     return std::vector<std::string>(std::begin(fastdiv::kLossNames), std::end(fastdiv::kLossNames));
   });
   m.def("cpu_isa", [] { return std::string(fastdiv::instruction_set().name); });
-  m.def("set_cpu_isa", [](const std::string& name) { return fastdiv::set_instruction_set(name.c_str()); });
+  m.def("set_cpu_isa",
+        [](const std::string& name) { return fastdiv::set_instruction_set(name.c_str()); });
   m.def("cpu_isas", [] {
     std::vector<std::string> names;
     for (int i = 0; i < fastdiv::kInstructionSetCount; ++i)
-      if (fastdiv::kInstructionSets[i].supported()) names.push_back(fastdiv::kInstructionSets[i].name);
+      if (fastdiv::kInstructionSets[i].supported())
+        names.push_back(fastdiv::kInstructionSets[i].name);
     return names;
   });
   m.def("built_cpu_isas", [] {

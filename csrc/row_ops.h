@@ -12,8 +12,8 @@
 #include "common/registry.h"
 
 // What every op takes after its tensors.  `batch` is what reduction "batchmean" divides by.
-#define FD_OPTIONS_SCHEMA                                                                     \
-  "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, "   \
+#define FD_OPTIONS_SCHEMA                                                                   \
+  "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, " \
   "float softcap, float shape, float label_rate, float spread, float z_loss"
 #define FD_ROWS_SCHEMA "Tensor? t, Tensor? label, Tensor? class_weight, Tensor? row_weight, "
 
@@ -51,18 +51,24 @@ struct Options {
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::kF32;
-    case ScalarType::Double: return DType::kF64;
-    case ScalarType::Half: return DType::kF16;
-    case ScalarType::BFloat16: return DType::kBF16;
-    default: throw std::invalid_argument("fastdiv: the logits must be of a floating dtype");
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::Double:
+      return DType::kF64;
+    case ScalarType::Half:
+      return DType::kF16;
+    case ScalarType::BFloat16:
+      return DType::kBF16;
+    default:
+      throw std::invalid_argument("fastdiv: the logits must be of a floating dtype");
   }
 }
 inline ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The Python side has checked what users pass and says it better; this repeats what protects memory.
+// The Python side has checked what users pass and says it better; this repeats what protects
+// memory.
 inline void require(bool ok, const char* message) {
   if (!ok) throw std::invalid_argument(message);
 }

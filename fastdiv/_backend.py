@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 try:
-    from . import _C
+    from . import _C as _C
 except ImportError as error:  # a source tree that was not built, or a torch that is too old
     _C = None  # type: ignore[assignment]
     load_error: ImportError | None = error
@@ -38,10 +38,11 @@ if _C is not None and (_isa := os.environ.get("FASTDIV_CPU_ISA")) and not _C.set
 def backend(name: str) -> Iterator[None]:
     """Chooses what computes the losses inside a ``with`` block.
 
-    ``"auto"`` (the default, or what the environment variable ``FASTDIV_BACKEND`` says) uses a kernel
-    where one fits and reference torch operations elsewhere; ``"native"`` raises ``RuntimeError``
-    where no kernel fits; ``"reference"`` never uses a kernel.  The choice is made when a loss is
-    called, for its backward too, and holds for the whole process, as torch's backend flags do.
+    ``"auto"`` uses a kernel where one fits and reference torch operations elsewhere; ``"native"``
+    raises ``RuntimeError`` where no kernel fits; ``"reference"`` never uses a kernel.  The choice
+    is made when a loss is called, for its backward too, and holds for the whole process, as torch's
+    backend flags do.  The default is that of the environment variable ``FASTDIV_BACKEND``, or
+    ``"auto"``.
 
     Raises:
         ValueError: unknown name.
@@ -62,7 +63,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def use_kernel(x: torch.Tensor, pointwise: bool = False) -> bool:
-    """Whether a kernel computes a loss of these logits; raises where one is demanded and none fits."""
+    """Whether a kernel computes a loss of these logits; raises where one is demanded in vain."""
     if _current == "reference":
         return False
     fits = _C is not None and x.device.type == "cpu" and not pointwise

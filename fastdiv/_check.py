@@ -83,7 +83,7 @@ def same_device(x: Tensor, other: Tensor, name: str) -> None:
 
 
 def as_rows(x: Tensor, dim: int) -> Tensor:
-    """A matrix with the classes in its last dimension, contiguous there; a view where one exists."""
+    """A matrix with the classes last and contiguous; a view where there is one."""
     if x.dim() != 2 or dim != 1:
         x = x.movedim(dim, -1)
         x = x.reshape(-1, x.shape[-1])
@@ -124,8 +124,12 @@ def row_vector(x: Tensor, dim: int, v: Tensor, name: str) -> Tensor:
 
 def weight_vector(x: Tensor, v: Tensor, name: str) -> Tensor:
     """A weight in the dtype of the loss; weights get no gradient."""
-    if not isinstance(v, Tensor) or not (v.is_floating_point() or v.dtype in LABELS or v.dtype == torch.bool):
-        raise TypeError(f"{name} must be a real Tensor, got {getattr(v, 'dtype', type(v).__name__)}")
+    if not isinstance(v, Tensor) or not (
+        v.is_floating_point() or v.dtype in LABELS or v.dtype == torch.bool
+    ):
+        raise TypeError(
+            f"{name} must be a real Tensor, got {getattr(v, 'dtype', type(v).__name__)}"
+        )
     if v.requires_grad:
         raise ValueError(
             f"{name} gets no gradient: detach it, or use reduction='none' and multiply the result"
@@ -146,7 +150,9 @@ def class_weights(x: Tensor, classes: int, v: Tensor | None) -> Tensor | None:
         return None
     v = weight_vector(x, v, "weight")
     if v.shape != (classes,):
-        raise ValueError(f"weight must have shape ({classes},), one for each class, got {tuple(v.shape)}")
+        raise ValueError(
+            f"weight must have shape ({classes},), one for each class, got {tuple(v.shape)}"
+        )
     same_device(x, v, "weight")
     return v.contiguous()
 

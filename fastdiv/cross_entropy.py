@@ -7,7 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from . import _check
-from ._ops import row_loss, row_loss_and_stats
+from ._autograd import row_loss, row_loss_and_stats
 from .reference import Spec, Stats
 
 Smoothing = Literal["all", "others"]
@@ -113,7 +113,7 @@ def cross_entropy(
             with weights the weighted mean, as torch's; NaN if no row counts) or ``"batchmean"``
             (sum / ``input.size(0)``).
         label_smoothing: :math:`\varepsilon` in [0, 1].
-        smoothing: ``"all"`` spreads over all classes, ``"others"`` over those that are not the label.
+        smoothing: ``"all"`` spreads over all classes, ``"others"`` over those but the label.
         temperature: Divides the logits.
         softcap: ``softcap * tanh(x / softcap)`` is applied before anything else.
         z_loss: :math:`z`, the factor of the squared log-sum-exp; :math:`\omega` is the class weight
@@ -124,8 +124,8 @@ def cross_entropy(
             notices: whoever else needs the logits for a backward gets an error.  Under
             ``torch.compile`` a fresh gradient is used, which inductor places as it sees fit.
         return_stats: Also return a named tuple of ``lse``, ``entropy``, ``argmax`` and ``log_prob``
-            (of the label, 0 if ignored; :math:`\sum p \log q` for soft targets) of every row, from the
-            same pass, without gradient.
+            (of the label, 0 if ignored; :math:`\sum p \log q` for soft targets) of every row,
+            from the same pass, without gradient.
 
     Returns:
         The loss, float32 (float64 for float64 input), and the statistics if asked for.
@@ -133,8 +133,8 @@ def cross_entropy(
     Raises:
         TypeError: a dtype that is not one of the above.
         ValueError: shapes that do not fit, an option out of its range.
-        IndexError: a label outside ``[0, C)`` that is not ``ignore_index`` (on CPU; elsewhere such a
-            row is NaN), a dimension that ``input`` does not have.
+        IndexError: a label outside ``[0, C)`` that is not ``ignore_index`` (on CPU; elsewhere such
+            a row is NaN), a dimension that ``input`` does not have.
 
     Example:
         >>> import torch, fastdiv

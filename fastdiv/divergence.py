@@ -9,38 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _check
-from ._ops import row_loss
+from ._autograd import row_loss
 from .reference import Spec
-
-_ARGS = r"""
-    Args:
-        input: Logits :math:`x` of any shape with the classes on ``dim``; float32, bfloat16, float16
-            or float64, strided as it comes.
-        target: Target rows of the shape of ``input``, as ``target_type`` says.  Gets a gradient
-            where it requires one.
-        target_type: What the target holds: ``"logits"``, ``"log_probs"`` or ``"probs"``. Required.
-            Probabilities are taken as they are, normalised or not.
-        dim: Dimension of the classes.
-        reduction: ``"none"`` (one value a row), ``"sum"``, ``"mean"`` (over the rows that count, by
-            token weight), ``"batchmean"`` (sum / ``input.size(0)``, as torch's) or ``"pointwise"``
-            (every term, of the shape of ``input``: torch's ``reduction="none"``).
-        temperature: :math:`T`; divides the input, and the target where that is logits.  The value is
-            not multiplied by :math:`T^2` (the modules of :mod:`fastdiv.nn` have a flag for that).
-        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``. A row of weight 0
-            does not count: loss and gradient 0, whatever it holds.
-        inplace_backward: The backward writes the gradient over the logits' own memory; autograd
-            notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
-"""
-
-_RETURNS = """
-    Returns:
-        The divergence in nats, float32 (float64 for float64 input).
-
-    Raises:
-        TypeError: a dtype that is not one of the above.
-        ValueError: shapes that do not fit, an option out of its range.
-        IndexError: a dimension that ``input`` does not have.
-"""
 
 
 def _divergence(
@@ -81,16 +51,6 @@ def _divergence(
     return value.reshape(rows) if reduction == "none" and len(rows) != 1 else value
 
 
-def _documented(function):  # type: ignore[no-untyped-def]
-    """Fills in what the docstrings of the family share."""
-    if function.__doc__:
-        function.__doc__ = function.__doc__.replace("    {args}\n", _ARGS[1:]).replace(
-            "    {returns}\n", _RETURNS[1:]
-        )
-    return function
-
-
-@_documented
 def kl_div(
     input: Tensor,
     target: Tensor,
@@ -106,13 +66,37 @@ def kl_div(
 
     .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c \,(\log p_c - \log q_c)
 
-    It is what ``F.kl_div(F.log_softmax(input, dim), target)`` computes, from logits and in one pass.
+    It is what ``F.kl_div(F.log_softmax(input, dim), target)`` computes, in one pass.
     Classes at :math:`-\infty` on both sides add nothing; teacher mass where the student has none
     gives :math:`+\infty` with a finite gradient; between two rows of logits the value is accurate,
     and never negative, also where it is next to 0.
 
-    {args}
-    {returns}
+    Args:
+        input: Logits :math:`x` of any shape with the classes on ``dim``; float32, bfloat16, float16
+            or float64, strided as it comes.
+        target: Target rows of the shape of ``input``, as ``target_type`` says.  Gets a gradient
+            where it requires one.
+        target_type: What the target holds: ``"logits"``, ``"log_probs"`` or ``"probs"``. Required.
+            Probabilities are taken as they are, normalised or not.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value a row), ``"sum"``, ``"mean"`` (over the rows that count, by
+            token weight), ``"batchmean"`` (sum / ``input.size(0)``, as torch's) or ``"pointwise"``
+            (every term, of the shape of ``input``: torch's ``reduction="none"``).
+        temperature: :math:`T`; divides the input, and the target where that is logits.  The value
+            is not multiplied by :math:`T^2` (the modules of :mod:`fastdiv.nn` have a flag for it).
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  A row of
+            weight 0 does not count: loss and gradient 0, whatever it holds.
+        inplace_backward: The backward writes the gradient over the logits' own memory; autograd
+            notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
+
+    Returns:
+        The divergence in nats, float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: a dtype that is not one of the above.
+        ValueError: shapes that do not fit, an option out of its range.
+        IndexError: a dimension that ``input`` does not have.
+
     Example:
         >>> import torch, fastdiv
         >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
@@ -138,7 +122,6 @@ def kl_div(
     )
 
 
-@_documented
 def reverse_kl_div(
     input: Tensor,
     target: Tensor,
@@ -156,8 +139,8 @@ def reverse_kl_div(
 
     The mode-seeking direction: student mass where the teacher has none costs :math:`+\infty`.
 
-    {args}
-    {returns}
+    Arguments, result and errors are those of :func:`kl_div`.
+
     Example:
         >>> import torch, fastdiv
         >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
@@ -180,7 +163,6 @@ def reverse_kl_div(
     )
 
 
-@_documented
 def js_div(
     input: Tensor,
     target: Tensor,
@@ -203,9 +185,8 @@ def js_div(
     :math:`\mathrm{KL}(p \| q)` and :math:`\mathrm{KL}(q \| p)`, as GKD defines them: the formula
     itself tends to 0 there, so the value jumps at the two ends.
 
-    {args}        beta: :math:`\beta` in [0, 1].
+    :math:`\beta` is in [0, 1]; all other arguments, result and errors are those of :func:`kl_div`.
 
-    {returns}
     Example:
         >>> import torch, fastdiv
         >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from . import _check
-from ._ops import row_loss
+from ._autograd import row_loss
 from .reference import Spec
 
 NO_LABEL_IGNORED = -(2**63)
@@ -68,7 +68,8 @@ def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float 
     r"""Log-probability of one class a row, :math:`x_y / T - \log \sum_c e^{x_c / T}`, in nats.
 
     Args:
-        input: Logits of any shape with the classes on ``dim``; float32, bfloat16, float16 or float64.
+        input: Logits of any shape with the classes on ``dim``; float32, bfloat16, float16 or
+            float64.
         index: Class indices (int64, int32, uint8) of the shape of ``input`` without ``dim``.
         dim: Dimension of the classes.
         temperature: :math:`T`.

@@ -33,7 +33,9 @@ class CrossEntropyLoss(nn.Module):
 
     Example:
         >>> import torch, fastdiv
-        >>> fastdiv.nn.CrossEntropyLoss(label_smoothing=0.1)(torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> fastdiv.nn.CrossEntropyLoss(label_smoothing=0.1)(
+        ...     torch.zeros(2, 4), torch.tensor([0, 3])
+        ... )
         tensor(1.3863)
     """
 

@@ -1,4 +1,4 @@
-r"""Every loss in plain torch operations: the specification, the fallback and the oracle of the tests.
+r"""Every loss in plain torch operations: specification, fallback and oracle of the tests.
 
 This module imports torch only.  It works on rows: ``x`` and ``t`` are matrices ``[R, C]`` of input
 logits and targets, ``label`` and ``row_weight`` have one entry for each row.  What it defines, and
@@ -54,12 +54,14 @@ def masked_product(mass: Tensor, factor: Tensor) -> Tensor:
 
 
 def log_ratio_term(mass: Tensor, log_mass: Tensor, log_other: Tensor) -> Tensor:
-    """``mass * (log_mass - log_other)``; where that is infinite, only ``log_other`` gets gradient."""
+    """``mass * (log_mass - log_other)``; where infinite, only ``log_other`` gets gradient."""
     infinite = (mass != 0) & torch.isinf(log_other)
     mass = torch.where(infinite, mass.detach(), mass)
     log_mass = torch.where(infinite, log_mass.detach(), log_mass)
     empty = mass == 0
-    return masked_product(mass, torch.where(empty, 0.0, log_mass) - torch.where(empty, 0.0, log_other))
+    return masked_product(
+        mass, torch.where(empty, 0.0, log_mass) - torch.where(empty, 0.0, log_other)
+    )
 
 
 def log_of(p: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def log_of(p: Tensor) -> Tensor:
     return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, p)))
 
 
-# --- divergences: terms of D = sum f(q, p) ---------------------------------------------------------
+# --- divergences: terms of D = sum f(q, p) ----------------------------------------------------
 
 
 def kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
@@ -107,7 +109,7 @@ def divergence_terms(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
     return DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.shape)
 
 
-# --- losses of one row of logits -------------------------------------------------------------------
+# --- losses of one row of logits --------------------------------------------------------------
 
 
 def entropy(lq: Tensor) -> Tensor:
@@ -132,8 +134,8 @@ def cross_entropy(
 ) -> Tensor:
     """``-sum r log q + z omega lse^2`` with ``r = class_weight (label p + spread)``.
 
-    ``p`` is ``t``, or all of it is on the class ``y``.  ``omega`` is the label's class weight, and 1
-    for soft targets.
+    ``p`` is ``t``, or all of it is on the class ``y``.  ``omega`` is the class weight of the label,
+    1 for soft targets.
     """
     omega: Tensor | float = 1.0
     if t is not None:
@@ -149,31 +151,31 @@ def cross_entropy(
     return value + spec.z_loss * omega * torch.logsumexp(x, -1) ** 2 if spec.z_loss else value
 
 
-# --- rows and reductions ---------------------------------------------------------------------------
+# --- rows and reductions ----------------------------------------------------------------------
 
 
 def row_weights(
-    spec: Spec, x: Tensor, label: Tensor | None, row_weight: Tensor | None
+    ignore_index: int, x: Tensor, label: Tensor | None, row_weight: Tensor | None
 ) -> Tensor:
     """Weight of every row; 0: it does not count."""
     dtype = value_dtype(x.dtype)
     weight = x.new_ones(x.shape[:-1], dtype=dtype) if row_weight is None else row_weight
-    return weight if label is None else torch.where(label == spec.ignore_index, 0.0, weight)
+    return weight if label is None else torch.where(label == ignore_index, 0.0, weight)
 
 
-def total_weight(
-    spec: Spec,
+def mean_weights(
+    ignore_index: int,
     x: Tensor,
     label: Tensor | None,
     class_weight: Tensor | None,
     row_weight: Tensor | None,
 ) -> Tensor:
-    """What a mean is divided by: the weights of the rows that count."""
-    weight = row_weights(spec, x, label, row_weight)
+    """Weight of every row in a mean: with class weights, that of its label too."""
+    weight = row_weights(ignore_index, x, label, row_weight)
     if label is None or class_weight is None:
-        return weight.sum()
+        return weight
     of_label = class_weight[label.clamp(0, x.shape[-1] - 1)]
-    return (weight * torch.where(weight == 0, 0.0, of_label)).sum()
+    return torch.where(weight == 0, 0.0, weight * of_label)
 
 
 def rows(
@@ -184,12 +186,12 @@ def rows(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
 ) -> Tensor:
-    """Weighted value of every row, ``[R]``; ``[2, R]`` of log_prob_and_entropy; all terms, pointwise.
+    """Weighted value of every row, ``[R]``; two rows of them for log_prob_and_entropy.
 
-    A label outside ``[0, C)`` that is not ``ignore_index`` makes its row NaN.
+    Pointwise, every term.  A label outside ``[0, C)`` that is not ``ignore_index`` makes its row NaN.
     """
     dtype = value_dtype(x.dtype)
-    weight = row_weights(spec, x, label, row_weight)
+    weight = row_weights(spec.ignore_index, x, label, row_weight)
     counts = (weight != 0).unsqueeze(-1)
     # What a row that does not count holds must not reach its gradient, where 0 * NaN is NaN.
     x = torch.where(counts, x.to(dtype), 0.0)
@@ -235,7 +237,7 @@ def loss(
         return value
     total = value.sum()
     if spec.reduction == "mean":
-        return total / total_weight(spec, x, label, class_weight, row_weight)
+        return total / mean_weights(spec.ignore_index, x, label, class_weight, row_weight).sum()
     return total / spec.batch if spec.reduction == "batchmean" else total
 
 

@@ -117,9 +117,9 @@ FD_FN ExpGap<double> exp_gap(double z) {
   g.e = exp(z);
   g.em1 = expm1(z);
   double tail = 1.0 / 39916800;  // 1/11!, Taylor series of (e^z - 1 - z) / z^2
-  const double inverse_factorial[] = {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
-                                      1.0 / 720,     1.0 / 120,    1.0 / 24,    1.0 / 6,
-                                      1.0 / 2};
+  const double inverse_factorial[] = {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                                      1.0 / 5040,    1.0 / 720,    1.0 / 120,
+                                      1.0 / 24,      1.0 / 6,      1.0 / 2};
   for (double c : inverse_factorial) tail = tail * z + c;
   g.chi = z > -0.125 ? z * z * tail : g.em1 - z;
   g.phi = z > -0.5 ? z * g.em1 - g.chi : g.z * g.e - g.em1;
@@ -180,8 +180,8 @@ FD_FN Log1p<double> log1p_gap(double u) {
   const double v = 1.0 + u;
   const double value = log1p(u < -1.0 + 1e-300 ? -1.0 + 2.3e-16 : u);
   double tail = -1.0 / 12;  // log1p(u) - u = -u^2/2 + u^3/3 - ...
-  const double inverse[] = {1.0 / 11, -1.0 / 10, 1.0 / 9, -1.0 / 8, 1.0 / 7,
-                            -1.0 / 6, 1.0 / 5,   -1.0 / 4, 1.0 / 3, -1.0 / 2};
+  const double inverse[] = {1.0 / 11, -1.0 / 10, 1.0 / 9,  -1.0 / 8, 1.0 / 7,
+                            -1.0 / 6, 1.0 / 5,   -1.0 / 4, 1.0 / 3,  -1.0 / 2};
   for (double c : inverse) tail = tail * u + c;
   return {value, u > -0.03125 ? u * u + v * u * u * tail : v * value - u};
 }

@@ -6,20 +6,20 @@
 #include "losses/entropy.h"
 
 // name, policy of <real>
-#define FD_ROW_LOSSES(X)                                              \
-  X(cross_entropy, CrossEntropy<real>)                                \
-  X(cross_entropy_stats, WithStats<CrossEntropy<real>>)               \
-  X(smoothed_cross_entropy, SmoothedCrossEntropy<real>)               \
+#define FD_ROW_LOSSES(X)                                                 \
+  X(cross_entropy, CrossEntropy<real>)                                   \
+  X(cross_entropy_stats, WithStats<CrossEntropy<real>>)                  \
+  X(smoothed_cross_entropy, SmoothedCrossEntropy<real>)                  \
   X(smoothed_cross_entropy_stats, WithStats<SmoothedCrossEntropy<real>>) \
-  X(soft_cross_entropy, SoftCrossEntropy<real>)                       \
-  X(soft_cross_entropy_stats, WithStats<SoftCrossEntropy<real>>)      \
-  X(entropy, Entropy<real>)                                           \
+  X(soft_cross_entropy, SoftCrossEntropy<real>)                          \
+  X(soft_cross_entropy_stats, WithStats<SoftCrossEntropy<real>>)         \
+  X(entropy, Entropy<real>)                                              \
   X(log_prob_and_entropy, LogProbAndEntropy<real>)
 
 // name, policy of <real, target>
-#define FD_DIVERGENCES(X)            \
-  X(kl_div, KlDiv)                   \
-  X(reverse_kl_div, ReverseKlDiv)    \
+#define FD_DIVERGENCES(X)         \
+  X(kl_div, KlDiv)                \
+  X(reverse_kl_div, ReverseKlDiv) \
   X(js_div, JsDiv)
 
 namespace fastdiv {
@@ -28,7 +28,7 @@ enum class LossId : int {
 #define FD_ID(name, policy) k_##name,
   FD_ROW_LOSSES(FD_ID) FD_DIVERGENCES(FD_ID)
 #undef FD_ID
-  kCount
+      kCount
 };
 
 constexpr const char* kLossNames[] = {

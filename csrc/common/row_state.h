@@ -42,7 +42,9 @@ struct Shift {
   real ratio, delta, old_sum;
 
   // Sum of e^l l, l = shifted logit, under the new maximum.
-  FD_FN real of_moment(real sum) const { return mass_times(ratio, sum + mass_times(old_sum, delta)); }
+  FD_FN real of_moment(real sum) const {
+    return mass_times(ratio, sum + mass_times(old_sum, delta));
+  }
 };
 
 // Running log-sum-exp.  The maximum starts at the lowest finite number, so that e^(-inf - max) is
@@ -87,8 +89,8 @@ struct RowState {
   Sums<real> sums;
 
   FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
-    rebase(loss, max_of(tile.x, tile.n, x.max),
-           kNormalise ? max_of(tile.t, tile.n, t.max) : t.max, scale);
+    rebase(loss, max_of(tile.x, tile.n, x.max), kNormalise ? max_of(tile.t, tile.n, t.max) : t.max,
+           scale);
     const real x_max = x.max, t_max = kNormalise ? t.max : real(0);
     real x_sum = 0, t_sum = 0, a = 0, b = 0, c = 0, d = 0;
     FD_SIMD(reduction(+ : x_sum, t_sum, a, b, c, d))

@@ -1,7 +1,7 @@
 // A region of code compiled for another instruction set than the rest of the file.
 //
-// Everything that the region uses from a header is included before it is opened: a header's function
-// compiled inside could be chosen by the linker for code that runs on a lesser machine.
+// Everything that the region uses from a header is included before it is opened: a header's
+// function compiled inside could be chosen by the linker for code that runs on a lesser machine.
 #pragma once
 
 #include "cpu/dtype.h"

@@ -13,8 +13,11 @@ struct CrossEntropyOf : Loss<real, target> {
   static constexpr bool kWeights = smoothed;
 
   real label, spread, z_loss;
-  explicit CrossEntropyOf(const LossParams& p)
-      : Loss<real, target>(p), label(real(p.label)), spread(real(p.spread)), z_loss(real(p.z_loss)) {}
+  FD_FN explicit CrossEntropyOf(const LossParams& p)
+      : Loss<real, target>(p),
+        label(real(p.label)),
+        spread(real(p.spread)),
+        z_loss(real(p.z_loss)) {}
 
   // r_c, but for the label: the skeleton adds that at its column.
   FD_FN real rate(real p, real weight) const {

@@ -41,7 +41,7 @@ struct ReverseKlDiv : Divergence<real, target> {
 template <class real, Target target>
 struct JsDiv : Divergence<real, target> {
   real beta;
-  explicit JsDiv(const LossParams& p) : Divergence<real, target>(p), beta(real(p.shape)) {}
+  FD_FN explicit JsDiv(const LossParams& p) : Divergence<real, target>(p), beta(real(p.shape)) {}
 
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     const bool student = c.student_larger();

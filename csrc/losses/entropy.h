@@ -43,8 +43,8 @@ struct LogProbAndEntropy : Entropy<real> {
   static constexpr bool kLabel = true, kTwoOutputs = true;
   using Entropy<real>::Entropy;
 
-  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, Label<real> y, real scale,
-                             Row<real>& row) const {
+  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, Label<real> y,
+                             real scale, Row<real>& row) const {
     return {y.lx - row.x_logz, Entropy<real>::finish(x, s, y, scale, row).entropy};
   }
   FD_FN real grad_x(real lq, real q, real, real, const Row<real>& row, Outputs<real> g) const {

@@ -30,12 +30,12 @@ struct Loss {
   using real = Real;
   static constexpr Target kTarget = target;
   static constexpr bool kDivergence = false;
-  static constexpr bool kLabel = false;      // reads the class index
-  static constexpr bool kWeights = false;    // reads a weight for every class
+  static constexpr bool kLabel = false;       // reads the class index
+  static constexpr bool kWeights = false;     // reads a weight for every class
   static constexpr bool kTwoOutputs = false;  // the entropy too, with its own upstream gradient
   static constexpr bool kStats = false;
 
-  explicit Loss(const LossParams&) {}
+  FD_FN explicit Loss(const LossParams&) {}
   FD_FN Sums<real> partial(const Column<real>&) const { return {}; }
   FD_FN void rebase(Sums<real>&, Shift<real>, Shift<real>) const {}
 };

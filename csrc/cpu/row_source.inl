@@ -1,0 +1,107 @@
+// A row as the skeletons see it: where its data, weights and label are, and its column segments.
+// Part of rows.inl: compiled once per instruction set.
+
+template <class P>
+struct RowSource {
+  using real = typename P::real;
+  static constexpr Target kTarget = P::kTarget;
+  static constexpr bool kTeacher = kTarget != Target::kNone;
+
+  const RowArgs& a;
+  const P loss;
+  const real scale;
+  const Converters<real> convert;
+
+  explicit RowSource(const RowArgs& args)
+      : a(args),
+        loss(args.params),
+        scale(real(args.scale)),
+        convert(converters(args.dtype, real())) {
+    if (P::kWeights && !a.class_weight)
+      for (int i = 0; i < kTile && i < a.classes; ++i) ones.data[i] = real(1);
+  }
+
+  RowReader<real> input(int64_t r) const {
+    return {row_of(a.x, r), convert.load, {real(a.softcap)}};
+  }
+  RowReader<real> target(int64_t r) const { return {row_of(a.t, r), convert.load, {real(0)}}; }
+  RowWriter<real> output(const Matrix& m, int64_t r, bool direct) const {
+    return {row_of(m, r), convert, direct && convert.same};
+  }
+  Row<real>& record(int64_t r) const { return static_cast<Row<real>*>(a.record)[r]; }
+  const real* weights(int64_t i) const {
+    return a.class_weight ? static_cast<const real*>(a.class_weight) + i : ones.data;
+  }
+
+  // 0: the row does not count.
+  real row_weight(int64_t r) const {
+    if (P::kLabel && a.label[r] == a.ignore_index) return real(0);
+    return a.row_weight ? static_cast<const real*>(a.row_weight)[r] : real(1);
+  }
+
+  // Of a row that counts.
+  Label<real> label(int64_t r, const Row<real>& row) const {
+    if (!P::kLabel) return {0, 0};
+    Buffer<real> b;
+    const int64_t y = a.label[r];
+    const real x = *input(r).tile(y, 1, b);
+    return {(x - row.x_max) * scale,
+            a.class_weight ? static_cast<const real*>(a.class_weight)[y] : real(1)};
+  }
+
+  // body(i, n) for every tile of columns [begin, end).
+  template <class Body>
+  void for_tiles(int64_t begin, int64_t end, Body body) const {
+    for (int64_t i = begin; i < end; i += kTile) body(i, int(end - i < kTile ? end - i : kTile));
+  }
+
+  // body(s, begin, end) for every column segment: in order, or shared out over the threads.
+  template <class Body>
+  void for_segments(Body body) const {
+    const auto segment = [&](int64_t s) {
+      const int64_t begin = s * kSegment, end = begin + kSegment;
+      body(s, begin, end < a.classes ? end : a.classes);
+    };
+    const int64_t count = segment_count(a.classes);
+    if (a.split_columns == nullptr) {
+      for (int64_t s = 0; s < count; ++s) segment(s);
+    } else {
+      a.split_columns(
+          0, count, 1,
+          [](int64_t begin, int64_t end, void* context) {
+            for (int64_t s = begin; s < end; ++s) (*static_cast<decltype(&segment)>(context))(s);
+          },
+          const_cast<void*>(static_cast<const void*>(&segment)));
+    }
+  }
+
+  // What part(begin, end) gives for each segment, merged in order whoever computed it.
+  template <class Part, class Merge>
+  auto over_segments(Part part, Merge merge) const {
+    using Result = decltype(part(int64_t(), int64_t()));
+    static_assert(sizeof(Result) <= kScratchPerSegment, "scratch too small");
+    Result total{};
+    Result* parts = static_cast<Result*>(a.scratch);
+    for_segments([&](int64_t s, int64_t begin, int64_t end) {
+      const Result result = part(begin, end);
+      if (a.split_columns)
+        parts[s] = result;
+      else if (s == 0)
+        total = result;
+      else
+        merge(total, result);
+    });
+    if (a.split_columns) {
+      total = parts[0];
+      for (int64_t s = 1; s < segment_count(a.classes); ++s) merge(total, parts[s]);
+    }
+    return total;
+  }
+
+ private:
+  Buffer<real> ones;
+
+  void* row_of(const Matrix& m, int64_t r) const {
+    return static_cast<char*>(m.data) + r * m.stride * size_of(a.dtype);
+  }
+};

@@ -1,0 +1,218 @@
+"""The one autograd.Function of all losses: kernels for values and first derivatives.
+
+Everything above this module speaks of losses, everything below of rows.  Second derivatives are
+those of ``reference.loss``, which is what the kernels compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops, reference
+from ._backend import use_kernel
+from .reference import Spec, Stats
+
+
+def row_loss(
+    spec: Spec,
+    x: Tensor,
+    t: Tensor | None = None,
+    label: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """The loss of a matrix of logits ``[R, C]``, reduced as the spec says."""
+    if not use_kernel(x, spec.reduction == "pointwise"):
+        return reference.loss(spec, x, t, label, class_weight, row_weight)
+    rows = (x, t, label, class_weight, row_weight)
+    if torch.compiler.is_compiling():
+        return _TracedRowLoss.apply(spec, False, *rows)[0]
+    if torch._C._are_functorch_transforms_active():
+        return _RowLoss.apply(spec, False, *rows)[0]
+    if torch.is_grad_enabled():
+        return _apply(spec, False, *rows)[0]
+    return _ops.forward(*rows, *_ops.options(spec))[0]
+
+
+def row_loss_and_stats(
+    spec: Spec,
+    x: Tensor,
+    t: Tensor | None = None,
+    label: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """The loss, and statistics of its rows from the same pass."""
+    rows = (x, t, label, class_weight, row_weight)
+    if not use_kernel(x):
+        return reference.loss(spec, *rows), reference.stats(spec, x, t, label)
+    function = _TracedRowLoss if torch.compiler.is_compiling() else _RowLoss
+    value, _, _, stats, argmax = function.apply(spec, True, *rows)
+    lse, entropy, log_prob = stats.unbind(0)
+    return value, Stats(lse, entropy, argmax, log_prob)
+
+
+class _TracedRowLoss(torch.autograd.Function):
+    """One function for every loss; this form of it is what ``torch.compile`` can trace."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(spec: Spec, stats: bool, *rows: Tensor | None) -> tuple[Tensor, ...]:
+        op = _ops.forward_stats if stats else _ops.forward
+        return op(*rows, *_ops.options(spec, stats))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.spec, _, *rows = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*rows, *output[1:3])
+        ctx.save_for_forward(*rows, *output[1:3])
+        ctx.outputs = len(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        need_x, need_t = ctx.needs_input_grad[2:4]
+        dx, dt = _ops.backward(
+            grad.contiguous(), *ctx.saved_tensors, *_ops.options(ctx.spec), need_x, need_t
+        )
+        return None, None, dx if need_x else None, dt if need_t else None, None, None, None
+
+
+class _RowLoss(_TracedRowLoss):
+    """The same with what Dynamo does not trace: in place, second and forward-mode derivatives."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        need_x, need_t = ctx.needs_input_grad[2:4]
+        if ctx.spec.inplace and need_x:
+            dx, dt = _backward_in_place(ctx.spec, grad, ctx.saved_tensors, need_t)
+        elif torch.is_grad_enabled():  # create_graph=True, or a torch.func transform
+            dx, dt = _RowLossBackward.apply(ctx.spec, need_x, need_t, grad, *ctx.saved_tensors)
+        else:
+            return _TracedRowLoss.backward(ctx, grad)
+        return None, None, dx if need_x else None, dt if need_t else None, None, None, None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _TracedRowLoss.setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)  # of the record, which has none
+
+    @staticmethod
+    def jvp(ctx: Any, _spec: None, _stats: None, *tangents: Tensor | None) -> tuple[Any, ...]:
+        # The gradient of every row by the kernel, times the tangents.  (A torch.func.jvp here would
+        # nest forward modes, which gradcheck refuses.)
+        spec, (dx, dt) = ctx.spec, tangents[:2]
+        *rows, record, total = ctx.saved_tensors
+        x = rows[0]
+        each = replace(spec, reduction="none", inplace=False)
+        value = x.new_zeros(x.shape[0], dtype=record.dtype)
+
+        def tangent(grad: Tensor) -> Tensor:
+            gx, gt = _RowLossBackward.apply(
+                each, dx is not None, dt is not None, grad, *rows, record, total
+            )
+            out = torch.zeros_like(value)
+            for g, d in ((gx, dx), (gt, dt)):
+                if d is not None:
+                    out = out + (g.to(value.dtype) * d.to(value.dtype)).sum(-1)
+            return out
+
+        one, zero = torch.ones_like(value), torch.zeros_like(value)
+        if spec.loss == "log_prob_and_entropy":
+            out = torch.stack(
+                [tangent(torch.stack([one, zero])), tangent(torch.stack([zero, one]))]
+            )
+        else:
+            out = tangent(one)
+        if spec.reduction != "none":
+            out = out.sum() / total
+        return (out, *[None] * (ctx.outputs - 1))
+
+
+# Function.apply looks up the signature of forward at every call, for longer than all of the rest
+# takes; what it then calls does not, and is enough where no torch.func transform is active.
+_apply = super(torch.autograd.Function, _RowLoss).apply
+
+
+class _RowLossBackward(torch.autograd.Function):
+    """The backward kernel, differentiable in turn through the reference formulas."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        spec: Spec, need_x: bool, need_t: bool, grad: Tensor, *saved: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _ops.backward(grad.contiguous(), *saved, *_ops.options(spec), need_x, need_t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.spec, ctx.need_x, ctx.need_t, grad, *saved = inputs
+        ctx.save_for_backward(grad, *saved[:5])
+        ctx.save_for_forward(grad, *saved[:5])
+
+    @staticmethod
+    def _reference(ctx: Any) -> tuple[Any, list[Tensor]]:
+        """The reference gradient as a function of upstream gradient and needed rows."""
+        grad, x, t, label, class_weight, row_weight = ctx.saved_tensors
+        needed = [v for v, need in ((x, ctx.need_x), (t, ctx.need_t)) if need]
+
+        def gradient(grad: Tensor, *needed: Tensor) -> tuple[Tensor, ...]:
+            def loss(*needed: Tensor) -> Tensor:
+                rest = list(needed)
+                xs = rest.pop(0) if ctx.need_x else x
+                ts = rest.pop(0) if ctx.need_t else t
+                return reference.loss(ctx.spec, xs, ts, label, class_weight, row_weight)
+
+            return torch.func.vjp(loss, *needed)[1](grad)
+
+        return gradient, [grad, *needed]
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor, ddt: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, inputs = _RowLossBackward._reference(ctx)
+        cotangents = tuple(d for d, need in ((ddx, ctx.need_x), (ddt, ctx.need_t)) if need)
+        dgrad, *rest = torch.func.vjp(gradient, *inputs)[1](cotangents)
+        dx = rest.pop(0) if ctx.need_x else None
+        dt = rest.pop(0) if ctx.need_t else None
+        return None, None, None, dgrad, dx, dt, *[None] * 5
+
+    @staticmethod
+    def jvp(ctx: Any, _s: None, _nx: None, _nt: None, *tangents: Tensor | None) -> tuple[Any, ...]:
+        gradient, inputs = _RowLossBackward._reference(ctx)
+        dgrad, dx, dt = tangents[:3]
+        given = [dgrad, *[d for d, need in ((dx, ctx.need_x), (dt, ctx.need_t)) if need]]
+        # Expanded tangents (of a sum, say) must be cloned for forward over reverse.
+        filled = [
+            torch.zeros_like(v) if d is None else d.clone()
+            for v, d in zip(inputs, given, strict=True)
+        ]
+        out = list(torch.func.jvp(gradient, tuple(inputs), tuple(filled))[1])
+        empty = inputs[1].new_empty(0)
+        return (
+            out.pop(0) if ctx.need_x else empty,
+            out.pop(0) if ctx.need_t else empty,
+        )
+
+
+def _backward_in_place(
+    spec: Spec, grad: Tensor, saved: tuple[Tensor | None, ...], need_t: bool
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "inplace_backward=True overwrites the logits, of which a second derivative "
+            "(create_graph=True, torch.func) has need: call the loss with inplace_backward=False"
+        )
+    x = saved[0]
+    assert x is not None
+    dt = _ops.backward_in_place(grad.contiguous(), *saved, *_ops.options(spec), need_t)
+    # Whoever else saved the logits for a backward of his own now gets torch's error.
+    torch.autograd.graph.increment_version(x)
+    return x.detach(), dt

@@ -1,0 +1,1 @@
+"""Speed of the losses on this machine: what ``python -m fastdiv bench`` runs."""

@@ -1,0 +1,209 @@
+"""DESIGN.md 2.7: the bits of a row depend on nothing but the row (and the instruction set)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiv
+from cases import LOSSES, Case, make_inputs
+from recorder import Recorder
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d)[6:])
+
+
+def bits(v: Tensor) -> Tensor:
+    """The same numbers as integers: NaN equals itself, -0 is not 0."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return v.detach().view(kinds[v.element_size()])
+
+
+def evaluate(case: Case, x: Tensor, t: Tensor | None, reduction: str = "none") -> list[Tensor]:
+    """Value, gradient of the logits, and gradient of a floating target; rows first.
+
+    The upstream gradient of a row is made from the row, and so is a matter of the row alone too.
+    """
+    options = {} if case.name.startswith("log_prob") else {"reduction": reduction}
+    x = x.detach().requires_grad_()
+    inputs = [x]
+    if t is not None and t.is_floating_point():
+        t = t.detach().requires_grad_()
+        inputs.append(t)
+    with fastdiv.backend("native"):
+        value = case.call(x, t, **options)
+        upstream = (
+            x.detach()[..., 0].to(value.dtype) if value.dim() else torch.tensor(1.3).to(value)
+        )
+        grads = torch.autograd.grad(value, inputs, upstream.expand_as(value))
+    return [value.movedim(-1, 0) if value.dim() else value, *grads]
+
+
+def assert_same(
+    got: list[Tensor], expected: list[Tensor], rows: slice | list[int], what: str
+) -> None:
+    for name, g, e in zip(
+        ("value", "gradient", "gradient of the target"), got, expected, strict=False
+    ):
+        e = e[rows] if e.dim() else e
+        different = (bits(g) != bits(e)).nonzero()
+        assert g.shape == e.shape
+        assert not len(different), (
+            f"{name} differs {what}: at {different[0].tolist()} {g[tuple(different[0])]} against "
+            f"{e[tuple(different[0])]}, {len(different)} places"
+        )
+
+
+def inputs(case: Case, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Rows of every kind: apart, close (the accurate sweep of KL), equal, with a masked class."""
+    x, teacher = make_inputs(shape, torch.float64)
+    teacher[1::4] = x[1::4] + 1e-3 * teacher[1::4]
+    teacher[2::4] = x[2::4]
+    if shape[1] > 1:
+        x[3::4, 1] = teacher[3::4, 1] = -torch.inf
+    x, teacher = x.to(dtype), teacher.to(dtype)
+    return x, case.make_target(x, teacher)
+
+
+def part(t: Tensor | None, rows: slice | list[int]) -> Tensor | None:
+    return None if t is None else t[rows]
+
+
+@EVERY_CASE
+@EVERY_DTYPE
+def test_threads(case: Case, dtype: torch.dtype) -> None:
+    x, t = inputs(case, (97, 1031), dtype)  # three tasks of 32768 elements, and a short fourth
+    torch.set_num_threads(1)
+    expected = evaluate(case, x, t)
+    assert_same(evaluate(case, x, t), expected, slice(None), "when run twice")
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            assert_same(evaluate(case, x, t), expected, slice(None), f"with {threads} threads")
+
+
+@EVERY_CASE
+@EVERY_DTYPE
+@pytest.mark.parametrize("classes", [5, 45, 1031])  # below a vector, some lanes, tiles with a tail
+def test_neighbours(case: Case, dtype: torch.dtype, classes: int) -> None:
+    x, t = inputs(case, (37, classes), dtype)
+    expected = evaluate(case, x, t)
+    for r in (0, 1, 2, 3, 36):
+        alone = evaluate(case, x[r : r + 1].clone(), part(t, slice(r, r + 1)))
+        assert_same(alone, expected, slice(r, r + 1), f"of row {r} alone")
+    order = torch.randperm(37).tolist()
+    shuffled = evaluate(case, x[order], part(t, order))
+    assert_same(shuffled, expected, order, "in another position")
+
+
+def moved(v: Tensor, offset: int) -> Tensor:
+    """The same matrix, rows further apart, first element ``offset`` elements off alignment."""
+    rows, classes = v.shape
+    stride = classes + 16
+    storage = v.new_full((rows * stride + 64,), 777.0)  # would show if it were read
+    place = storage.as_strided(v.shape, (stride, 1), offset)
+    return place.copy_(v)
+
+
+@EVERY_CASE
+@EVERY_DTYPE
+@pytest.mark.parametrize("classes", [67, 1031])
+def test_alignment(case: Case, dtype: torch.dtype, classes: int) -> None:
+    x, t = inputs(case, (4, classes), dtype)
+    expected = evaluate(case, x, t)
+    for offset in range(1, 16):
+        same = t is None or not t.is_floating_point()
+        got = evaluate(case, moved(x, offset), t if same else moved(t, (7 * offset) % 16))
+        assert_same(got, expected, slice(None), f"{offset} elements further")
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_alignment_in_place(case: Case, dtype: torch.dtype) -> None:
+    """The gradient written over logits at any address."""
+    x, t = inputs(case, (4, 515), dtype)
+    op, args, dx = backward_call(case, x, t)
+    for offset in range(16):
+        over = moved(x, offset)
+        torch.ops.fastdiv._row_backward_(args[0], over, *args[2:-2], False)
+        assert torch.equal(bits(over), bits(dx)), f"{offset} elements further"
+
+
+def backward_call(case: Case, x: Tensor, t: Tensor | None) -> tuple[object, tuple, Tensor]:
+    """The op of the backward, its arguments, and its gradient of x."""
+    with Recorder() as record:
+        grads = evaluate(case, x, t)
+    (call,) = [c for c in record.calls if "backward" in str(c[0])]
+    return *call, grads[1]
+
+
+@EVERY_CASE
+@EVERY_DTYPE
+@pytest.mark.parametrize("classes", [8193, 50000])  # one column and a half segment over
+def test_split_columns(case: Case, dtype: torch.dtype, classes: int) -> None:
+    x, t = inputs(case, (5, classes), dtype)
+    torch.set_num_threads(1)
+    expected = evaluate(case, x, t)
+    torch.set_num_threads(2)  # five rows go to threads whole, up to three are split
+    assert_same(evaluate(case, x, t), expected, slice(None), "with two threads")
+    for threads, rows in ((2, slice(0, 3)), (2, slice(3, 4)), (3, slice(0, 5)), (3, slice(1, 2))):
+        torch.set_num_threads(threads)
+        got = evaluate(case, x[rows], part(t, rows))
+        assert_same(got, expected, rows, f"of {rows} split over {threads} threads")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["cross_entropy", "entropy", "kl_div", "js_div"])
+def test_scalar_reductions(name: str, dtype: torch.dtype) -> None:
+    case = next(c for c in LOSSES if c.name == name)
+    x, t = inputs(case, (70000, 3), dtype)
+    for reduction in ("sum", "mean", "batchmean"):
+        torch.set_num_threads(1)
+        expected = evaluate(case, x, t, reduction)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            got = evaluate(case, x, t, reduction)
+            assert_same(got, expected, slice(None), f"with {threads} threads")
+
+
+@EVERY_CASE
+@EVERY_DTYPE
+@pytest.mark.parametrize("shape", [(6, 700), (1, 8193)], ids=str)
+def test_forward_grad(case: Case, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """The fused skeleton gives the bits of the forward and of the backward."""
+    x, t = inputs(case, shape, dtype)
+    expected = evaluate(case, x, t)
+    _, (upstream, _, *rest), _ = backward_call(case, x, t)
+    rows, (_record, _total), options = rest[:4], rest[4:6], rest[6:-2]
+    need_t = t is not None and t.is_floating_point()
+    over = x.clone()
+    value, dt = torch.ops.fastdiv._row_forward_grad(upstream, over, *rows, *options, need_t)
+    if case.name == "log_prob":
+        value = -value  # the op is the cross entropy
+    got = [value.movedim(-1, 0), over, dt] if need_t else [value.movedim(-1, 0), over]
+    assert_same(got, expected, slice(None), "from forward_grad")
+
+
+def statistics(case: Case, x: Tensor, t: Tensor | None) -> tuple[Tensor, fastdiv.Stats]:
+    return fastdiv.cross_entropy(x, t, reduction="none", return_stats=True, **case.options)
+
+
+@pytest.mark.parametrize("case", [c for c in LOSSES if c.name == "cross_entropy"], ids=str)
+@EVERY_DTYPE
+def test_statistics(case: Case, dtype: torch.dtype) -> None:
+    for shape in ((5, 1031), (2, 8193)):
+        x, t = inputs(case, shape, dtype)
+        torch.set_num_threads(1)
+        plain = case.call(x, t, reduction="none")
+        value, expected = statistics(case, x, t)
+        assert torch.equal(bits(value), bits(plain)), "statistics change the value"
+        torch.set_num_threads(2)
+        for r in range(shape[0]):
+            value, alone = statistics(case, x[r : r + 1], t[r : r + 1])
+            assert torch.equal(bits(value), bits(plain[r : r + 1]))
+            for name, one in alone._asdict().items():
+                assert torch.equal(bits(one), bits(getattr(expected, name)[r : r + 1])), name
