@@ -40,13 +40,6 @@ void run(RowKernel kernel, RowArgs& args) {
       &task);
 }
 
-const RowKernels& kernels_of(const Options& o, const RowArgs& a) {
-  require(o.loss < LossId::kCount, "fastdiv: unknown loss");
-  const RowKernels* kernels = instruction_set().find(o.loss, o.target, a.dtype == DType::kF64);
-  require(kernels != nullptr, "fastdiv: this loss does not take this target type");
-  return *kernels;
-}
-
 void check_labels(const RowArgs& a) {
   if (!a.label) return;
   const std::string ignored = a.ignore_index == INT64_MIN  // none is
@@ -84,24 +77,109 @@ double total_weight(const RowArgs& a) {
 }
 
 template <class real>
-void reduce(const RowArgs& a, const Options& o, real* value, real* total) {
+void reduce(const RowArgs& a, const Options& o, void* value, void* total) {
   const double sum = sum_rows(static_cast<const real*>(a.value), a.rows);
-  *total = real(o.reduction == Reduction::kMean        ? total_weight<real>(a)
-                : o.reduction == Reduction::kBatchMean ? double(o.batch)
-                                                       : 1.0);
-  *value = real(sum / double(*total));
+  const double divisor = o.reduction == Reduction::kMean        ? total_weight<real>(a)
+                         : o.reduction == Reduction::kBatchMean ? double(o.batch)
+                                                                : 1.0;
+  *static_cast<real*>(total) = real(divisor);
+  *static_cast<real*>(value) = real(sum / divisor);
 }
 
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size), type);
-}
+// One call of an op: what its arguments come to, and the tensors it makes.
+struct Call {
+  const Tensor& x;
+  const Options& options;
+  RowArgs args;
+  const RowKernels& kernels;
+  const ScalarType real = compute_type(x);
+  const int64_t outputs = kernels.two_outputs ? 2 : 1;
 
-Tensor new_gradient(const Tensor& x, bool needed) {
-  if (!needed) return new_tensor(x, {0}, x.scalar_type());
-  Tensor d = new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type());
-  advise_huge_pages(d.data_ptr(), d.numel() * size_of(dtype_of(x)));
-  return d;
-}
+  Call(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
+       const OptionalTensor& class_weight, const OptionalTensor& row_weight, const Options& options)
+      : x(x),
+        options(options),
+        args(row_args(x, t, label, class_weight, row_weight, options)),
+        kernels(find(options, args)) {
+    require(kernels.label == label.has_value(), "fastdiv: a label where none belongs, or none");
+  }
+
+  static const RowKernels& find(const Options& o, const RowArgs& a) {
+    require(o.loss < LossId::kCount, "fastdiv: unknown loss");
+    const RowKernels* kernels = instruction_set().find(o.loss, o.target, a.dtype == DType::kF64);
+    require(kernels != nullptr, "fastdiv: this loss does not take this target type");
+    return *kernels;
+  }
+
+  Tensor make(std::initializer_list<int64_t> size, ScalarType type) const {
+    return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(size), type);
+  }
+  Tensor make_rows() const {
+    return outputs == 2 ? make({2, args.rows}, real) : make({args.rows}, real);
+  }
+  // Of rows [outputs, rows], where the second output begins.
+  void* second(void* rows) const {
+    const int64_t bytes = real == ScalarType::Double ? 8 : 4;
+    return outputs == 2 ? static_cast<char*>(rows) + args.rows * bytes : nullptr;
+  }
+
+  Tensor make_gradient(Matrix& d, bool needed) const {
+    if (!needed) return make({0}, x.scalar_type());
+    Tensor gradient = make({args.rows, args.classes}, x.scalar_type());
+    advise_huge_pages(gradient.data_ptr(), gradient.numel() * size_of(args.dtype));
+    d = matrix_of(gradient, x);
+    return gradient;
+  }
+
+  void set_values(const Tensor& rows) {
+    args.value = rows.data_ptr();
+    args.entropy = second(args.value);
+  }
+
+  void set_record(const Tensor& record) {
+    require(record.dim() == 2 && record.size(0) == args.rows && record.size(1) == kRecordSize &&
+                record.is_contiguous() && record.scalar_type() == real,
+            "fastdiv: the record is not one of this input's forward");
+    args.record = record.data_ptr();
+  }
+
+  // One number, or one for each row and output.
+  void set_upstream(const Tensor& grad) {
+    require(grad.scalar_type() == real && grad.is_contiguous() &&
+                (grad.dim() == 0 ? outputs == 1 : grad.numel() == args.rows * outputs),
+            "fastdiv: the upstream gradient has the wrong size, dtype or stride");
+    args.grad = grad.data_ptr();
+    args.grad_entropy = second(grad.data_ptr());
+    args.grad_stride = grad.dim() == 0 ? 0 : 1;
+  }
+
+  // Value, reduced; record; what a mean was divided by.
+  std::tuple<Tensor, Tensor, Tensor> forward() {
+    const bool none = options.reduction == Reduction::kNone;
+    require(none || outputs == 1, "fastdiv: a loss of two outputs has no reduction");
+    require(kernels.stats == (args.stats != nullptr), "fastdiv: statistics of a loss without");
+    check_labels(args);
+    const Tensor rows = make_rows(), record = make({args.rows, kRecordSize}, real);
+    const Tensor total = make({}, real);
+    set_values(rows);
+    set_record(record);
+    run(kernels.forward, args);
+    if (none) return {rows, record, total};
+    const Tensor value = make({}, real);
+    (real == ScalarType::Double ? reduce<double> : reduce<float>)(args, options, value.data_ptr(),
+                                                                  total.data_ptr());
+    return {value, record, total};
+  }
+
+  void backward(const Tensor& grad, const Tensor& record, const Tensor& total) {
+    set_upstream(grad);
+    set_record(record);
+    require(total.numel() == 1 && total.scalar_type() == real, "fastdiv: total is one number");
+    if (options.reduction == Reduction::kMean || options.reduction == Reduction::kBatchMean)
+      args.total = total.data_ptr();
+    run(kernels.backward, args);
+  }
+};
 
 #define FD_ROWS                                                                             \
   const OptionalTensor &t, const OptionalTensor &label, const OptionalTensor &class_weight, \
@@ -109,121 +187,61 @@ Tensor new_gradient(const Tensor& x, bool needed) {
 #define FD_OPTIONS                                                                           \
   int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index, \
       double scale, double softcap, double shape, double label_rate, double spread, double z_loss
-#define FD_OPTION_NAMES                                                                         \
-  loss, target_type, reduction, batch, ignore_index, scale, softcap, shape, label_rate, spread, \
-      z_loss
-
-struct Forward {
-  Tensor value, record, total;
-};
-
-Forward forward(const Tensor& x, RowArgs& a, const Options& o) {
-  const RowKernels& kernels = kernels_of(o, a);
-  check_labels(a);
-  const ScalarType real = compute_type(x);
-  const bool two = o.loss == LossId::k_log_prob_and_entropy, none = o.reduction == Reduction::kNone;
-  require(none || !two, "fastdiv: log_prob_and_entropy has no reduction");
-  Tensor rows = two ? new_tensor(x, {2, a.rows}, real) : new_tensor(x, {a.rows}, real);
-  Tensor record = new_tensor(x, {a.rows, kRecordSize}, real);
-  Tensor total = new_tensor(x, {}, real);
-  a.value = rows.data_ptr();
-  a.entropy = static_cast<char*>(a.value) +
-              (two ? a.rows * size_of(real == ScalarType::Double ? DType::kF64 : DType::kF32) : 0);
-  set_record(a, record, x);
-  run(kernels.forward, a);
-  if (none) return {rows, record, total};
-  Tensor value = new_tensor(x, {}, real);
-  if (real == ScalarType::Double)
-    reduce(a, o, static_cast<double*>(value.data_ptr()), static_cast<double*>(total.data_ptr()));
-  else
-    reduce(a, o, static_cast<float*>(value.data_ptr()), static_cast<float*>(total.data_ptr()));
-  return {value, record, total};
-}
+#define FD_CALL                                                                                   \
+  const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, shape, \
+                        label_rate, spread, z_loss);                                              \
+  Call call(x, t, label, class_weight, row_weight, options)
 
 std::tuple<Tensor, Tensor, Tensor> row_forward(const Tensor& x, FD_ROWS, FD_OPTIONS) {
-  const Options o(FD_OPTION_NAMES);
-  RowArgs a = row_args(x, t, label, class_weight, row_weight, o);
-  const Forward f = forward(x, a, o);
-  return {f.value, f.record, f.total};
+  FD_CALL;
+  return call.forward();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_forward_stats(const Tensor& x, FD_ROWS,
                                                                      FD_OPTIONS) {
-  const Options o(FD_OPTION_NAMES);
-  RowArgs a = row_args(x, t, label, class_weight, row_weight, o);
-  Tensor stats = new_tensor(x, {3, a.rows}, compute_type(x));
-  Tensor argmax = new_tensor(x, {a.rows}, ScalarType::Long);
-  a.stats = stats.data_ptr();
-  a.argmax = static_cast<int64_t*>(argmax.data_ptr());
-  const Forward f = forward(x, a, o);
-  return {f.value, f.record, f.total, stats, argmax};
-}
-
-// grad: one number, or one for each row (two rows of them for log_prob_and_entropy).
-void set_upstream(RowArgs& a, const Options& o, const Tensor& grad, ScalarType real) {
-  const bool two = o.loss == LossId::k_log_prob_and_entropy;
-  require(grad.scalar_type() == real && grad.is_contiguous() &&
-              (grad.dim() == 0 ? !two : grad.numel() == a.rows * (two ? 2 : 1)),
-          "fastdiv: the upstream gradient has the wrong size, dtype or stride");
-  a.grad = grad.data_ptr();
-  a.grad_stride = grad.dim() == 0 ? 0 : 1;
-  const int64_t bytes = real == ScalarType::Double ? 8 : 4;
-  if (two) a.grad_entropy = static_cast<const char*>(a.grad) + a.rows * bytes;
-}
-
-void backward(const Tensor& grad, const Tensor& x, RowArgs& a, const Options& o,
-              const Tensor& record, const Tensor& total) {
-  set_upstream(a, o, grad, compute_type(x));
-  set_record(a, record, x);
-  require(total.numel() == 1 && total.scalar_type() == compute_type(x), "fastdiv: bad total");
-  if (o.reduction == Reduction::kMean || o.reduction == Reduction::kBatchMean)
-    a.total = total.data_ptr();
-  run(kernels_of(o, a).backward, a);
+  FD_CALL;
+  const Tensor stats = call.make({3, call.args.rows}, call.real);
+  const Tensor argmax = call.make({call.args.rows}, ScalarType::Long);
+  call.args.stats = stats.data_ptr();
+  call.args.argmax = static_cast<int64_t*>(argmax.data_ptr());
+  const auto [value, record, total] = call.forward();
+  return {value, record, total, stats, argmax};
 }
 
 std::tuple<Tensor, Tensor> row_backward(const Tensor& grad, const Tensor& x, FD_ROWS,
                                         const Tensor& record, const Tensor& total, FD_OPTIONS,
                                         bool need_x, bool need_t) {
-  const Options o(FD_OPTION_NAMES);
-  RowArgs a = row_args(x, t, label, class_weight, row_weight, o);
-  Tensor dx = new_gradient(x, need_x), dt = new_gradient(x, need_t);
-  if (need_x) a.dx = matrix_of(dx, x);
-  if (need_t) a.dt = matrix_of(dt, x);
-  backward(grad, x, a, o, record, total);
+  FD_CALL;
+  const Tensor dx = call.make_gradient(call.args.dx, need_x);
+  const Tensor dt = call.make_gradient(call.args.dt, need_t);
+  call.backward(grad, record, total);
   return {dx, dt};
 }
 
 Tensor row_backward_(const Tensor& grad, const Tensor& x, FD_ROWS, const Tensor& record,
                      const Tensor& total, FD_OPTIONS, bool need_t) {
-  const Options o(FD_OPTION_NAMES);
-  RowArgs a = row_args(x, t, label, class_weight, row_weight, o);
-  Tensor dt = new_gradient(x, need_t);
-  a.dx = a.x;
-  if (need_t) a.dt = matrix_of(dt, x);
-  backward(grad, x, a, o, record, total);
+  FD_CALL;
+  const Tensor dt = call.make_gradient(call.args.dt, need_t);
+  call.args.dx = call.args.x;
+  call.backward(grad, record, total);
   return dt;
 }
 
 std::tuple<Tensor, Tensor> row_forward_grad(const Tensor& grad, const Tensor& x, FD_ROWS,
                                             FD_OPTIONS, bool need_t) {
-  const Options o(FD_OPTION_NAMES);
-  RowArgs a = row_args(x, t, label, class_weight, row_weight, o);
-  require(o.reduction == Reduction::kNone, "fastdiv: forward_grad takes a gradient for each row");
-  const RowKernels& kernels = kernels_of(o, a);
-  check_labels(a);
-  const ScalarType real = compute_type(x);
-  set_upstream(a, o, grad, real);
-  const bool two = o.loss == LossId::k_log_prob_and_entropy;
-  Tensor value = two ? new_tensor(x, {2, a.rows}, real) : new_tensor(x, {a.rows}, real);
-  Tensor record = new_tensor(x, {a.rows, kRecordSize}, real), dt = new_gradient(x, need_t);
-  a.value = value.data_ptr();
-  a.entropy =
-      static_cast<char*>(a.value) + (two ? a.rows * (real == ScalarType::Double ? 8 : 4) : 0);
-  set_record(a, record, x);
-  a.dx = a.x;
-  if (need_t) a.dt = matrix_of(dt, x);
-  run(kernels.forward_grad, a);
-  return {value, dt};
+  FD_CALL;
+  require(!call.kernels.stats && call.options.reduction == Reduction::kNone,
+          "fastdiv: forward_grad takes an upstream gradient for each row, and no statistics");
+  check_labels(call.args);
+  const Tensor rows = call.make_rows(),
+               record = call.make({call.args.rows, kRecordSize}, call.real);
+  const Tensor dt = call.make_gradient(call.args.dt, need_t);
+  call.set_values(rows);
+  call.set_record(record);
+  call.set_upstream(grad);
+  call.args.dx = call.args.x;
+  run(call.kernels.forward_grad, call.args);
+  return {rows, dt};
 }
 
 }  // namespace

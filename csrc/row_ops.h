@@ -105,11 +105,4 @@ inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const Optional
   return a;
 }
 
-inline void set_record(RowArgs& a, const Tensor& record, const Tensor& x) {
-  require(record.dim() == 2 && record.size(0) == a.rows && record.size(1) == kRecordSize &&
-              record.is_contiguous() && record.scalar_type() == compute_type(x),
-          "fastdiv: the record is not one of this input's forward");
-  a.record = record.data_ptr();
-}
-
 }  // namespace fastdiv

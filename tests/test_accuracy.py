@@ -1,10 +1,10 @@
-"""Values and gradients against float64, by the accept rule: |ours - truth| <= |eager - truth| + 2 ulp.
+"""Values and gradients against float64: |ours - truth| <= |eager - truth| + 2 ulp.
 
-Truth is the reference in float64 of the very numbers that the kernel reads; `eager` is what a user of
-torch would write.  For half inputs eager computes in float32 here: eager in half is so far off that
-nothing could fail.  The rule is applied to the root mean square over many rows, where it is sharp (the
-largest of a few rounding errors is a lottery that eager wins half of the time); the largest error may
-be twice eager's, so that no single class goes astray.
+Truth is the reference in float64 of the very numbers that the kernel reads; `eager` is what a user
+of torch would write.  For half inputs eager computes in float32 here: in half it is so far off that
+nothing could fail.  The rule is applied to the root mean square over many rows, where it is sharp:
+the largest of a few rounding errors is a lottery, of which eager wins half.  The largest error may
+be twice eager's (three times for values, of which there are few), so that no class goes astray.
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import DTYPES, LOSSES, SHAPES, Case, make_inputs
 from torch import Tensor
 
 import fastdiv
+from cases import DTYPES, LOSSES, SHAPES, Case, make_inputs
 
 CASES = {str(case): case for case in LOSSES}
 SMALL = [(3, 1), (64, 7), (64, 513)]
 # One of each kind of kernel: label, smoothed label, soft target, entropy, divergences.
-FEW = [case for case in LOSSES if not case.options and case.target != "log_probs"]
-FEW = [case for case in FEW if case.name != "log_prob"] + [LOSSES[1]]
+FEW = [
+    "cross_entropy-labels",
+    "cross_entropy-labels[label_smoothing=0.1]",
+    "cross_entropy-probs",
+    "entropy-none",
+    "kl_div-logits",
+    "reverse_kl_div-log_probs",
+    "js_div-probs",
+]
 NAMES = ("value", "gradient of input", "gradient of target")
 
 
@@ -66,37 +73,48 @@ def expected(case: Case, dtype: torch.dtype, shape: tuple[int, int], seed: int =
         # float16 probabilities underflow to 0, where eager is NaN; test_edge_rows has exact zeros.
         t = t.clamp(min=torch.finfo(dtype).tiny)
     options, compute = row_options(case), compute_dtype(dtype)
-    double = t.double() if t is not None and t.is_floating_point() else t
-    truth = evaluate(lambda x, t: case.truth(x, t, **options), x.double(), double)
-    wide = t.to(compute) if t is not None and t.is_floating_point() else t
-    eager = evaluate(case.eager_rows, x.to(compute), wide)
+    soft = t is not None and t.is_floating_point()
+    truth = evaluate(
+        lambda x, t: case.truth(x, t, **options), x.double(), t.double() if soft else t
+    )
+    eager = evaluate(case.eager_rows, x.to(compute), t.to(compute) if soft else t)
     return x, t, truth, [eager[0], *(g.to(dtype) for g in eager[1:])]
 
 
-def rms(error: Tensor, name: str) -> Tensor:
-    """Over rows and classes; the two outputs of log_prob_and_entropy apart."""
-    return error.square().mean(-1 if name == "value" else None).sqrt()
+def check(case: Case, *draws: tuple) -> None:
+    """The rule over the rows of all draws together: with one row, eager may be right by luck."""
+    errors: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in NAMES}
+    options = row_options(case)
+    for x, t, truth, eager in draws:
+        with fastdiv.backend("native"):
+            ours = evaluate(lambda x, t: case.call(x, t, **options), x, t)
+        for name, a, b, c in zip(NAMES, ours, truth, eager, strict=False):
+            assert a.dtype == (compute_dtype(x.dtype) if name == "value" else x.dtype), (
+                name,
+                a.dtype,
+            )
+            assert a.shape == b.shape, (name, a.shape)
+            # A gradient is a difference of shares of the upstream gradient, which is about 1.
+            unit = ulp(b, a.dtype) if name == "value" else ulp(b, a.dtype) + 2**-27
+            errors[name].append(((a.double() - b).abs(), (c.double() - b).abs(), unit, b))
+    for name, parts in errors.items():
+        if parts:
+            dim = -1 if name == "value" else 0
+            accept(name, x, *(torch.cat(part, dim) for part in zip(*parts, strict=True)))
 
 
-def check(case: Case, x: Tensor, t: Tensor | None, truth: list[Tensor], eager: list[Tensor]) -> None:
-    dtype, options = x.dtype, row_options(case)
-    with fastdiv.backend("native"):
-        ours = evaluate(lambda x, t: case.call(x, t, **options), x, t)
-    for name, a, b, c in zip(NAMES, ours, truth, eager, strict=False):
-        assert a.dtype == (compute_dtype(dtype) if name == "value" else dtype), (name, a.dtype)
-        error, allowed = (a.double() - b).abs(), (c.double() - b).abs()
-        where = f"{name} of shape {tuple(x.shape)}"
-        if dtype == torch.float64:
-            assert (error <= 1e-12 * b.abs().amax() + 1e-14).all(), (where, error.max())
-            continue
-        # A gradient is a difference of shares of the upstream gradient, which is about 1.
-        unit = ulp(b, a.dtype) if name == "value" else ulp(b, a.dtype) + 2**-27
-        assert (rms(error, name) <= rms(allowed, name) + 2 * rms(unit, name)).all(), (
-            f"{where}: {rms(error, name)} > {rms(allowed, name)} (eager) + 2 * {rms(unit, name)} (ulp)"
-        )
-        assert error.max() <= 2 * allowed.max() + 2 * unit.max(), (
-            f"{where}, largest: {error.max()} > 2 * {allowed.max()} (eager) + 2 * {unit.max()} (ulp)"
-        )
+def accept(name: str, x: Tensor, ours: Tensor, eager: Tensor, unit: Tensor, truth: Tensor) -> None:
+    where = f"{name} of shape {tuple(x.shape)}"
+    if x.dtype == torch.float64:
+        assert (ours <= 1e-12 * truth.abs().amax() + 1e-14).all(), (where, ours.max())
+        return
+    # Over rows and classes; the two outputs of log_prob_and_entropy apart.
+    dim = -1 if name == "value" else None
+    a, b, u = (v.square().mean(dim).sqrt() for v in (ours, eager, unit))
+    assert (a <= b + 2 * u).all(), f"{where}: {a} > {b} (eager) + 2 * {u} (ulp)"
+    a, b, u = (v.max() for v in (ours, eager, unit))
+    times = 3 if name == "value" else 2
+    assert a <= times * b + 2 * u, f"{where}, largest: {a} > {times} * {b} + 2 * {u} (ulp)"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,11 +122,70 @@ def check(case: Case, x: Tensor, t: Tensor | None, truth: list[Tensor], eager: l
 def test_every_loss_on_small_shapes(case: Case, dtype: torch.dtype, isa: str) -> None:
     for shape in SMALL:
         if shape[1] > 1 or case.options.get("smoothing") != "others":  # needs two classes
-            check(case, *small_expected(str(case), dtype, shape))
+            check(case, small_expected(str(case), dtype, shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_every_shape(case: Case, dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize("name", FEW)
+def test_every_shape(name: str, dtype: torch.dtype, isa: str) -> None:
     for shape in SHAPES:
-        check(case, *expected(case, dtype, shape))
+        if shape[1] < 10_000:
+            draws = -(-(24 if shape[1] < 1000 else 6) // shape[0])
+            check(
+                CASES[name], *(expected(CASES[name], dtype, shape, seed) for seed in range(draws))
+            )
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 10_000], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy-labels", "kl_div-logits", "js_div-probs"])
+def test_vocabularies(name: str, shape: tuple[int, int], isa: str) -> None:
+    check(CASES[name], *(expected(CASES[name], torch.float32, shape, seed) for seed in range(2)))
+
+
+# --- next to zero --------------------------------------------------------------------------------
+
+
+def close_rows(sigma: float, epsilon: float, classes: int = 32000) -> tuple[Tensor, Tensor]:
+    """Logits about 50, five digits after the point in float32, and a teacher next to them."""
+    x, noise = make_inputs((4, classes), torch.float32, scale=1.0)
+    x = x * sigma + 50
+    return x, x + epsilon * noise
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Largest over the rows; of vectors, in the L2 norm."""
+    error, size = actual.double() - expected, expected
+    if error.dim() > 1:
+        error, size = error.norm(dim=-1), size.norm(dim=-1)
+    return (error / size).abs().max().item()
+
+
+# The contract is 1e-5 for KL.  Measured on AVX2 and baseline: at most 8.4e-7 for every value and
+# 5.5e-7 for every gradient of the three.
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("epsilon", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("sigma", [1.0, 10.0])
+@pytest.mark.parametrize("name", ["kl_div", "reverse_kl_div", "js_div"])
+def test_next_to_zero(
+    name: str, sigma: float, epsilon: float, temperature: float, isa: str
+) -> None:
+    case = Case(name, "logits", lambda x, t: x, {"temperature": temperature})
+    x, t = close_rows(sigma, epsilon)
+    truth = evaluate(lambda x, t: case.truth(x, t, reduction="none"), x.double(), t.double())
+    value, dx, dt = evaluate(lambda x, t: case.call(x, t, reduction="none"), x, t)
+    assert (value >= 0).all()
+    errors = [relative(a, b) for a, b in zip((value, dx, dt), truth, strict=True)]
+    assert max(errors) <= 3e-6, errors
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["kl_div", "reverse_kl_div", "js_div"])
+def test_identical_rows_are_exactly_zero(
+    name: str, dtype: torch.dtype, temperature: float, isa: str
+) -> None:
+    case = Case(name, "logits", lambda x, t: x, {"temperature": temperature})
+    for classes, sigma in ((1, 1.0), (7, 1.0), (513, 10.0), (8193, 10.0), (32000, 1.0)):
+        x = close_rows(sigma, 0.0, classes)[0].to(dtype)
+        for result in evaluate(functools.partial(case.call, reduction="none"), x, x):
+            assert (result == 0).all()

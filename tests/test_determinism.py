@@ -79,25 +79,23 @@ def test_threads(case: Case, dtype: torch.dtype) -> None:
     x, t = inputs(case, (97, 1031), dtype)  # three tasks of 32768 elements, and a short fourth
     torch.set_num_threads(1)
     expected = evaluate(case, x, t)
-    assert_same(evaluate(case, x, t), expected, slice(None), "when run twice")
-    for threads in (2, 3):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        for _ in range(2):
-            assert_same(evaluate(case, x, t), expected, slice(None), f"with {threads} threads")
+        assert_same(evaluate(case, x, t), expected, slice(None), f"with {threads} threads")
 
 
 @EVERY_CASE
 @EVERY_DTYPE
-@pytest.mark.parametrize("classes", [5, 45, 1031])  # below a vector, some lanes, tiles with a tail
-def test_neighbours(case: Case, dtype: torch.dtype, classes: int) -> None:
-    x, t = inputs(case, (37, classes), dtype)
-    expected = evaluate(case, x, t)
-    for r in (0, 1, 2, 3, 36):
-        alone = evaluate(case, x[r : r + 1].clone(), part(t, slice(r, r + 1)))
-        assert_same(alone, expected, slice(r, r + 1), f"of row {r} alone")
-    order = torch.randperm(37).tolist()
-    shuffled = evaluate(case, x[order], part(t, order))
-    assert_same(shuffled, expected, order, "in another position")
+def test_neighbours(case: Case, dtype: torch.dtype) -> None:
+    for classes in (5, 45, 517):  # below a vector, some lanes, a tile and a tail
+        x, t = inputs(case, (37, classes), dtype)
+        expected = evaluate(case, x, t)
+        for r in (1, 2, 3, 36):
+            alone = evaluate(case, x[r : r + 1].clone(), part(t, slice(r, r + 1)))
+            assert_same(alone, expected, slice(r, r + 1), f"of row {r} alone")
+        order = torch.randperm(37).tolist()
+        shuffled = evaluate(case, x[order], part(t, order))
+        assert_same(shuffled, expected, order, "in another position")
 
 
 def moved(v: Tensor, offset: int) -> Tensor:
@@ -142,15 +140,17 @@ def backward_call(case: Case, x: Tensor, t: Tensor | None) -> tuple[object, tupl
 
 
 @EVERY_CASE
-@EVERY_DTYPE
-@pytest.mark.parametrize("classes", [8193, 50000])  # one column and a half segment over
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [*[(dtype, 8193) for dtype in LOW], (torch.float32, 50000)],  # a column, half a segment over
+)
 def test_split_columns(case: Case, dtype: torch.dtype, classes: int) -> None:
-    x, t = inputs(case, (5, classes), dtype)
+    x, t = inputs(case, (4, classes), dtype)
     torch.set_num_threads(1)
     expected = evaluate(case, x, t)
-    torch.set_num_threads(2)  # five rows go to threads whole, up to three are split
+    torch.set_num_threads(2)  # four rows go to threads whole, up to three are split
     assert_same(evaluate(case, x, t), expected, slice(None), "with two threads")
-    for threads, rows in ((2, slice(0, 3)), (2, slice(3, 4)), (3, slice(0, 5)), (3, slice(1, 2))):
+    for threads, rows in ((2, slice(1, 2)), (3, slice(0, 4))):
         torch.set_num_threads(threads)
         got = evaluate(case, x[rows], part(t, rows))
         assert_same(got, expected, rows, f"of {rows} split over {threads} threads")

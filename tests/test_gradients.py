@@ -19,7 +19,7 @@ REDUCIBLE = pytest.mark.parametrize(
 WITH_TARGET = pytest.mark.parametrize(
     "case", [c for c in LOSSES if c.target not in ("labels", "none")], ids=str
 )
-SHAPE = (3, 6)
+SHAPE = (3, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,8 @@ def test_gradcheck(case: Case) -> None:
 def test_gradgradcheck(case: Case) -> None:
     for options in reductions(case):
         loss, inputs = problem(case, **options)
-        assert gradgradcheck(loss, inputs)
+        # Every entry without a reduction, random directions with one.
+        assert gradgradcheck(loss, inputs, fast_mode=options.get("reduction", "none") != "none")
 
 
 @pytest.mark.parametrize("case", [c for c in LOSSES if c.divergence], ids=str)
@@ -82,7 +83,7 @@ def test_pointwise(case: Case) -> None:
     with fastdiv.backend("auto"):
         loss, inputs = problem(case, reduction="pointwise", token_weight=weight)
         assert gradcheck(loss, inputs, check_forward_ad=True, check_batched_grad=True)
-        assert gradgradcheck(loss, inputs)
+        assert gradgradcheck(loss, inputs, fast_mode=True)
         rows, _ = problem(case, reduction="none", token_weight=weight)
         torch.testing.assert_close(loss(*inputs).sum(-1), rows(*inputs))
 
@@ -170,11 +171,10 @@ def test_one_side_only(case: Case, create_graph: bool) -> None:
         assert asked.requires_grad == only.requires_grad == create_graph
 
 
-# --- inplace_backward ------------------------------------------------------------------------------
+# --- inplace_backward -----------------------------------------------------------------------------
 
-INPLACE = pytest.mark.parametrize(
-    "case", [c for c in LOSSES if c.name == "cross_entropy" or c.divergence], ids=str
-)
+CAN = [c for c in LOSSES if c.name == "cross_entropy" or c.divergence]
+INPLACE = pytest.mark.parametrize("case", CAN, ids=str)
 
 
 class Logits:
@@ -224,12 +224,10 @@ def test_in_place(case: Case, dtype: torch.dtype, reduction: str, shape: tuple[i
     assert torch.equal(logits.computed, expected[0])
 
 
-@INPLACE
+@pytest.mark.parametrize("case", [c for c in CAN if c.target != "labels"], ids=str)
 def test_in_place_of_one_side(case: Case) -> None:
     """Where only the target wants a gradient, the logits are left as they are."""
     loss, inputs = problem(case, inplace_backward=True)
-    if len(inputs) == 1:
-        pytest.skip("labels have no gradient")
     x, t = inputs[0].detach(), inputs[1]
     before = x.clone()
     (dt,) = torch.autograd.grad(loss(x, t).sum(), [t])

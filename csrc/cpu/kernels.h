@@ -8,11 +8,12 @@ namespace fastdiv {
 
 using RowKernel = void (*)(const RowArgs& args, int64_t begin, int64_t end);
 
-// The three skeletons, over rows [begin, end).
+// The three skeletons, over rows [begin, end), and what the loss wants to be given.
 struct RowKernels {
   RowKernel forward;       // value and record
   RowKernel backward;      // gradients from the record
   RowKernel forward_grad;  // both, while the row is in the cache
+  bool label, two_outputs, stats;
 };
 
 // Kernels of a loss; null where the loss does not take such a target.

@@ -195,7 +195,8 @@ void forward_grad_rows(const RowArgs& a, int64_t begin, int64_t end) {
 
 template <class P>
 const RowKernels* kernels_of() {
-  static constexpr RowKernels kernels{forward_rows<P>, backward_rows<P>, forward_grad_rows<P>};
+  static constexpr RowKernels kernels{forward_rows<P>, backward_rows<P>, forward_grad_rows<P>,
+                                      P::kLabel,       P::kTwoOutputs,   P::kStats};
   return &kernels;
 }
 

@@ -51,20 +51,22 @@ def _print_rich(
     caption: str,
     width: int,
 ) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe is as wide as the table
-        console = Console(highlight=False, width=max(width, 100))
-    table = Table(title=title, title_justify="left")
+    # Where the terminal is too narrow it may break lines, but no figure gets lost.
+    console = Console(highlight=False, width=max(width, console.width))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, header in enumerate(columns):
         table.add_column(
             header, justify="left" if i < names else "right", vertical="bottom", no_wrap=True
         )
     for row in cells:
         table.add_row(*(Text(cell.text, style=cell.style) for cell in row))
+    console.print(title, markup=False, style="bold", soft_wrap=True)
     console.print(table)
     if caption:
         console.print(caption, markup=False, soft_wrap=True)

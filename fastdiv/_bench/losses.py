@@ -54,8 +54,8 @@ def _divergence(name: str, eager: Loss) -> BenchmarkedLoss:
     )
 
 
-# Each eager formulation is the fastest of those that were tried: F.kl_div with or without log_target,
-# cross entropy less entropy, softmax beside log_softmax instead of its exponential.
+# Each eager formulation is the fastest of those that were tried: F.kl_div with or without
+# log_target, cross entropy less entropy, softmax beside log_softmax instead of its exponential.
 
 
 def _eager_kl(x: Tensor, t: Tensor) -> Tensor:

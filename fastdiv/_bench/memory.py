@@ -1,10 +1,11 @@
 """Peak memory of forward and backward beyond the logits and their gradient.
 
 torch counts no memory on CPUs, and its profiler does not see what a kernel allocates for itself, so
-that the system has to tell: Linux' high-water mark of resident memory.  It is one of a whole process,
-freed memory that stays with the process included.  Hence a new process for every measurement, forked
-from one that has imported everything and run nothing: a started thread pool does not survive a fork.
-Writing 5 to ``clear_refs`` lowers the mark to what is resident, once the inputs are there.
+that the system has to tell: Linux' high-water mark of resident memory.  It is one of a whole
+process, freed memory that stays with the process included.  Hence a new process for every
+measurement, forked from one that has imported everything and run nothing: a started thread pool
+does not survive a fork.  Writing 5 to ``clear_refs`` lowers the mark to what is resident, once the
+inputs are there.
 """
 
 from __future__ import annotations

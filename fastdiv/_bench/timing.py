@@ -48,13 +48,13 @@ class Timing:
 
 
 def interleave(
-    calls: Mapping[str, Call], budget: Budget, before_each: Call = lambda: None, repeats: int = 1
+    calls: Mapping[str, Call], before_each: Call, budget: Budget, repeats: int = 1
 ) -> dict[str, Timing]:
     """Runs every call once in each round, and returns the medians of the rounds.
 
     Every round begins with another call, so that nobody always follows the same neighbour.
-    ``before_each`` is not timed; it brings every call into the same state of memory and caches.  What
-    a call returns is freed after its clock stopped.  Times are of one of ``repeats`` calls.
+    ``before_each`` is not timed; it brings every call into the same state of memory and caches.
+    What a call returns is freed after its clock stopped.  Times are of one of ``repeats`` calls.
     """
     order = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in calls}

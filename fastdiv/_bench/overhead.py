@@ -1,0 +1,63 @@
+"""What a call costs where there is next to nothing to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .console import Advance
+from .losses import DTYPES, LOSSES
+from .timing import Budget, Call, Timing, interleave
+
+SHAPE = (8, 128)
+REPEATS = 50  # calls behind one reading of the clock
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Times of forward and backward of one loss on a tiny input."""
+
+    loss: str
+    fused: Timing
+    eager: Timing
+
+    def to_json(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {
+            "loss": self.loss,
+            "rows": SHAPE[0],
+            "classes": SHAPE[1],
+            "fused_ms": self.fused.in_milliseconds(),
+            "eager_ms": self.eager.in_milliseconds(),
+        }
+
+
+def run_overhead(names: list[str], budget: Budget, advance: Advance) -> list[Overhead]:
+    """Measures the losses one after another, each against eager torch.
+
+    On one thread: torch would share out even these rows (log_softmax does), and then what is timed
+    is how fast the system wakes up a thread.
+    """
+    results = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in names:
+            times = interleave(_calls(name), lambda: None, budget, REPEATS)
+            results.append(Overhead(name, times["fused"], times["eager"]))
+            advance(name)
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def _calls(name: str) -> dict[str, Call]:
+    loss = LOSSES[name]
+    x, target = loss.make_inputs(SHAPE, DTYPES["f32"])
+    x.requires_grad_()
+    return {
+        "fused": lambda: torch.autograd.grad(loss.fused(x, target), x),
+        "eager": lambda: torch.autograd.grad(loss.eager(x, target), x),
+    }

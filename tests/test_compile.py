@@ -1,0 +1,227 @@
+"""torch.compile and torch.export: one graph, the same bits as eager, no recompilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastdiv
+from cases import LOSSES, Case, make_inputs
+
+EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
+WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]
+same = partial(torch.testing.assert_close, rtol=0, atol=0)
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def with_gradients(function: Callable[..., Any], *args: Tensor | None) -> list[Tensor]:
+    """Outputs of the function, and gradients of the first for the floating arguments."""
+    leaves = []
+    given = []
+    for a in args:
+        if a is not None and a.is_floating_point():
+            a = a.detach().clone().requires_grad_()
+            leaves.append(a)
+        given.append(a)
+    out = function(*given)
+    out = list(out) if isinstance(out, tuple) else [out]
+    upstream = torch.linspace(1, 2, out[0].numel(), dtype=out[0].dtype).view_as(out[0])
+    return [*out, *torch.autograd.grad(out[0], leaves, upstream)]
+
+
+def problem(case: Case, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    x, t = make_inputs(shape, dtype)
+    t = case.make_target(x, t)
+    return [x] if t is None else [x, t]
+
+
+def caller(case: Case, **options: Any) -> Callable[..., Tensor]:
+    return lambda x, t=None: case.call(x * 1, t, **options)
+
+
+@EVERY_CASE
+def test_every_loss_in_one_graph(case: Case) -> None:
+    function = caller(case)
+    args = problem(case, (4, 5, 17) if case.name == "entropy" else (4, 17))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    same(with_gradients(compiled, *args), with_gradients(function, *args))
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_nothing_needs_a_gradient(case: Case, grad_mode: bool) -> None:
+    function, args = caller(case), problem(case, (4, 17))
+    with torch.set_grad_enabled(grad_mode):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        same(compiled(*args), function(*args))
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    """All losses in one graph of inductor, with neighbours it could fuse or reuse memory with."""
+
+    def everything(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        logits = x * 1.5 + 0.25
+        values = []
+        for case in LOSSES:
+            reduced = {} if "log_prob" in case.name else {"reduction": "mean"}
+            value = case.call(logits, case.make_target(logits, t), **reduced)
+            values.append(value.sum())
+        inplace = fastdiv.cross_entropy(logits + 1, t.argmax(-1), inplace_backward=True)
+        weights = torch.linspace(1, 2, len(values))
+        return (torch.stack(values) @ weights + inplace.exp(), *values)
+
+    compiled = torch.compile(everything, backend="inductor", fullgraph=True)
+    for rows in (6, 3):
+        x, t = make_inputs((rows, 19), torch.float32)
+        close(with_gradients(compiled, x, t), with_gradients(everything, x, t))
+
+
+@EVERY_CASE
+def test_dynamic_batch(case: Case) -> None:
+    """One compilation serves every batch size; the mean divides by the batch at hand."""
+    reductions = [{}] if "log_prob" in case.name else [{"reduction": "batchmean"}]
+    for options in reductions:
+        function = caller(case, **options)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+        for shape in ((6, 17), (3, 17), (11, 17)):
+            args = problem(case, shape)
+            same(with_gradients(compiled, *args), with_gradients(function, *args))
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("target", ["labels", "probs"])
+def test_options_of_cross_entropy(target: str) -> None:
+    case = next(c for c in LOSSES if c.name == "cross_entropy" and c.target == target)
+    x, t = problem(case, (4, 17, 3))
+    t = t.movedim(-1, 1) if target == "probs" else x.argmax(1)
+    if target == "labels":
+        t[1, 2] = t[3, 0] = -100
+    t = t.softmax(1) if target == "probs" else t
+    x = torch.randn(4, 17, 3)
+    t = x.flip(0).softmax(1) if target == "probs" else t
+    token_weight, weight = torch.rand(4, 3), torch.rand(17)
+
+    def function(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        loss, stats = fastdiv.cross_entropy(
+            x,
+            t,
+            weight,
+            label_smoothing=0.1,
+            z_loss=1e-3,
+            softcap=30.0,
+            temperature=1.5,
+            token_weight=token_weight,
+            return_stats=True,
+        )
+        return loss, *stats
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    same(with_gradients(compiled, x, t), with_gradients(function, x, t))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in LOSSES if c.name == "cross_entropy" or c.divergence], ids=str
+)
+def test_in_place_backward(case: Case) -> None:
+    """The traced function leaves the logits alone, which the graph may still need."""
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        logits = x * 1
+        value = case.call(logits, t, inplace_backward=True)
+        return value + logits.exp().mean() + case.call(logits, t)
+
+    def plain(x: Tensor, t: Tensor) -> Tensor:
+        logits = x * 1
+        return case.call(logits, t) + logits.exp().mean() + case.call(logits, t)
+
+    args = problem(case, (4, 17))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    close(with_gradients(compiled, *args), with_gradients(plain, *args))
+
+
+def test_graph_that_changes_the_logits() -> None:
+    """A mutation after the loss must not reach what the backward reads."""
+
+    def function(x: Tensor) -> Tensor:
+        logits = x * 2
+        value = fastdiv.entropy(logits, reduction="sum")
+        return value + logits.clone().mul_(3).sum()
+
+    x = torch.randn(3, 9)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    close(with_gradients(compiled, x), with_gradients(function, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    for case in (c for c in LOSSES if not c.options):
+        torch._dynamo.reset()
+        args = problem(case, (3, 17), dtype)
+        compiled = torch.compile(caller(case), backend="aot_eager", fullgraph=True)
+        same(with_gradients(compiled, *args), with_gradients(caller(case), *args))
+
+
+def test_func_transforms_inside() -> None:
+    """Per-sample gradients, compiled."""
+    case = next(c for c in LOSSES if str(c) == "kl_div-logits")
+    x, t = problem(case, (3, 4, 7))
+    per_sample = torch.func.vmap(torch.func.grad(caller(case)))
+    compiled = torch.compile(per_sample, backend="aot_eager", fullgraph=True)
+    close(compiled(x, t), per_sample(x, t))
+
+
+def test_modules_and_autocast() -> None:
+    model = torch.nn.Linear(5, 11)
+    kl = fastdiv.nn.KLDivLoss(target_type="logits", temperature=2.0, scale_by_temperature=True)
+    ce = fastdiv.nn.CrossEntropyLoss(torch.rand(11), ignore_index=1, label_smoothing=0.1)
+
+    def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(x)
+            return kl(logits, t) + ce(logits, y)
+
+    x, t, y = torch.randn(4, 5), torch.randn(4, 11), torch.tensor([0, 1, 2, 10])
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (compiled, step):
+        model.zero_grad()
+        loss = function(x, t, y)
+        loss.backward()
+        results.append([loss.detach(), model.weight.grad.clone()])
+    same(*results)
+
+
+class Losses(torch.nn.Module):
+    """Every loss and the statistics, for export."""
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        values = [case.call(x, case.make_target(x, t)) for case in LOSSES]
+        _, stats = fastdiv.cross_entropy(x, t.argmax(-1), return_stats=True)
+        return (*values, *stats)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    rows = {0: torch.export.Dim("rows", min=2)}
+    args = make_inputs((4, 9), torch.float32)
+    program = torch.export.export(Losses(), args, dynamic_shapes=(rows, rows), strict=strict)
+    used = {str(n.target) for n in program.graph.nodes if "fastdiv" in str(n.target)}
+    assert used == {"fastdiv._row_forward.default", "fastdiv._row_forward_stats.default"}
+    for shape in ((4, 9), (7, 9)):
+        args = make_inputs(shape, torch.float32)
+        same(program.module()(*args), Losses()(*args))

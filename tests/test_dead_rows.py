@@ -1,0 +1,157 @@
+"""Rows that do not count, rows that are not there, and NaN, which stays in its row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastdiv
+from cases import LOSSES, Case, make_inputs
+from edges import by_row, gradients, same
+
+INF, NAN = torch.inf, torch.nan
+# Those with token weights.
+WEIGHTED = [
+    case for case in LOSSES if not case.name.startswith("log_prob") and case.target != "none"
+]
+
+
+@pytest.fixture(params=["native", "reference"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastdiv.backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("junk", [NAN, INF, -INF])
+@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+def test_rows_that_do_not_count_are_zero_whatever_they_hold(case: Case, junk: float) -> None:
+    x, logits = make_inputs((5, 600), torch.float32)
+    t = case.make_target(x, logits)
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5])
+    if case.target == "labels":
+        t[3] = -100  # ignored by label as well as by weight
+    dead = weight == 0
+    expected = gradients(
+        lambda x, t: case.call(x, t, reduction="sum", token_weight=weight[~dead]),
+        x[~dead],
+        t[~dead],
+    )
+    x[dead] = junk
+    if t.is_floating_point():
+        t[dead] = junk
+    for reduction, divisor in (("none", 1.0), ("sum", 1.0), ("mean", 3.5), ("batchmean", 5.0)):
+        value, *grads = gradients(
+            lambda x, t, r=reduction: case.call(x, t, reduction=r, token_weight=weight), x, t
+        )
+        if reduction == "none":
+            assert (value[dead] == 0).all()
+        same(value.sum() * divisor, expected[0], 1e-5)
+        for grad, want in zip(grads, expected[1:], strict=True):
+            assert (grad[dead] == 0).all()
+            same(grad[~dead] * divisor, want)
+
+
+@pytest.mark.parametrize("smoothed", [0.0, 0.1])
+def test_an_ignored_label_is_enough(smoothed: float) -> None:
+    x, _ = make_inputs((4, 20), torch.float32)
+    y = torch.tensor([3, 255, 0, 255])
+    clean = F.cross_entropy(x, y, ignore_index=255, label_smoothing=smoothed)
+    x[1], x[3] = NAN, -INF
+    value, dx = gradients(
+        lambda x: fastdiv.cross_entropy(x, y, ignore_index=255, label_smoothing=smoothed), x
+    )
+    same(value, clean)
+    assert (dx[[1, 3]] == 0).all() and dx.isfinite().all()
+
+
+@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+def test_no_row_counts(case: Case) -> None:
+    x, logits = make_inputs((3, 9), torch.float32)
+    t = case.make_target(x, logits)
+    for reduction in ("mean", "sum", "batchmean", "none"):
+        value, *grads = gradients(
+            lambda x, t, r=reduction: case.call(x, t, reduction=r, token_weight=torch.zeros(3)),
+            x,
+            t,
+        )
+        assert value.isnan() if reduction == "mean" else (value == 0).all()
+        assert all((grad == 0).all() for grad in grads)
+
+
+def test_every_label_ignored() -> None:
+    x, _ = make_inputs((3, 9), torch.float32)
+    y = torch.full((3,), -100)
+    for weight in (None, torch.rand(9)):
+        value, dx = gradients(lambda x, w=weight: fastdiv.cross_entropy(x, y, w), x)
+        assert value.isnan() and (dx == 0).all()
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_empty_batch(case: Case) -> None:
+    x, logits = torch.zeros(0, 7), torch.zeros(0, 7)
+    t = case.make_target(x, logits)
+    if case.name.startswith("log_prob"):
+        value, dx = gradients(lambda x: case.call(x, t), x)
+        assert value.shape[-1] == 0 and dx.shape == (0, 7)
+        return
+    for reduction in ("none", "sum", "mean", "batchmean"):
+        value, *grads = gradients(lambda x, t, r=reduction: case.call(x, t, reduction=r), x, t)
+        assert all(grad.shape == (0, 7) for grad in grads)
+        if reduction == "none":
+            assert value.shape == (0,)
+        else:  # 0/0 of a mean is NaN, as torch's
+            assert value.item() == 0 if reduction == "sum" else value.isnan()
+
+
+# --- NaN stays in its row ---
+
+
+@pytest.mark.parametrize("junk", ["nan", "+inf", "all -inf"])
+@pytest.mark.parametrize("side", ["input", "target"])
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_nan_stays_in_its_row(case: Case, side: str, junk: str) -> None:
+    if junk != "nan" and (case.options.get("softcap") or case.target in ("log_probs", "probs")):
+        pytest.skip("a softcap makes it finite; of probabilities it is no such row")
+    x, logits = make_inputs((4, 700), torch.float32)
+    t = case.make_target(x, logits)
+    if side == "target" and (t is None or not t.is_floating_point()):
+        pytest.skip("the target is not a matrix")
+    expected = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    row = x[2] if side == "input" else t[2]
+    if junk == "all -inf":
+        row.fill_(-INF)
+    else:
+        row[600] = NAN if junk == "nan" else INF
+    actual = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    assert actual[0][..., 2].isnan().all()
+    clean = torch.tensor([0, 1, 3])
+    assert actual[0][..., clean].equal(expected[0][..., clean])
+    for a, b in zip(actual[1:], expected[1:], strict=True):
+        assert a[clean].equal(b[clean])
+    assert actual[1][2].isnan().any()
+    # A loss that is linear in its target has a gradient that does not depend on it.
+    linear = case.name == "cross_entropy" or (case.name, case.target) == (
+        "reverse_kl_div",
+        "log_probs",
+    )
+    if len(actual) == 3 and not (side == "target" and linear):
+        assert actual[2][2].isnan().any()
+
+
+def test_no_upstream_gradient_no_gradient_of_a_nan_row() -> None:
+    wrong = []
+    for case in LOSSES:
+        x, logits = make_inputs((3, 20), torch.float32)
+        t = case.make_target(x, logits)
+        x[1] = NAN
+        leaves = [v.requires_grad_() for v in (x, t) if v is not None and v.is_floating_point()]
+        value = case.call(x, t, **by_row(case))
+        upstream = torch.ones_like(value)
+        upstream[..., 1] = 0
+        grads = torch.autograd.grad(value, leaves, upstream)
+        if not all((grad[1] == 0).all() and grad.isfinite().all() for grad in grads):
+            wrong.append(str(case))
+    assert not wrong

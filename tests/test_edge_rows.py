@@ -1,0 +1,187 @@
+"""Rows at the edge: masked classes, mass on one side only, probabilities of 0, a single class.
+
+What must come out is DESIGN's "Numbers and edge cases".  Everything runs on the kernels and on the
+reference: both are held to the rule, not only to one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdiv
+from cases import LOSSES, Case, make_inputs
+from edges import by_row, gradients, same
+
+INF, NAN = torch.inf, torch.nan
+FUNCTIONS = [fastdiv.kl_div, fastdiv.reverse_kl_div, fastdiv.js_div]
+TYPES = ["logits", "log_probs", "probs"]
+
+
+@pytest.fixture(params=["native", "reference"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastdiv.backend(request.param):
+        yield request.param
+
+
+def as_type(logits: Tensor, kind: str) -> Tensor:
+    return {
+        "logits": logits,
+        "log_probs": logits.log_softmax(-1),
+        "probs": logits.softmax(-1),
+    }[kind]
+
+
+# --- masked classes: 0 * inf = 0 ---
+
+
+@pytest.mark.parametrize("mask", [-INF, torch.finfo(torch.float32).min], ids=["-inf", "finfo.min"])
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_a_class_masked_on_both_sides_is_as_if_it_were_not_there(case: Case, mask: float) -> None:
+    if case.options.keys() & {"label_smoothing", "softcap"}:
+        pytest.skip("smoothing gives the class mass, a softcap makes it finite")
+    x, logits = make_inputs((4, 1100), torch.float32)
+    # The whole first tile, one class further on and the last one; the labels are elsewhere.
+    masked = torch.zeros(1100, dtype=torch.bool)
+    masked[:512] = masked[700] = masked[-1] = True
+    logits[:, masked] = -INF
+    small = case.make_target(x[:, ~masked], logits[:, ~masked])
+    t = case.make_target(x, logits)
+    expected = gradients(lambda x, t: case.call(x, t, **by_row(case)), x[:, ~masked], small)
+    if case.target == "labels":
+        same(t, torch.arange(1100)[~masked][small])
+    x[:, masked] = mask
+    if case.target == "logits":
+        t[:, masked] = mask
+    value, *grads = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    same(value, expected[0])
+    for grad, want in zip(grads, expected[1:], strict=True):
+        same(grad[:, ~masked], want)
+    assert (grads[0][:, masked] == 0).all()
+    if case.divergence:  # the target of a cross entropy may grow there, at an infinite price
+        assert (grads[1][:, masked] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", TYPES)
+def test_teacher_mass_where_the_student_has_none(kind: str, dtype: torch.dtype) -> None:
+    x, logits = make_inputs((3, 40), dtype)
+    x[1, 5] = -INF
+    t = as_type(logits.double(), kind).to(dtype)
+    value, dx, dt = gradients(
+        lambda x, t: fastdiv.kl_div(x, t, target_type=kind, reduction="none"), x, t
+    )
+    assert value[1] == INF and value[[0, 2]].isfinite().all()
+    assert dx.isfinite().all() and dt.isfinite().all()
+    # The finite part of the gradient stays: q - p.
+    same(
+        dx[1].double(),
+        x[1].double().softmax(-1) - logits[1].double().softmax(-1),
+        1e-2 if dtype == torch.bfloat16 else 1e-6,
+    )
+    # The other direction knows nothing of the class, and JS is bounded.
+    for function in (fastdiv.reverse_kl_div, fastdiv.js_div):
+        value, dx, dt = gradients(
+            lambda x, t, f=function: f(x, t, target_type=kind, reduction="none"), x, t
+        )
+        assert value.isfinite().all() and dx.isfinite().all() and dt.isfinite().all()
+        assert dx[1, 5] == 0
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_student_mass_where_the_teacher_has_none(kind: str) -> None:
+    x, logits = make_inputs((3, 40), torch.float32)
+    logits[1, 5] = -INF
+    t = as_type(logits, kind)
+    for function in FUNCTIONS:
+        value, dx, dt = gradients(
+            lambda x, t, f=function: f(x, t, target_type=kind, reduction="none"), x, t
+        )
+        assert value[[0, 2]].isfinite().all()
+        assert value[1].item() == INF if function is fastdiv.reverse_kl_div else value[1].isfinite()
+        assert dx.isfinite().all() and dt.isfinite().all()
+        if kind == "logits" and function is fastdiv.reverse_kl_div:
+            # p - q: to give the class mass is what the loss asks for, as in the other direction.
+            same(dt[1], logits[1].softmax(-1) - x[1].softmax(-1))
+        elif kind == "probs" or function is not fastdiv.reverse_kl_div:
+            assert dt[1, 5] == 0
+
+
+def test_js_of_distributions_that_share_nothing_is_ln_2() -> None:
+    x = torch.tensor([[0.0, -INF, 1.0, -INF]])
+    t = torch.tensor([[-INF, 3.0, -INF, 0.0]])
+    for kind in TYPES:
+        value, dx, dt = gradients(
+            lambda x, t, kind=kind: fastdiv.js_div(x, t, target_type=kind), x, as_type(t, kind)
+        )
+        same(value, torch.tensor(2.0).log())
+        assert dx.isfinite().all() and dt.isfinite().all()
+
+
+def test_probabilities_of_exactly_zero() -> None:
+    x, _ = make_inputs((2, 5), torch.float32)
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
+    for function in FUNCTIONS:
+        value, dx, dp = gradients(
+            lambda x, p, f=function: f(x, p, target_type="probs", reduction="none"), x, p
+        )
+        infinite = function is fastdiv.reverse_kl_div
+        assert (value == INF).all() if infinite else value.isfinite().all()
+        assert dx.isfinite().all() and dp.isfinite().all() and (dp[p == 0] == 0).all()
+    value, dx, dp = gradients(lambda x, p: fastdiv.cross_entropy(x, p, reduction="none"), x, p)
+    lq = x.log_softmax(-1)
+    same(value, -(p * lq).sum(-1))
+    same(dx, lq.exp() - p)
+    same(dp, -lq)  # linear in p: defined at 0 as well
+
+
+def test_soft_target_of_zero_where_the_input_is_masked() -> None:
+    x = torch.tensor([[1.0, -INF, 2.0]])
+    p = torch.tensor([[0.5, 0.0, 0.5]])
+    value, dx, dp = gradients(lambda x, p: fastdiv.cross_entropy(x, p), x, p)
+    same(value, F.cross_entropy(x[:, [0, 2]], p[:, [0, 2]]))
+    assert dx.isfinite().all() and dp.isfinite().all() and dx[0, 1] == 0
+
+
+def test_entropy_and_log_prob_with_masked_classes() -> None:
+    x = torch.tensor([[0.0, -INF, 0.0, -INF], [2.0, -INF, -INF, -INF]])
+    value, dx = gradients(lambda x: fastdiv.entropy(x), x)
+    same(value, torch.tensor([2.0, 1.0]).log())
+    assert (dx == 0).all()
+    value, dx = gradients(lambda x: fastdiv.log_prob(x, torch.tensor([1, 0])), x)
+    assert value.tolist() == [-INF, 0.0] and dx.isfinite().all()
+
+
+@pytest.mark.parametrize("smoothing", ["all", "others"])
+def test_smoothing_over_a_masked_class_is_infinite_but_an_ignored_row_is_zero(
+    smoothing: str,
+) -> None:
+    x, _ = make_inputs((3, 9), torch.float32)
+    x[1:, 4] = -INF
+    y = torch.tensor([4, 2, -100])
+    value, dx = gradients(
+        lambda x: fastdiv.cross_entropy(
+            x, y, label_smoothing=0.1, smoothing=smoothing, reduction="none"
+        ),
+        x,
+    )
+    assert value[0].isfinite() and value[1] == INF and value[2] == 0
+    if smoothing == "all":
+        same(value[:2], F.cross_entropy(x, y, label_smoothing=0.1, reduction="none")[:2])
+    assert dx.isfinite().all() and (dx[2] == 0).all() and (dx[1] != 0).any()
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_a_single_class(case: Case) -> None:
+    if case.options.get("smoothing") == "others":
+        pytest.skip("needs two classes")
+    x, logits = torch.tensor([[3.0], [-5.0]]), torch.tensor([[1.0], [2.0]])
+    t = case.make_target(x, logits)
+    value, *grads = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    z = case.options.get("z_loss", 0.0)
+    same(value, (z * x.squeeze(-1) ** 2).expand(value.shape))
+    same(grads[0], 2 * z * x, 1e-7)

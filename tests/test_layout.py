@@ -1,0 +1,151 @@
+"""Shapes, class dimensions, strides and label types: tensors that are not [R, C]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdiv
+from cases import LOSSES, Case, make_inputs
+from edges import by_row
+from edges import gradients as even_gradients
+from fastdiv import _check
+
+gradients = partial(even_gradients, uneven=True)  # each row with a gradient of its own
+SHAPES_AND_DIMS = [((7,), 0), ((7,), -1), ((5, 4, 3), 0), ((5, 4, 3), 1), ((5, 4, 3), -2)]
+SHAPES_AND_DIMS += [((2, 5, 4, 3), dim) for dim in (0, 1, -1, -2)]
+
+
+@pytest.fixture(params=["native", "reference"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastdiv.backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize(("shape", "dim"), SHAPES_AND_DIMS, ids=str)
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_classes_on_any_dimension(case: Case, shape: tuple[int, ...], dim: int) -> None:
+    moved = list(shape)
+    classes = moved.pop(dim)
+    x, logits = make_inputs((*moved, classes), torch.float32)
+    t = case.make_target(x, logits)
+    # As rows of a matrix, row by row.
+    rows = x.reshape(-1, classes)
+    flat = t.reshape(rows.shape if t.is_floating_point() else -1) if t is not None else None
+    expected = gradients(lambda x, t: case.call(x, t, **by_row(case)), rows, flat)
+    x_dim = x.movedim(-1, dim).contiguous()
+    t_dim = t.movedim(-1, dim).contiguous() if t is not None and t.is_floating_point() else t
+    value, *grads = gradients(lambda x, t: case.call(x, t, dim=dim, **by_row(case)), x_dim, t_dim)
+    outputs = (2,) if case.name == "log_prob_and_entropy" else ()
+    assert value.shape == (*outputs, *moved)
+    assert value.reshape(expected[0].shape).equal(expected[0])
+    for grad, want in zip(grads, expected[1:], strict=True):
+        assert grad.shape == x_dim.shape
+        assert grad.movedim(dim, -1).reshape(want.shape).equal(want)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row slice": lambda x: torch.cat([x, x, x], -1)[:, x.shape[1] : 2 * x.shape[1]],
+    "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every second class": lambda x: x.repeat_interleave(2, -1)[:, ::2],
+    "odd storage offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "overlapping rows": lambda x: x[:1].expand(x.shape),
+    "broadcast classes": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("side", ["input", "target", "both"])
+@pytest.mark.parametrize("case", [c for c in LOSSES if not c.options], ids=str)
+def test_strides_do_not_matter(case: Case, side: str, layout: str) -> None:
+    x, logits = make_inputs((6, 603), torch.float32)
+    t = case.make_target(x, logits)
+    if side != "input" and (t is None or not t.is_floating_point()):
+        pytest.skip("the target is not a matrix")
+    if side != "target":
+        x = LAYOUTS[layout](x)
+    if side != "input":
+        t = LAYOUTS[layout](t)
+    plain = [v.clone(memory_format=torch.contiguous_format) if v is not None else v for v in (x, t)]
+    expected = gradients(lambda x, t: case.call(x, t, **by_row(case)), *plain)
+    actual = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.equal(b)
+
+
+def test_rows_are_views_where_the_classes_are_contiguous() -> None:
+    big = torch.randn(4, 6, 40)
+    for view in (big[:, 1], big[:, :, 3:20], big[1, ::2], big.transpose(0, 1)[2], big[1, 2]):
+        rows = _check.as_rows(view, view.dim() - 1)
+        # [:, :, 3:20] has rows at one stride; nothing of it is copied.
+        assert rows.untyped_storage().data_ptr() == big.untyped_storage().data_ptr()
+        assert rows.stride(1) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_in_place_backward_writes_the_rows_of_a_slice_and_nothing_else(
+    case: Case, dtype: torch.dtype, backend: str
+) -> None:
+    if backend == "reference" or case.name.startswith(("log_prob", "entropy")):
+        pytest.skip("has no in-place backward")
+    classes = 601
+    x, logits = make_inputs((5, classes), dtype)
+    t = case.make_target(x, logits)
+    expected = gradients(lambda x: case.call(x, t, **by_row(case)), x)
+    leaf = torch.randn(7, classes + 8).to(dtype).requires_grad_()
+    big = leaf * 1
+    rows = big[1:6, 3 : 3 + classes]
+    with torch.no_grad():
+        rows.copy_(x)
+    before = big.detach().clone()
+    value = case.call(rows, t, inplace_backward=True, **by_row(case))
+    assert big.detach().equal(before), "the forward wrote to its input"
+    upstream = torch.linspace(0.5, 1.5, 5, dtype=value.dtype)
+    (grad,) = torch.autograd.grad(value, rows, upstream)
+    assert grad.equal(expected[1])
+    assert grad.data_ptr() == rows.data_ptr()
+    after, (top, left) = big.detach().clone(), (slice(1, 6), slice(3, 3 + classes))
+    assert after[top, left].equal(expected[1])
+    after[top, left] = before[top, left] = 0
+    assert after.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64], ids=str)
+def test_label_types(dtype: torch.dtype) -> None:
+    x, _ = make_inputs((2, 300, 3), torch.float32)
+    y = torch.randint(0, 256, (2, 3))
+    expected = F.cross_entropy(x, y, reduction="none")
+    torch.testing.assert_close(fastdiv.cross_entropy(x, y.to(dtype), reduction="none"), expected)
+    torch.testing.assert_close(fastdiv.log_prob(x, y.to(dtype), dim=1), -expected)
+    ignored = fastdiv.cross_entropy(x, y.to(dtype), ignore_index=int(y[0, 0]), reduction="none")
+    assert ignored[0, 0] == 0
+
+
+def test_labels_with_strides() -> None:
+    x, _ = make_inputs((4, 3, 7), torch.float32)
+    y = torch.randint(0, 7, (3, 8)).t()[::2]
+    assert not y.is_contiguous()
+    torch.testing.assert_close(
+        fastdiv.cross_entropy(x, y, dim=-1), F.cross_entropy(x.movedim(-1, 1), y)
+    )
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
+def test_input_and_target_of_different_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, t = make_inputs((3, 50), torch.float64)
+    x, t = x.to(dtypes[0]), t.to(dtypes[1])
+    value, dx, dt = gradients(
+        lambda x, t: fastdiv.kl_div(x, t, target_type="logits", reduction="none"), x, t
+    )
+    assert (value.dtype, dx.dtype, dt.dtype) == (torch.float32, *dtypes)
+    expected = fastdiv.kl_div(x.float(), t.float(), target_type="logits", reduction="none")
+    assert value.equal(expected)

@@ -1,0 +1,137 @@
+"""Around a loss: modules, autocast, data parallelism."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiv
+from cases import LOSSES, Case, make_inputs
+
+EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
+REDUCIBLE = [c for c in LOSSES if "log_prob" not in c.name]
+WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]
+close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
+
+
+MODULES = {
+    "cross_entropy": fastdiv.nn.CrossEntropyLoss,
+    "entropy": fastdiv.nn.EntropyLoss,
+    "js_div": fastdiv.nn.JSDivLoss,
+    "kl_div": fastdiv.nn.KLDivLoss,
+    "reverse_kl_div": fastdiv.nn.ReverseKLDivLoss,
+}
+
+
+@pytest.mark.parametrize("case", REDUCIBLE, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean"])
+def test_modules(case: Case, reduction: str) -> None:
+    """The same bits as the function, also of a copy and of what a pickle brings back."""
+    x, t = make_inputs((4, 5), torch.float32)
+    args = [v for v in (x, case.make_target(x, t)) if v is not None]
+    options = {"reduction": reduction, **case.options}
+    expected = case.call(x, args[1] if t is not None and len(args) > 1 else None, **options)
+    if case.divergence:
+        options["target_type"] = case.target
+    module = MODULES[case.name](**options)
+    for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        close(m(*args), expected, rtol=0, atol=0)
+        assert repr(m).startswith(type(module).__name__) and reduction in repr(m)
+    assert not module.state_dict()
+    if case.divergence:
+        squared = MODULES[case.name](**options, scale_by_temperature=True)
+        close(squared(*args), expected * case.options.get("temperature", 1.0) ** 2)
+        weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
+        weighted = case.call(*args, reduction=reduction, token_weight=weight)
+        close(module(*args, token_weight=weight), weighted)
+
+
+def test_state_of_cross_entropy_module() -> None:
+    weight = torch.rand(5)
+    x, y = torch.randn(4, 5), torch.tensor([0, 3, -100, 4])
+    module = fastdiv.nn.CrossEntropyLoss(weight)
+    close(module(x, y), fastdiv.cross_entropy(x, y, weight))
+    other = fastdiv.nn.CrossEntropyLoss(torch.ones(5))
+    other.load_state_dict(module.state_dict())
+    close(other(x, y), module(x, y))
+    assert module.to(torch.float64).weight.dtype == torch.float64
+    options = {
+        "ignore_index": 1,
+        "label_smoothing": 0.2,
+        "smoothing": "others",
+        "softcap": 9.0,
+        "z_loss": 1e-2,
+        "temperature": 2.0,
+        "return_stats": True,
+        "reduction": "sum",
+    }
+    value, stats = fastdiv.nn.CrossEntropyLoss(**options)(x, y.abs() % 5)
+    expected, expected_stats = fastdiv.cross_entropy(x, y.abs() % 5, **options)
+    close((value, *stats), (expected, *expected_stats), rtol=0, atol=0)
+
+
+@EVERY_CASE
+def test_autocast(case: Case) -> None:
+    """Autocast changes what comes before the loss, not the loss."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, t = make_inputs((4, 33), dtype)
+        t = case.make_target(x, t)
+        x.requires_grad_()
+        expected = case.call(x, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = case.call(x, t)
+        assert value.dtype == torch.float32
+        close(value, expected, rtol=0, atol=0)
+        got = torch.autograd.grad(value.sum(), x)
+        close(got, torch.autograd.grad(expected.sum(), x), rtol=0, atol=0)
+    layer = torch.nn.Linear(8, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(torch.randn(4, 8))
+        value = case.call(logits, t)
+    assert logits.dtype == torch.bfloat16
+    value.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.isfinite().all()
+
+
+def replica(rank: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    model, loss, (inputs, y, t) = ddp_problem()
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    half = slice(4 * rank, 4 * rank + 4)
+    loss(model(inputs[half]), y[half], t[half]).backward()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+def ddp_problem() -> tuple[torch.nn.Module, Callable[..., Tensor], list[Tensor]]:
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.GELU(), torch.nn.Linear(9, 11))
+
+    def loss(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        hard = fastdiv.cross_entropy(x, y, label_smoothing=0.1, z_loss=1e-2)
+        soft = fastdiv.js_div(x, t, target_type="logits", inplace_backward=False)
+        return hard + soft + fastdiv.entropy(x, reduction="mean")
+
+    return model, loss, [torch.randn(8, 6), torch.randint(11, (8,)), torch.randn(8, 11)]
+
+
+def test_ddp(tmp_path: Path) -> None:
+    """Two processes with half the batch each end up with the gradient of the whole batch."""
+    torch.multiprocessing.spawn(replica, (str(tmp_path),), nprocs=2)
+    model, loss, (inputs, y, t) = ddp_problem()
+    loss(model(inputs), y, t).backward()
+    for p, g in zip(model.parameters(), torch.load(tmp_path / "gradients.pt"), strict=True):
+        close(g, p.grad, rtol=1e-5, atol=1e-6)
