@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _ops, reference
 from ._backend import use_kernel
@@ -28,14 +29,13 @@ def row_loss(
     """The loss of a matrix of logits ``[R, C]``, reduced as the spec says."""
     if not use_kernel(x, spec.reduction == "pointwise"):
         return reference.loss(spec, x, t, label, class_weight, row_weight)
-    rows = (x, t, label, class_weight, row_weight)
     if torch.compiler.is_compiling():
-        return _TracedRowLoss.apply(spec, False, *rows)[0]
-    if torch._C._are_functorch_transforms_active():
-        return _RowLoss.apply(spec, False, *rows)[0]
-    if torch.is_grad_enabled():
-        return _apply(spec, False, *rows)[0]
-    return _ops.forward(*rows, *_ops.options(spec))[0]
+        function: Any = _TracedRowLoss
+    elif torch._C._are_functorch_transforms_active():
+        function = _RowLoss
+    else:
+        return _EagerRowLoss.apply(spec, False, x, t, label, class_weight, row_weight)
+    return function.apply(spec, False, x, t, label, class_weight, row_weight)[0]
 
 
 def row_loss_and_stats(
@@ -96,7 +96,9 @@ class _RowLoss(_TracedRowLoss):
         elif torch.is_grad_enabled():  # create_graph=True, or a torch.func transform
             dx, dt = _RowLossBackward.apply(ctx.spec, need_x, need_t, grad, *ctx.saved_tensors)
         else:
-            return _TracedRowLoss.backward(ctx, grad)
+            dx, dt = _ops.backward(
+                grad.contiguous(), *ctx.saved_tensors, *_ops.options(ctx.spec), need_x, need_t
+            )
         return None, None, dx if need_x else None, dt if need_t else None, None, None, None
 
     @staticmethod
@@ -136,9 +138,19 @@ class _RowLoss(_TracedRowLoss):
         return (out, *[None] * (ctx.outputs - 1))
 
 
-# Function.apply looks up the signature of forward at every call, for longer than all of the rest
-# takes; what it then calls does not, and is enough where no torch.func transform is active.
-_apply = super(torch.autograd.Function, _RowLoss).apply
+class _EagerRowLoss(_RowLoss):
+    """The same in the form that costs least to call; no torch.func transform may be active."""
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, spec: Spec, _: bool, *rows: Tensor | None) -> Tensor:  # type: ignore[override]
+        value, *saved = _ops.forward(*rows, *_ops.options(spec))
+        ctx.spec, ctx.outputs = spec, 1
+        ctx.save_for_backward(*rows, *saved)
+        if forward_ad._current_level >= 0:  # inside a dual_level
+            ctx.save_for_forward(*rows, *saved)
+        return value
 
 
 class _RowLossBackward(torch.autograd.Function):

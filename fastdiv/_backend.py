@@ -66,7 +66,7 @@ def use_kernel(x: torch.Tensor, pointwise: bool = False) -> bool:
     """Whether a kernel computes a loss of these logits; raises where one is demanded in vain."""
     if _current == "reference":
         return False
-    fits = _C is not None and x.device.type == "cpu" and not pointwise
+    fits = _C is not None and x.is_cpu and not pointwise
     if not fits and _current == "native":
         raise RuntimeError(f"backend 'native': {_why_not(x, pointwise)}; use backend 'auto'")
     return fits

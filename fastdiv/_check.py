@@ -31,10 +31,11 @@ def check_logits(x: Tensor, name: str = "input") -> None:
 
 def class_dim(x: Tensor, dim: int) -> int:
     """``dim`` counted from 0; there must be classes along it."""
-    if not -x.dim() <= dim < x.dim():
+    dims = x.dim()
+    if not -dims <= dim < dims:
         raise IndexError(f"dim {dim} is out of range for input of shape {tuple(x.shape)}")
-    dim %= x.dim()
-    if x.shape[dim] == 0:
+    dim %= dims
+    if x.size(dim) == 0:
         raise ValueError(f"input of shape {tuple(x.shape)} has no classes along dim {dim}")
     return dim
 
@@ -67,9 +68,9 @@ def check_share(value: float, name: str) -> float:
     return float(value)
 
 
-def check_in_place(x: Tensor, inplace: bool) -> None:
+def check_in_place(x: Tensor) -> None:
     """Logits that may be overwritten by their gradient."""
-    if inplace and x.is_leaf and x.requires_grad:
+    if x.is_leaf and x.requires_grad:
         raise ValueError(
             "inplace_backward=True would overwrite a leaf tensor with its own gradient; "
             "it is meant for logits that a model computed"
@@ -84,23 +85,22 @@ def same_device(x: Tensor, other: Tensor, name: str) -> None:
 
 def as_rows(x: Tensor, dim: int) -> Tensor:
     """A matrix with the classes last and contiguous; a view where there is one."""
-    if x.dim() != 2 or dim != 1:
+    if dim != 1 or x.dim() != 2:
         x = x.movedim(dim, -1)
         x = x.reshape(-1, x.shape[-1])
-    if x.stride(1) != 1 and x.shape[1] != 1:
+    if x.stride(1) != 1 and x.size(1) != 1:
         x = x.contiguous()
     return x
 
 
 def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Input and target as matrices of one dtype."""
-    check_logits(target, "target")
     if target.shape != x.shape:
         raise ValueError(
             f"target must have the shape of input, {tuple(x.shape)}, got {tuple(target.shape)}"
         )
     same_device(x, target, "target")
-    if x.dtype != target.dtype:
+    if x.dtype is not target.dtype:
         dtype = torch.promote_types(x.dtype, target.dtype)
         x, target = x.to(dtype), target.to(dtype)
     return as_rows(x, dim), as_rows(target, dim)
@@ -109,6 +109,11 @@ def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def row_shape(x: Tensor, dim: int) -> tuple[int, ...]:
     """Shape without the classes."""
     return (*x.shape[:dim], *x.shape[dim + 1 :])
+
+
+def as_input(value: Tensor, x: Tensor, dim: int) -> Tensor:
+    """One value a row in the shape of input without its classes."""
+    return value if x.dim() == 2 else value.reshape(row_shape(x, dim))
 
 
 def row_vector(x: Tensor, dim: int, v: Tensor, name: str) -> Tensor:
@@ -165,11 +170,15 @@ def labels(x: Tensor, dim: int, y: Tensor, name: str, ignore_index: int | None) 
     """
     if y.dtype not in LABELS:
         raise TypeError(f"{name} must hold int64, int32 or uint8 class indices, got {y.dtype}")
-    y = row_vector(x, dim, y, name).to(torch.int64)
+    y = row_vector(x, dim, y, name)
+    if y.dtype is not torch.int64:
+        y = y.to(torch.int64)
+    on_cpu = x.is_cpu
+    if on_cpu and use_kernel(x):  # which checks them itself
+        return y
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return y
-    on_cpu = x.device.type == "cpu"
-    if (on_cpu and not use_kernel(x)) or (not on_cpu and os.environ.get("FASTDIV_CHECK") == "1"):
+    if on_cpu or os.environ.get("FASTDIV_CHECK") == "1":
         check_labels(y, x.shape[dim], name, ignore_index)
     return y
 

@@ -153,7 +153,8 @@ def cross_entropy(
     _check.check_logits(input)
     dim = _check.class_dim(input, (1 if input.dim() > 1 else 0) if dim is None else dim)
     _check.check_reduction(reduction)
-    _check.check_in_place(input, inplace_backward)
+    if inplace_backward:
+        _check.check_in_place(input)
     classes = input.shape[dim]
     label, spread = smoothing_rates(label_smoothing, smoothing, classes)
     if not isinstance(target, Tensor):
@@ -162,6 +163,7 @@ def cross_entropy(
     row_weight = _check.token_weights(input, dim, token_weight)
     x, t, y = input, None, None
     if target.is_floating_point():
+        _check.check_logits(target, "target")
         x, t = _check.same_rows(input, target, dim)
         loss = "soft_cross_entropy"
     else:
@@ -180,10 +182,9 @@ def cross_entropy(
         z_loss=_check.check_finite(z_loss, "z_loss"),
         inplace=inplace_backward,
     )
-    shape = _check.row_shape(input, dim)
     if return_stats:
         value, stats = row_loss_and_stats(spec, x, t, y, class_weight, row_weight)
-        stats = Stats(*(s.reshape(shape) for s in stats))
-        return (value.reshape(shape) if reduction == "none" else value), stats
+        stats = Stats(*(_check.as_input(s, input, dim) for s in stats))
+        return (_check.as_input(value, input, dim) if reduction == "none" else value), stats
     value = row_loss(spec, x, t, y, class_weight, row_weight)
-    return value.reshape(shape) if reduction == "none" and len(shape) != 1 else value
+    return _check.as_input(value, input, dim) if reduction == "none" else value

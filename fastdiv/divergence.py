@@ -31,8 +31,9 @@ def _divergence(
         raise ValueError(f"target_type must be one of {_check.TARGET_TYPES}, got {target_type!r}")
     dim = _check.class_dim(input, dim)
     _check.check_reduction(reduction, pointwise=True)
-    _check.check_in_place(input, inplace_backward)
-    row_weight = _check.token_weights(input, dim, token_weight)
+    if inplace_backward:
+        _check.check_in_place(input)
+    row_weight = None if token_weight is None else _check.token_weights(input, dim, token_weight)
     x, t = _check.same_rows(input, target, dim)
     spec = Spec(
         loss=loss,
@@ -47,8 +48,7 @@ def _divergence(
     if reduction == "pointwise":
         moved = input.movedim(dim, -1)
         return value.reshape(moved.shape).movedim(-1, dim)
-    rows = _check.row_shape(input, dim)
-    return value.reshape(rows) if reduction == "none" and len(rows) != 1 else value
+    return _check.as_input(value, input, dim) if reduction == "none" else value
 
 
 def kl_div(

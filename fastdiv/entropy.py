@@ -61,7 +61,7 @@ def entropy(
     value = row_loss(spec, _check.as_rows(input, dim))
     if base is not None:
         value = value / math.log(base)
-    return value.reshape(_check.row_shape(input, dim)) if reduction == "none" else value
+    return _check.as_input(value, input, dim) if reduction == "none" else value
 
 
 def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float = 1.0) -> Tensor:
@@ -90,7 +90,8 @@ def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float 
 
     Source: ``torch.log_softmax(input, dim).gather(dim, index)``.
     """
-    return -_of_index("cross_entropy", input, index, dim, temperature)
+    value = -_of_index("cross_entropy", input, index, dim, temperature)
+    return _check.as_input(value, input, dim)
 
 
 def log_prob_and_entropy(
@@ -112,7 +113,7 @@ def log_prob_and_entropy(
     Source: :func:`log_prob` and :func:`entropy`.
     """
     log_prob, entropy = _of_index("log_prob_and_entropy", input, index, dim, temperature).unbind(0)
-    return log_prob, entropy
+    return _check.as_input(log_prob, input, dim), _check.as_input(entropy, input, dim)
 
 
 def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: float) -> Tensor:
@@ -122,5 +123,4 @@ def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: fl
         raise TypeError(f"index must be a Tensor, got {type(index).__name__}")
     label = _check.labels(input, dim, index, "index", NO_LABEL_IGNORED)
     spec = Spec(loss, ignore_index=NO_LABEL_IGNORED, scale=_scale(temperature))
-    value = row_loss(spec, _check.as_rows(input, dim), label=label)
-    return value.reshape(*value.shape[:-1], *_check.row_shape(input, dim))
+    return row_loss(spec, _check.as_rows(input, dim), label=label)

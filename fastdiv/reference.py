@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Spec:
     """One loss with all of its options that are not tensors."""
 
@@ -186,9 +186,9 @@ def rows(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
 ) -> Tensor:
-    """Weighted value of every row, ``[R]``; two rows of them for log_prob_and_entropy.
+    """Weighted value of every row; two rows of them for log_prob_and_entropy; pointwise, all terms.
 
-    Pointwise, every term.  A label outside ``[0, C)`` that is not ``ignore_index`` makes its row NaN.
+    A label outside ``[0, C)`` that is not ``ignore_index`` makes its row NaN.
     """
     dtype = value_dtype(x.dtype)
     weight = row_weights(spec.ignore_index, x, label, row_weight)

@@ -4,7 +4,7 @@ Truth is the reference in float64 of the very numbers that the kernel reads; `ea
 of torch would write.  For half inputs eager computes in float32 here: in half it is so far off that
 nothing could fail.  The rule is applied to the root mean square over many rows, where it is sharp:
 the largest of a few rounding errors is a lottery, of which eager wins half.  The largest error may
-be twice eager's (three times for values, of which there are few), so that no class goes astray.
+be three times eager's, so that no class goes astray.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ def accept(name: str, x: Tensor, ours: Tensor, eager: Tensor, unit: Tensor, trut
     a, b, u = (v.square().mean(dim).sqrt() for v in (ours, eager, unit))
     assert (a <= b + 2 * u).all(), f"{where}: {a} > {b} (eager) + 2 * {u} (ulp)"
     a, b, u = (v.max() for v in (ours, eager, unit))
-    times = 3 if name == "value" else 2
-    assert a <= times * b + 2 * u, f"{where}, largest: {a} > {times} * {b} + 2 * {u} (ulp)"
+    assert a <= 3 * b + 2 * u, f"{where}, largest: {a} > 3 * {b} (eager) + 2 * {u} (ulp)"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,6 +139,20 @@ def test_every_shape(name: str, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("name", ["cross_entropy-labels", "kl_div-logits", "js_div-probs"])
 def test_vocabularies(name: str, shape: tuple[int, int], isa: str) -> None:
     check(CASES[name], *(expected(CASES[name], torch.float32, shape, seed) for seed in range(2)))
+
+
+@pytest.mark.parametrize("name", ["kl_div-probs", "reverse_kl_div-probs", "js_div-probs"])
+def test_gradient_of_small_probabilities(name: str, isa: str) -> None:
+    # Of p = 1e-10 the gradient, log p - log q + 1 say, has its full digits: it must not be found as
+    # a mass that was computed from its logarithm, over p.  The strict rule, for the largest error.
+    errors, allowed = [], []
+    for seed in range(3):
+        x, t, truth, eager = expected(CASES[name], torch.float32, (8, 8191), seed)
+        ours = evaluate(lambda x, t: CASES[name].call(x, t, reduction="none"), x, t)
+        unit = ulp(truth[2], torch.float32).max()
+        errors.append((ours[2].double() - truth[2]).abs().max())
+        allowed.append((eager[2].double() - truth[2]).abs().max() + 2 * unit)
+    assert max(errors) <= max(allowed), (errors, allowed)
 
 
 # --- next to zero --------------------------------------------------------------------------------

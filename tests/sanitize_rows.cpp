@@ -1,0 +1,296 @@
+// Every kernel without torch, on buffers of exactly the right size, against plain loops in double.
+// Built with sanitizers and run by test_sanitizers.py; "split" as argument: shared columns only.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/dtype.h"
+#include "cpu/kernels.h"
+
+using namespace fastdiv;
+
+namespace {
+
+constexpr double kInf = HUGE_VAL;
+int checks = 0, failures = 0;
+std::string context;
+
+// Of a value that a kernel computed from numbers of this size.
+void expect(const char* what, double got, double expected, double tolerance) {
+  ++checks;
+  const bool same = got == expected || (std::isnan(got) && std::isnan(expected)) ||
+                    std::abs(got - expected) <= tolerance;
+  if (same || ++failures > 20) return;
+  std::printf("%s: %s is %.9g, expected %.9g\n", context.c_str(), what, got, expected);
+}
+
+// --- memory of the exact size
+// -----------------------------------------------------------------------
+
+struct Rows {
+  DType dtype;
+  int64_t rows, classes, stride;
+  std::vector<char> bytes;  // ends with the last element of the last row
+
+  Rows(DType d, int64_t r, int64_t c, int64_t gap)
+      : dtype(d), rows(r), classes(c), stride(c + gap), bytes(((r - 1) * stride + c) * size_of(d)) {
+    bytes.shrink_to_fit();
+  }
+  Matrix matrix() { return {bytes.data(), stride}; }
+  void set(int64_t r, int64_t i, double v) {
+    char* p = bytes.data() + (r * stride + i) * size_of(dtype);
+    if (dtype == DType::kF64) *reinterpret_cast<double*>(p) = v;
+    if (dtype == DType::kF32) *reinterpret_cast<float*>(p) = float(v);
+    if (dtype == DType::kF16) narrow(float(v), reinterpret_cast<Half*>(p));
+    if (dtype == DType::kBF16) narrow(float(v), reinterpret_cast<BFloat16*>(p));
+  }
+  double get(int64_t r, int64_t i) const {
+    const char* p = bytes.data() + (r * stride + i) * size_of(dtype);
+    if (dtype == DType::kF64) return *reinterpret_cast<const double*>(p);
+    if (dtype == DType::kF32) return double(*reinterpret_cast<const float*>(p));
+    return dtype == DType::kF16 ? double(widen(*reinterpret_cast<const Half*>(p)))
+                                : double(widen(*reinterpret_cast<const BFloat16*>(p)));
+  }
+};
+
+// Numbers of the type we compute in.
+struct Reals {
+  bool f64;
+  std::vector<char> bytes;
+  Reals(bool d, int64_t n, double v) : f64(d), bytes(size_t(n * (d ? 8 : 4))) {
+    for (int64_t i = 0; i < n; ++i) set(i, v);
+  }
+  void* data() { return bytes.data(); }
+  void set(int64_t i, double v) {
+    if (f64)
+      reinterpret_cast<double*>(bytes.data())[i] = v;
+    else
+      reinterpret_cast<float*>(bytes.data())[i] = float(v);
+  }
+  double operator[](int64_t i) const {
+    return f64 ? reinterpret_cast<const double*>(bytes.data())[i]
+               : double(reinterpret_cast<const float*>(bytes.data())[i]);
+  }
+};
+
+// --- plain loops
+// ------------------------------------------------------------------------------------
+
+struct Plain {
+  double value = 0, entropy = 0;
+  std::vector<double> dx, dt;
+};
+
+double times(double mass, double v) { return mass == 0 ? 0 : mass * v; }
+
+std::vector<double> log_softmax(std::vector<double> x, double scale) {
+  double max = -kInf, sum = 0;
+  for (double& v : x) max = std::fmax(max, v *= scale);
+  for (double v : x) sum += std::exp(v - max);
+  for (double& v : x) v -= max + std::log(sum);
+  return x;
+}
+
+// One row of the loss, with upstream gradients 1.5 of the value and -0.5 of the entropy.
+Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::vector<double> x,
+                const std::vector<double>& t, int64_t y, const std::vector<double>& weight) {
+  const size_t n = x.size();
+  const std::vector<double> raw = x;
+  if (a.softcap)
+    for (double& v : x) v = a.softcap * std::tanh(v / a.softcap);
+  const std::vector<double> lq = log_softmax(x, a.scale);
+  std::vector<double> lp(n), p(n), u(n), v(n), ux(n);
+  for (size_t i = 0; i < n; ++i) lp[i] = target == Target::kProbs ? std::log(t[i]) : t[i];
+  if (target == Target::kLogits) lp = log_softmax(t, a.scale);
+  for (size_t i = 0; i < n; ++i) p[i] = target == Target::kProbs ? t[i] : std::exp(lp[i]);
+  double lse = -kInf, entropy = 0, mass = 0, terms = 0, sum_u = 0;
+  for (size_t i = 0; i < n; ++i) lse = std::fmax(lse, x[i] * a.scale - lq[i]);
+  for (size_t i = 0; i < n; ++i) entropy -= times(std::exp(lq[i]), lq[i]);
+  Plain out{0, entropy, std::vector<double>(n), std::vector<double>(n)};
+  const double b = a.params.shape;
+  const bool cross = loss.find("cross_entropy") != std::string::npos,
+             hard = target == Target::kNone;
+  const double omega = hard && cross ? weight[y] : 1;
+  for (size_t i = 0; i < n; ++i) {
+    const double q = std::exp(lq[i]), m = std::log(b * p[i] + (1 - b) * q);
+    const double forward = p[i] == 0 ? 0 : lp[i] - lq[i], reverse = q == 0 ? 0 : lq[i] - lp[i];
+    if (loss == "kl_div")
+      terms += times(p[i], forward), u[i] = -p[i], v[i] = times(p[i], forward) + p[i];
+    if (loss == "reverse_kl_div")
+      terms += times(q, reverse), u[i] = times(q, reverse) + q, v[i] = -q;
+    if (loss == "js_div") {
+      u[i] = (1 - b) * (q == 0 ? 0 : q * (lq[i] - m)),
+      v[i] = b * (p[i] == 0 ? 0 : p[i] * (lp[i] - m));
+      terms += u[i] + v[i];
+    }
+    if (cross) {
+      const bool at = hard && int64_t(i) == y;
+      const double r = weight[i] * (hard ? at * a.params.label : a.params.label * p[i]) +
+                       weight[i] * a.params.spread;
+      mass += r, terms -= times(r, lq[i]), u[i] = -r;
+      v[i] = -weight[i] * a.params.label * times(1, lq[i]);
+    }
+    if (loss == "entropy") u[i] = -times(q, lq[i] + entropy);
+    if (loss == "log_prob_and_entropy")
+      u[i] = 1.5 * ((int64_t(i) == y) - q) + 0.5 * times(q, lq[i] + entropy);
+    sum_u += u[i];
+  }
+  out.value = terms;
+  if (cross) out.value += a.params.z_loss * omega * lse * lse;
+  if (loss == "entropy") out.value = entropy;
+  if (loss == "log_prob_and_entropy") out.value = lq[y];
+  double sum_v = 0;
+  for (size_t i = 0; i < n; ++i) sum_v += v[i];
+  for (size_t i = 0; i < n; ++i) {
+    const double q = std::exp(lq[i]),
+                 slope = a.softcap ? 1 - std::pow(std::tanh(raw[i] / a.softcap), 2) : 1;
+    const double pull = cross ? mass + 2 * a.params.z_loss * omega * lse : -sum_u;
+    out.dx[i] = u[i] + times(q, pull);
+    if (loss == "entropy") out.dx[i] = u[i];
+    out.dx[i] *= (loss == "log_prob_and_entropy" ? 1 : 1.5) * a.scale * slope;
+    if (loss == "log_prob_and_entropy") out.dx[i] = u[i] * a.scale * slope;
+    if (target == Target::kLogits) out.dt[i] = 1.5 * a.scale * (v[i] - p[i] * sum_v);
+    if (target == Target::kLogProbs) out.dt[i] = 1.5 * v[i];
+    if (target == Target::kProbs) out.dt[i] = 1.5 * (cross ? v[i] : p[i] == 0 ? 0 : v[i] / p[i]);
+  }
+  return out;
+}
+
+// --- one problem
+// ------------------------------------------------------------------------------------
+
+void three_threads(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
+                   void* context) {
+  const int64_t third = (end - begin + 2) / 3;
+  std::vector<std::thread> threads;
+  for (int64_t i = begin; i < end; i += third)
+    threads.emplace_back(body, i, i + third < end ? i + third : end, context);
+  for (std::thread& t : threads) t.join();
+}
+
+struct Options {
+  double scale = 1, softcap = 0;
+  bool weights = false;
+  int64_t gap = 0;  // between rows
+};
+
+void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bool split) {
+  const bool f64 = dtype == DType::kF64;
+  const RowKernels* kernels = baseline::find_kernels(loss, target, f64);
+  if (!kernels) return;
+  const std::string name = kLossNames[int(loss)], plain_name = name.substr(0, name.find("_stats"));
+  context = name + " target " + std::to_string(int(target)) + " dtype " +
+            std::to_string(int(dtype)) + " classes " + std::to_string(classes);
+  // Rows: ordinary, close to the target, a class at -inf on both sides, NaN, ignored.
+  constexpr int64_t kRows = 5;
+  std::mt19937 random(1);
+  std::normal_distribution<double> normal(0, 2);
+  Rows x(dtype, kRows, classes, o.gap), t = x;
+  for (int64_t r = 0; r < kRows; ++r) {
+    std::vector<double> logits(classes), teacher(classes);
+    for (int64_t i = 0; i < classes; ++i) logits[i] = normal(random), teacher[i] = normal(random);
+    if (r == 1)
+      for (int64_t i = 0; i < classes; ++i) teacher[i] = logits[i] + 0.01 * teacher[i];
+    if (r == 2 && classes > 2 && o.softcap == 0) logits[classes - 1] = teacher[classes - 1] = -kInf;
+    if (r >= 3) logits[classes / 2] = teacher[0] = NAN;
+    if (target != Target::kLogits) teacher = log_softmax(teacher, 1);
+    for (int64_t i = 0; i < classes; ++i) {
+      x.set(r, i, logits[i]);
+      t.set(r, i, target == Target::kProbs ? std::exp(teacher[i]) : teacher[i]);
+    }
+  }
+  std::vector<int64_t> label(kRows), argmax(kRows);
+  for (int64_t r = 0; r < kRows; ++r)
+    label[r] = r == 4 ? -100 : (r * 7) % (classes > 2 ? classes - 1 : 1);
+  Reals weight(f64, classes, 1), row_weight(f64, kRows, 1), value(f64, kRows, 777),
+      entropy = value, record(f64, kRows * 8, 777), stats(f64, 3 * kRows, 777),
+      grad(f64, kRows, 1.5), grad_entropy(f64, kRows, -0.5);
+  std::vector<double> class_weight(classes, 1.0);
+  if (o.weights)
+    for (int64_t i = 0; i < classes; ++i)
+      weight.set(i, 0.5 + double(i % 4)), class_weight[i] = 0.5 + double(i % 4);
+  row_weight.set(4, 0);
+  std::vector<char> scratch(segment_count(classes) * kScratchPerSegment);
+  RowArgs a;
+  a.rows = kRows, a.classes = classes, a.dtype = dtype;
+  a.x = x.matrix();
+  if (target != Target::kNone) a.t = t.matrix();
+  if (kernels->label) a.label = label.data(), a.ignore_index = -100;
+  if (o.weights) a.class_weight = weight.data();
+  a.row_weight = row_weight.data();
+  a.scale = o.scale, a.softcap = o.softcap;
+  a.params = {0.3, 1, 0, 0};
+  const bool cross = plain_name.find("cross_entropy") != std::string::npos;
+  if (cross) a.params.z_loss = 1e-2;
+  if (plain_name == "smoothed_cross_entropy" || plain_name == "soft_cross_entropy")
+    a.params.label = 0.9, a.params.spread = 0.1 / double(classes);
+  a.value = value.data(), a.record = record.data();
+  a.grad = grad.data(), a.grad_stride = 1;
+  if (kernels->two_outputs) a.entropy = entropy.data(), a.grad_entropy = grad_entropy.data();
+  if (kernels->stats) a.stats = stats.data(), a.argmax = argmax.data();
+  if (split) a.split_columns = three_threads, a.scratch = scratch.data();
+
+  Rows dx = x, dt = t;
+  a.dx = dx.matrix();
+  if (target != Target::kNone) a.dt = dt.matrix();
+  kernels->forward(a, 0, kRows);
+  kernels->backward(a, 0, kRows);
+
+  // Both at once, in place, without threads: the same bits.
+  Rows over = x, dt_again = t;
+  Reals value_again(f64, kRows, 555), record_again(f64, kRows * 8, 555);
+  RowArgs f = a;
+  f.split_columns = nullptr, f.scratch = nullptr;
+  f.x = f.dx = over.matrix();
+  if (target != Target::kNone) f.dt = dt_again.matrix();
+  f.value = value_again.data(), f.record = record_again.data();
+  kernels->forward_grad(f, 0, kRows);
+  expect("forward_grad's value", value.bytes == value_again.bytes, 1, 0);
+  expect("forward_grad's gradient", dx.bytes == over.bytes, 1, 0);
+  expect("forward_grad's target gradient", dt.bytes == dt_again.bytes, 1, 0);
+
+  const double digits = f64 ? 1e-11 : 2e-5;
+  const double stored = dtype == DType::kBF16 ? 8e-3 : (dtype == DType::kF16 ? 1e-3 : digits);
+  for (int64_t r = 0; r < kRows; ++r) {
+    std::vector<double> row(classes), teacher(classes);
+    for (int64_t i = 0; i < classes; ++i) row[i] = x.get(r, i), teacher[i] = t.get(r, i);
+    Plain e = plain_row(plain_name, target, a, row, teacher, r == 4 ? 0 : label[r], class_weight);
+    if (r == 4) e = {0, 0, std::vector<double>(classes, 0.0), std::vector<double>(classes, 0.0)};
+    if (r == 3) e.value = e.entropy = NAN;
+    expect("value", value[r], e.value, digits * (10 + std::abs(e.value)));
+    if (kernels->two_outputs) expect("entropy", entropy[r], e.entropy, digits * 20);
+    if (kernels->stats && r < 3) expect("entropy", stats[kRows + r], e.entropy, digits * 20);
+    if (kernels->stats && r < 3)
+      for (int64_t i = 0; i < classes; ++i)
+        expect("maximum", x.get(r, argmax[r]) >= x.get(r, i), 1, 0);
+    if (r == 3) continue;  // NaN: no promise for the gradient
+    for (int64_t i = 0; i < classes; ++i) {
+      expect("dx", dx.get(r, i), e.dx[i], stored * (1e-2 + std::abs(e.dx[i])) + digits);
+      if (target != Target::kNone)
+        expect("dt", dt.get(r, i), e.dt[i], stored * (1e-2 + std::abs(e.dt[i])) + 5 * digits);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+  const bool split_only = argc > 1;
+  const std::vector<int64_t> all = {1, 7, 511, 512, 513, 8193}, wide = {8193, 24581};
+  for (int loss = 0; loss < int(LossId::kCount); ++loss)
+    for (Target target : {Target::kNone, Target::kLogits, Target::kLogProbs, Target::kProbs})
+      for (DType dtype : {DType::kF32, DType::kF64, DType::kF16, DType::kBF16}) {
+        for (int64_t classes : wide) run(LossId(loss), target, dtype, classes, {}, true);
+        if (split_only) continue;
+        for (int64_t classes : all) run(LossId(loss), target, dtype, classes, {}, false);
+        run(LossId(loss), target, dtype, 513, {0.5, 30, true, 3}, false);
+        run(LossId(loss), target, dtype, 8193, {0.5, 30, true, 1}, true);
+      }
+  std::printf("%d checks, %d failures\n", checks, failures);
+  return failures ? 1 : 0;
+}

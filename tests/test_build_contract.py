@@ -1,0 +1,250 @@
+"""What the build promises: vector code in the kernels, none outside of them, one set of losses.
+
+A missing flag does not fail a build and changes no result: it only makes everything slower.  So the
+machine code is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+import fastdiv
+import fastdiv._C as native
+from cases import LOSSES
+from fastdiv import reference
+
+ROOT = Path(__file__).parent.parent
+WIDTH = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
+ARITHMETIC = re.compile(r"\bv?(?:add|sub|mul|div|max|min|fn?m(?:add|sub)\d+)(ps|ss)\b")
+FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
+
+# Where the loops are, and the least number of packed instructions for each scalar one.  A loop has
+# a scalar copy of itself for the last few columns, so a function that is all loop is near 1; around
+# the loop of first_sweep there is scalar work for every tile.  Measured (GCC 12, baseline, AVX2 and
+# AVX-512): 0.27 and more in first_sweep, 0.88 and more elsewhere.  Without -fopenmp-simd all are
+# below 0.06.  Without -fno-trapping-math likewise, but for AVX-512, whose masks save most loops:
+# there it is the logarithms of probability targets that fall, to 0.14 in first_sweep and 0.38.
+LOOPS = {
+    "first_sweep": 0.2,
+    "sum_terms": 0.7,
+    "backward_row": 0.7,
+    "grad_x": 0.7,
+    "grad_t": 0.7,
+    "load_widened": 0.7,
+    "store_narrowed": 0.7,
+}
+
+
+def disassemble(path: Path) -> dict[str, list[str]]:
+    """Instructions of every function of an object file or library, by demangled name."""
+    if not shutil.which("objdump"):
+        pytest.skip("needs objdump (binutils)")
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions: dict[str, list[str]] = defaultdict(list)
+    name = ""
+    for line in output.splitlines():
+        if match := FUNCTION.match(line):
+            name = match[1]
+        elif name:
+            functions[name].append(line)
+    return functions
+
+
+def policy_of(name: str, loop: str) -> str:
+    """What the template argument of the loop says: the loss and its target, or the 16-bit type."""
+    text = name[name.index(f"{loop}<") + len(loop) + 1 :]
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "<") - (c == ">")
+        if depth < 0 or (c == "," and depth == 0):
+            return re.sub(r"fastdiv::|\((fastdiv::)?Target\)", "", text[:i]).strip()
+    raise AssertionError(f"cannot read {name}")
+
+
+def count_loops(path: Path, isa: str) -> dict[tuple[str, str], Counter[str]]:
+    """Packed and scalar single precision arithmetic of every (loop, policy of float)."""
+    loop = re.compile(rf"fastdiv::{isa}::(?:\w+<.*>::)?({'|'.join(LOOPS)})<")
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for name, code in disassemble(path).items():
+        match = loop.search(name)
+        if not match or "float" not in name:
+            continue
+        counter = counts[match[1], policy_of(name, match[1])]
+        for line in code:
+            if found := ARITHMETIC.search(line):
+                packed = found[1] == "ps" and WIDTH[isa] in line
+                counter["packed"] += packed
+                counter["scalar"] += found[1] == "ss"
+    # A name without arithmetic is a wrapper whose loop was inlined elsewhere, or moves bits only.
+    return {k: c for k, c in counts.items() if c["packed"] + c["scalar"] > 5 or "Half" in k[1]}
+
+
+def too_scalar(counts: dict[tuple[str, str], Counter[str]]) -> list[str]:
+    return [
+        f"{loop}<{policy}>: {c['packed']} packed, {c['scalar']} scalar"
+        for (loop, policy), c in counts.items()
+        if c["packed"] < LOOPS[loop] * c["scalar"] or not c["packed"]
+    ]
+
+
+BUILT = Path(native.__file__)
+
+
+@pytest.mark.parametrize("isa", native.built_cpu_isas())
+def test_every_kernel_is_vectorised(isa: str) -> None:
+    counts = count_loops(BUILT, isa)
+    policies = {policy for _, policy in counts if "Half" not in policy}
+    divergences = set(reference.DIVERGENCES)
+    expected = len(set(native.loss_names()) - divergences) + 3 * len(divergences)
+    assert len(policies) == expected, sorted(policies)
+    for policy in policies:
+        loops = {loop for loop, p in counts if p == policy}
+        assert "first_sweep" in loops and loops & {"backward_row", "grad_x"}, (policy, loops)
+    assert {loop for loop, p in counts if p == "Half"} == {"load_widened", "store_narrowed"}
+    assert not too_scalar(counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["-fno-trapping-math", "-fopenmp-simd"])
+def test_a_missing_flag_is_noticed(flag: str, tmp_path: Path) -> None:
+    """On AVX-512, where the least is lost."""
+    flags = set(compiler_flags()) - {flag, "-Werror=unknown-pragmas"}
+    flags |= {"-fPIC", "-w", f"-I{ROOT / 'csrc'}"}
+    source, target = ROOT / "csrc/cpu/rows_avx512.cpp", tmp_path / "rows.o"
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler}")
+    subprocess.run([compiler, *sorted(flags), "-c", source, "-o", target], check=True)
+    assert too_scalar(count_loops(target, "avx512"))
+
+
+def test_wide_instructions_stay_in_their_rooms() -> None:
+    """Else a machine without AVX would meet them outside the kernels that dispatch guards."""
+    rooms = {"avx512": {"%ymm", "%zmm", "%k1"}, "avx2": {"%ymm"}}
+    for name, code in disassemble(BUILT).items():
+        # A few clones of lambdas keep their mangled name.
+        room = re.search(r"fastdiv::(avx\w+)::|7fastdiv\d(avx2|avx512)(?=\d)", name)
+        text = "\n".join(code)
+        for register in {"%ymm", "%zmm", "%k1"} - rooms.get(
+            room[1] or room[2] if room else "", set()
+        ):
+            assert register not in text, f"{register} in {name}"
+        if not room:
+            assert not re.search(r"\tv(?:add|mov|mul|pxor|sub|xor)\w*\s", text), f"AVX in {name}"
+
+
+def test_nothing_else_is_exported() -> None:
+    """A weak symbol could be merged with that of another library, compiled for another machine."""
+    command = ["nm", "-D", "-C", "--defined-only", str(BUILT)]
+    if not shutil.which("nm"):
+        pytest.skip("needs nm (binutils)")
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert not [line for line in lines if "fastdiv::" in line]
+    assert any("PyInit__C" in line for line in lines)
+
+
+def compiler_flags() -> list[str]:
+    """The flags that setup.py writes out, in the order it does."""
+    return re.findall(r'"(-[^"]+)"', (ROOT / "setup.py").read_text())
+
+
+def test_flags() -> None:
+    flags = compiler_flags()
+    for flag in (
+        "-fno-trapping-math",
+        "-fno-math-errno",
+        "-fopenmp-simd",
+        "-fvisibility=hidden",
+        "-Werror=unknown-pragmas",
+    ):
+        assert flag in flags
+    for flag in (
+        "-ffast-math",
+        "-Ofast",
+        "-funsafe-math-optimizations",
+        "-ffinite-math-only",
+        "-fopenmp",
+        "-march=native",
+        "-fassociative-math",
+    ):
+        assert flag not in flags
+
+
+def test_denormals_are_not_switched_off() -> None:
+    """As linking with -ffast-math would, for the whole process."""
+    code = "import torch, fastdiv._C; assert (torch.tensor(1e-40) / 2).item() > 0"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_shared_layers_compile_for_cuda(tmp_path: Path) -> None:
+    """csrc/common and csrc/losses are host and device code."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
+    if not nvcc:
+        pytest.skip("needs nvcc, on PATH or in CUDA_HOME")
+    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
+    target = tmp_path / "policies.o"
+    subprocess.run(
+        [
+            nvcc,
+            "-std=c++17",
+            *architectures,
+            "--threads=2",
+            "--Werror=all-warnings",
+            "-Xptxas=--warn-on-spills",
+            f"-I{ROOT / 'csrc'}",
+            "-c",
+            ROOT / "tests/cuda_compiles.cu",
+            "-o",
+            target,
+        ],
+        check=True,
+    )
+    names = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout
+    policies = set(re.findall(r"\bvoid one_row<(.*)>\(", names))
+    divergences = set(reference.DIVERGENCES)
+    rows = set(native.loss_names()) - divergences
+    assert len(policies) == 2 * (len(rows) + 3 * len(divergences))
+
+
+# --- one set of losses ----------------------------------------------------------------------------
+
+
+def test_registry_reference_cases_and_names_agree() -> None:
+    """A loss that is forgotten in one of the places is missing in the others."""
+    registry = set(native.loss_names())
+    divergences = {n for n in registry if n in reference.DIVERGENCES}
+    assert divergences == set(reference.DIVERGENCES)
+    public = {n for n in fastdiv.__all__ if callable(getattr(fastdiv, n)) and n[0].islower()}
+    public -= {"backend", "build_info", "nn"}
+    assert {c.name for c in LOSSES} == public
+    assert divergences == {c.name for c in LOSSES if c.divergence}
+    for name in divergences:
+        assert {c.target for c in LOSSES if c.name == name} == {"logits", "log_probs", "probs"}
+    # What is left of the registry: forms of the other public functions.
+    forms = {
+        "cross_entropy": {"cross_entropy", "smoothed_cross_entropy", "soft_cross_entropy"},
+        "entropy": {"entropy"},
+        "log_prob": {"cross_entropy"},
+        "log_prob_and_entropy": {"log_prob_and_entropy"},
+    }
+    assert set(forms) == public - divergences
+    kernels = set.union(*forms.values())
+    statistics = {f"{n}_stats" for n in forms["cross_entropy"]}
+    assert registry == divergences | kernels | statistics
+
+
+def test_every_function_has_its_module() -> None:
+    modules = {n.removesuffix("Loss").lower() for n in fastdiv.nn.__all__}
+    for name in {c.name for c in LOSSES} - {"log_prob", "log_prob_and_entropy"}:
+        assert name.replace("_", "") in modules
