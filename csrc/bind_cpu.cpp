@@ -42,15 +42,14 @@ void run(RowKernel kernel, RowArgs& args) {
 
 void check_labels(const RowArgs& a) {
   if (!a.label) return;
-  const std::string ignored = a.ignore_index == INT64_MIN  // none is
-                                  ? ""
-                                  : " (ignore_index is " + std::to_string(a.ignore_index) + ")";
   for (int64_t r = 0; r < a.rows; ++r) {
     const int64_t y = a.label[r];
-    if ((y < 0 || y >= a.classes) && y != a.ignore_index)
-      throw std::out_of_range("target[" + std::to_string(r) + "] is " + std::to_string(y) +
-                              ", out of range for " + std::to_string(a.classes) + " classes" +
-                              ignored);
+    if ((y >= 0 && y < a.classes) || y == a.ignore_index) continue;
+    const bool none = a.ignore_index == INT64_MIN;  // is ignored: log_prob, whose label is an index
+    throw std::out_of_range(
+        (none ? "index[" : "target[") + std::to_string(r) + "] is " + std::to_string(y) +
+        ", out of range for " + std::to_string(a.classes) + " classes" +
+        (none ? "" : " (ignore_index is " + std::to_string(a.ignore_index) + ")"));
   }
 }
 

@@ -29,13 +29,14 @@ def row_loss(
     """The loss of a matrix of logits ``[R, C]``, reduced as the spec says."""
     if not use_kernel(x, spec.reduction == "pointwise"):
         return reference.loss(spec, x, t, label, class_weight, row_weight)
+    rows = (x, t, label, class_weight, row_weight)
+    transformed = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
-        function: Any = _TracedRowLoss
-    elif torch._C._are_functorch_transforms_active():
-        function = _RowLoss
-    else:
-        return _EagerRowLoss.apply(spec, False, x, t, label, class_weight, row_weight)
-    return function.apply(spec, False, x, t, label, class_weight, row_weight)[0]
+        # Dynamo cannot trace a function of ours under vmap; operations of torch's it can.
+        return reference.loss(spec, *rows) if transformed else _traced(spec, False, rows)[0]
+    if transformed:
+        return _RowLoss.apply(spec, False, *rows)[0]
+    return _EagerRowLoss.apply(spec, False, *rows)
 
 
 def row_loss_and_stats(
@@ -50,10 +51,19 @@ def row_loss_and_stats(
     rows = (x, t, label, class_weight, row_weight)
     if not use_kernel(x):
         return reference.loss(spec, *rows), reference.stats(spec, x, t, label)
-    function = _TracedRowLoss if torch.compiler.is_compiling() else _RowLoss
-    value, _, _, stats, argmax = function.apply(spec, True, *rows)
+    if torch.compiler.is_compiling():
+        value, _, _, stats, argmax = _traced(spec, True, rows)
+    else:
+        value, _, _, stats, argmax = _RowLoss.apply(spec, True, *rows)
     lse, entropy, log_prob = stats.unbind(0)
     return value, Stats(lse, entropy, argmax, log_prob)
+
+
+def _traced(spec: Spec, stats: bool, rows: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """What Dynamo sees; a function without gradient it would call with an argument too many."""
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in rows[:2]):
+        return _TracedRowLoss.apply(spec, stats, *rows)
+    return _TracedRowLoss.forward(spec, stats, *rows)
 
 
 class _TracedRowLoss(torch.autograd.Function):

@@ -56,7 +56,7 @@ def check_positive(value: float, name: str) -> float:
 
 def check_finite(value: float, name: str) -> float:
     """A finite number."""
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 

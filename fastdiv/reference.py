@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(slots=True)
+@dataclass
 class Spec:
     """One loss with all of its options that are not tensors."""
 

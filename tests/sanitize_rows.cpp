@@ -17,6 +17,7 @@ using namespace fastdiv;
 namespace {
 
 constexpr double kInf = HUGE_VAL;
+bool compare = true;  // with plain loops, not only split against whole
 int checks = 0, failures = 0;
 std::string context;
 
@@ -201,7 +202,9 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
     if (target != Target::kLogits) teacher = log_softmax(teacher, 1);
     for (int64_t i = 0; i < classes; ++i) {
       x.set(r, i, logits[i]);
-      t.set(r, i, target == Target::kProbs ? std::exp(teacher[i]) : teacher[i]);
+      // No smaller than what a half and the reciprocals in the gradients can hold.
+      const double p = teacher[i] == -kInf ? 0 : std::fmax(std::exp(teacher[i]), 1e-3);
+      t.set(r, i, target == Target::kProbs && teacher[i] == teacher[i] ? p : teacher[i]);
     }
   }
   std::vector<int64_t> label(kRows), argmax(kRows);
@@ -254,6 +257,7 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   expect("forward_grad's gradient", dx.bytes == over.bytes, 1, 0);
   expect("forward_grad's target gradient", dt.bytes == dt_again.bytes, 1, 0);
 
+  if (!compare) return;
   const double digits = f64 ? 1e-11 : 2e-5;
   const double stored = dtype == DType::kBF16 ? 8e-3 : (dtype == DType::kF16 ? 1e-3 : digits);
   for (int64_t r = 0; r < kRows; ++r) {
@@ -281,7 +285,8 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
 
 int main(int argc, char**) {
   const bool split_only = argc > 1;
-  const std::vector<int64_t> all = {1, 7, 511, 512, 513, 8193}, wide = {8193, 24581};
+  compare = !split_only;
+  const std::vector<int64_t> all = {1, 7, 511, 512, 513, 8193}, wide = {8193, 16385};
   for (int loss = 0; loss < int(LossId::kCount); ++loss)
     for (Target target : {Target::kNone, Target::kLogits, Target::kLogProbs, Target::kProbs})
       for (DType dtype : {DType::kF32, DType::kF64, DType::kF16, DType::kBF16}) {

@@ -23,7 +23,6 @@ CASES = {str(case): case for case in LOSSES}
 SMALL = [(3, 1), (64, 7), (64, 513)]
 # One of each kind of kernel: label, smoothed label, soft target, entropy, divergences.
 FEW = [
-    "cross_entropy-labels",
     "cross_entropy-labels[label_smoothing=0.1]",
     "cross_entropy-probs",
     "entropy-none",
@@ -116,6 +115,14 @@ def accept(name: str, x: Tensor, ours: Tensor, eager: Tensor, unit: Tensor, trut
     assert a <= 3 * b + 2 * u, f"{where}, largest: {a} > 3 * {b} (eager) + 2 * {u} (ulp)"
 
 
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_truth_is_what_torch_computes(case: Case) -> None:
+    # Else an option that both backends misunderstand goes unnoticed.
+    _, _, truth, eager = expected(case, torch.float64, (5, 33))
+    for a, b in zip(truth, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_every_loss_on_small_shapes(case: Case, dtype: torch.dtype, isa: str) -> None:
@@ -138,7 +145,10 @@ def test_every_shape(name: str, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 10_000], ids=str)
 @pytest.mark.parametrize("name", ["cross_entropy-labels", "kl_div-logits", "js_div-probs"])
 def test_vocabularies(name: str, shape: tuple[int, int], isa: str) -> None:
-    check(CASES[name], *(expected(CASES[name], torch.float32, shape, seed) for seed in range(2)))
+    check(
+        CASES[name],
+        *(expected(CASES[name], torch.float32, shape, seed) for seed in (0, 1)[: 10 // shape[0]]),
+    )
 
 
 @pytest.mark.parametrize("name", ["kl_div-probs", "reverse_kl_div-probs", "js_div-probs"])

@@ -96,7 +96,7 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   for (int j = 0; j < n; ++j) {
     if constexpr (P::kDivergence) {
       const Pair<real> c = make_pair<P::kTarget>(x[j], t[j], scale, row);
-      dx[j] = gx.value * (loss.terms(c).u - c.q() * row.a);
+      dx[j] = gx.value * (loss.terms(c).u - c.q * row.a);
     } else {
       const real lq = (x[j] - row.x_max) * scale - row.x_logz;
       dx[j] = loss.grad_x(lq, exp_neg(lq), source.kTeacher ? t[j] : real(0),
@@ -128,8 +128,8 @@ void grad_t(const RowSource<P>& source, int64_t r, int64_t i, int n, real g, rea
     if constexpr (P::kDivergence) {
       const Pair<real> c = make_pair<P::kTarget>(x[j], t[j], scale, row);
       const real v = loss.terms(c).v, shift = real(P::kShift);
-      if constexpr (P::kTarget == Target::kLogits) dt[j] = g * scale * (v - c.p() * row.b);
-      if constexpr (P::kTarget == Target::kLogProbs) dt[j] = g * (v + shift * c.p());
+      if constexpr (P::kTarget == Target::kLogits) dt[j] = g * scale * (v - c.p * row.b);
+      if constexpr (P::kTarget == Target::kLogProbs) dt[j] = g * (v + shift * c.p);
       if constexpr (P::kTarget == Target::kProbs)
         dt[j] = t[j] == real(0) ? real(0) : g * (v / t[j] + shift);
     } else {

@@ -20,12 +20,10 @@ struct Terms {
 template <class real>
 struct Pair {
   real y;            // log q - log p
-  real top;          // max(p, q)
+  real q, p, top;    // top = max(p, q)
   ExpGap<real> gap;  // of z = -|y|: min(p, q) = top * gap.e
 
   FD_FN bool student_larger() const { return y > real(0); }
-  FD_FN real q() const { return student_larger() ? top : top * gap.e; }
-  FD_FN real p() const { return student_larger() ? top * gap.e : top; }
   FD_FN real q_minus_p() const { return student_larger() ? -top * gap.em1 : top * gap.em1; }
 };
 
@@ -41,6 +39,10 @@ FD_FN Pair<real> make_pair(real x, real t, real scale, const Row<real>& row) {
   // A class without mass on either side (-inf less -inf) adds nothing; other NaNs stay.
   c.y = c.top == real(0) ? real(0) : c.y;
   c.gap = exp_gap(c.y > real(0) ? -c.y : c.y);
+  const real smaller = c.top * c.gap.e;
+  c.q = c.student_larger() ? c.top : smaller;
+  // A given probability is itself: the one found from its logarithm lacks the last digits.
+  c.p = kTarget == Target::kProbs ? t : (c.student_larger() ? smaller : c.top);
   return c;
 }
 

@@ -15,7 +15,7 @@ struct KlDiv : Divergence<real, target> {
 
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     return {c.top * (c.student_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
-            is_infinite(c.y) ? -c.p() : -c.p() * c.y};
+            is_infinite(c.y) ? -c.p : -c.p * c.y};
   }
 };
 
@@ -32,7 +32,7 @@ struct ReverseKlDiv : Divergence<real, target> {
   }
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     return {c.top * (c.student_larger() ? c.gap.chi : c.gap.phi),
-            is_infinite(c.y) ? -c.q() : c.q() * c.y, -c.q_minus_p()};
+            is_infinite(c.y) ? -c.q : c.q * c.y, -c.q_minus_p()};
   }
 };
 
@@ -47,9 +47,11 @@ struct JsDiv : Divergence<real, target> {
     const bool student = c.student_larger();
     const real w = student ? beta : real(1) - beta;
     const Log1p<real> log_m = log1p_gap(w * c.gap.em1);  // log(m / top)
-    const real larger = -c.top * log_m.value, smaller = c.top * c.gap.e * (c.gap.z - log_m.value);
-    return {c.top * (w * c.gap.phi - log_m.psi), (real(1) - beta) * (student ? larger : smaller),
-            beta * (student ? smaller : larger)};
+    const real larger = -log_m.value,
+               smaller = c.gap.z - log_m.value;  // log(top / m), log(min / m)
+    return {c.top * (w * c.gap.phi - log_m.psi),
+            (real(1) - beta) * c.q * (student ? larger : smaller),
+            beta * c.p * (student ? smaller : larger)};
   }
 };
 
