@@ -44,8 +44,8 @@ void check_labels(const RowArgs& a) {
   if (!a.label) return;
   for (int64_t r = 0; r < a.rows; ++r) {
     const int64_t y = a.label[r];
-    if ((y >= 0 && y < a.classes) || y == a.ignore_index) continue;
     const bool none = a.ignore_index == INT64_MIN;  // is ignored: log_prob, whose label is an index
+    if ((y >= 0 && y < a.classes) || (y == a.ignore_index && !none)) continue;
     throw std::out_of_range(
         (none ? "index[" : "target[") + std::to_string(r) + "] is " + std::to_string(y) +
         ", out of range for " + std::to_string(a.classes) + " classes" +

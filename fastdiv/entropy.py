@@ -90,8 +90,7 @@ def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float 
 
     Source: ``torch.log_softmax(input, dim).gather(dim, index)``.
     """
-    value = -_of_index("cross_entropy", input, index, dim, temperature)
-    return _check.as_input(value, input, dim)
+    return -_of_index("cross_entropy", input, index, dim, temperature)
 
 
 def log_prob_and_entropy(
@@ -113,7 +112,7 @@ def log_prob_and_entropy(
     Source: :func:`log_prob` and :func:`entropy`.
     """
     log_prob, entropy = _of_index("log_prob_and_entropy", input, index, dim, temperature).unbind(0)
-    return _check.as_input(log_prob, input, dim), _check.as_input(entropy, input, dim)
+    return log_prob, entropy
 
 
 def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: float) -> Tensor:
@@ -123,4 +122,5 @@ def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: fl
         raise TypeError(f"index must be a Tensor, got {type(index).__name__}")
     label = _check.labels(input, dim, index, "index", NO_LABEL_IGNORED)
     spec = Spec(loss, ignore_index=NO_LABEL_IGNORED, scale=_scale(temperature))
-    return row_loss(spec, _check.as_rows(input, dim), label=label)
+    value = row_loss(spec, _check.as_rows(input, dim), label=label)
+    return value.reshape((*value.shape[:-1], *_check.row_shape(input, dim)))

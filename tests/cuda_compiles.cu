@@ -31,7 +31,7 @@ __global__ void one_row(RowArgs a, typename P::real* out) {
       const auto pair = make_pair<P::kTarget>(x[i], t[i], scale, row);
       const auto terms = loss.terms(pair);
       row.a += terms.u, row.b += terms.v;
-      out[i] = terms.f + terms.u - pair.q() * row.a;
+      out[i] = terms.f + terms.u - pair.q * row.a;
     }
   } else {
     const auto value = loss.finish(state.x, state.sums, {x[0], weights[0]}, scale, row);

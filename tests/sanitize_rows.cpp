@@ -1,5 +1,5 @@
 // Every kernel without torch, on buffers of exactly the right size, against plain loops in double.
-// Built with sanitizers and run by test_sanitizers.py; "split" as argument: shared columns only.
+// Built and run by test_sanitizers.py; any argument: only columns shared out over threads.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -141,7 +141,9 @@ def test_nan_stays_in_its_row(case: Case, side: str, junk: str) -> None:
         assert actual[2][2].isnan().any()
 
 
-def test_no_upstream_gradient_no_gradient_of_a_nan_row() -> None:
+def test_no_upstream_gradient_no_gradient_of_a_nan_row(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("torch's derivatives, where 0 times NaN is NaN")
     wrong = []
     for case in LOSSES:
         x, logits = make_inputs((3, 20), torch.float32)

@@ -173,7 +173,7 @@ FD_FN Log1p<float> log1p_gap(float u) {
   const bool near = l.k == 0.f;  // there 1 + m is v, and u has digits that v has lost
   const float m = near ? u : l.m;
   const float tail = log_tail(m) + l.k * -2.12194440e-4f;
-  const float value = m + tail + l.k * 0.693359375f;
+  const float value = m + tail + l.k * 0.693359375f + (u - u);  // the bits of a NaN look finite
   return {value, near ? u * u + v * tail : v * value - u};
 }
 FD_FN Log1p<double> log1p_gap(double u) {
