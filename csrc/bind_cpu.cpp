@@ -85,6 +85,11 @@ void reduce(const RowArgs& a, const Options& o, void* value, void* total) {
   *static_cast<real*>(value) = real(sum / divisor);
 }
 
+template <class real>
+void set_one(void* total) {
+  *static_cast<real*>(total) = real(1);
+}
+
 // One call of an op: what its arguments come to, and the tensors it makes.
 struct Call {
   const Tensor& x;
@@ -167,6 +172,7 @@ struct Call {
     const Tensor record = make({args.rows, kRecordSize}, real), total = make_scalar();
     set_record(record);
     if (none) {
+      (real == ScalarType::Double ? set_one<double> : set_one<float>)(total.data_ptr());
       const Tensor rows = make_rows();
       set_values(rows);
       run(kernels.forward, args);

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <random>
 #include <string>
 #include <thread>
@@ -136,7 +135,7 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
       mass += r, terms -= times(r, lq[i]), u[i] = -r;
       v[i] = -weight[i] * a.params.label * times(1, lq[i]);
     }
-    if (loss == "entropy") u[i] = -times(q, lq[i] + entropy);
+    if (loss == "entropy") u[i] = -1.5 * times(q, lq[i] + entropy);
     if (loss == "log_prob_and_entropy")
       u[i] = 1.5 * ((int64_t(i) == y) - q) + 0.5 * times(q, lq[i] + entropy);
     sum_u += u[i];
@@ -151,10 +150,8 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
     const double q = std::exp(lq[i]),
                  slope = a.softcap ? 1 - std::pow(std::tanh(raw[i] / a.softcap), 2) : 1;
     const double pull = cross ? mass + 2 * a.params.z_loss * omega * lse : -sum_u;
-    out.dx[i] = u[i] + times(q, pull);
-    if (loss == "entropy") out.dx[i] = u[i];
-    out.dx[i] *= (loss == "log_prob_and_entropy" ? 1 : 1.5) * a.scale * slope;
-    if (loss == "log_prob_and_entropy") out.dx[i] = u[i] * a.scale * slope;
+    out.dx[i] = (loss.find("entropy") + 1 && !cross ? u[i] : 1.5 * (u[i] + times(q, pull))) *
+                a.scale * slope;
     if (target == Target::kLogits) out.dt[i] = 1.5 * a.scale * (v[i] - p[i] * sum_v);
     if (target == Target::kLogProbs) out.dt[i] = 1.5 * v[i];
     if (target == Target::kProbs) out.dt[i] = 1.5 * (cross ? v[i] : p[i] == 0 ? 0 : v[i] / p[i]);

@@ -52,6 +52,19 @@ FD_FN real mass_times(real p, real v) {
   return p == real(0) ? real(0) : p * v;
 }
 
+// (a - b) - (c - d), where neither difference need be exact: of logits that are far from their
+// maximum but close to each other, or the other way round.  An infinite a or b decides alone.
+template <class real>
+FD_FN real rounding_of(real a, real b) {  // a - b less what the subtraction makes of it (Knuth)
+  const real difference = a - b, virtual_b = difference - a;
+  const real error = (a - (difference - virtual_b)) - (b + virtual_b);
+  return error == error ? error : real(0);
+}
+template <class real>
+FD_FN real difference_of_differences(real a, real b, real c, real d) {
+  return ((a - b) - (c - d)) + (rounding_of(a, b) - rounding_of(c, d));
+}
+
 // --- exponentials of z <= 0 -------------------------------------------------------------------
 
 constexpr float kExpFloor = -87.3f;  // e^z is subnormal below: 0 there

@@ -102,10 +102,10 @@ struct RowState {
       if constexpr (kTarget != Target::kNone) {
         const real lt = log_target<kTarget>(tile.t[i], t_max, real(0), scale);
         col.et = kTarget == Target::kProbs ? tile.t[i] : exp_neg(lt);
-        // From the logits themselves: where student and teacher are close their difference is
-        // exact, that of the two rounded shifted logits is not.
-        col.ratio =
-            kNormalise ? (tile.t[i] - tile.x[i]) * scale - (t_max - x_max) * scale : lt - col.lx;
+        // From the logits themselves: of two shifted and rounded ones the difference is worth less.
+        col.ratio = kNormalise
+                        ? -difference_of_differences(tile.x[i], tile.t[i], x_max, t_max) * scale
+                        : lt - col.lx;
         t_sum += col.et;
       }
       x_sum += col.ex;

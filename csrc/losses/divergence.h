@@ -32,8 +32,9 @@ FD_FN Pair<real> make_pair(real x, real t, real scale, const Row<real>& row) {
   const real lq = (x - row.x_max) * scale - row.x_logz;
   const real lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale);
   Pair<real> c;
-  c.y = kTarget == Target::kLogits ? (x - t) * scale - (row.x_max - row.t_max) * scale - row.gap
-                                   : lq - lp;
+  c.y = kTarget == Target::kLogits
+            ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.gap
+            : lq - lp;
   c.top = exp_neg(lq > lp ? lq : lp);
   if constexpr (kTarget == Target::kProbs) c.top = c.y > real(0) ? c.top : t;
   // A class without mass on either side (-inf less -inf) adds nothing; other NaNs stay.
