@@ -182,36 +182,38 @@ class _RowLossBackward(torch.autograd.Function):
 
     @staticmethod
     def _reference(ctx: Any) -> tuple[Any, list[Tensor]]:
-        """The reference gradient as a function of upstream gradient and needed rows."""
-        grad, x, t, label, class_weight, row_weight = ctx.saved_tensors
-        needed = [v for v, need in ((x, ctx.need_x), (t, ctx.need_t)) if need]
+        """The reference gradient, and what it is a function of: upstream gradient, x and t.
 
-        def gradient(grad: Tensor, *needed: Tensor) -> tuple[Tensor, ...]:
+        Of all of them, also of a side that needs no gradient here: an outer transform may.
+        """
+        grad, x, t, label, class_weight, row_weight = ctx.saved_tensors
+        need_x, need_t = ctx.need_x, ctx.need_t
+
+        def gradient(grad: Tensor, *sides: Tensor) -> tuple[Tensor, ...]:
             def loss(*needed: Tensor) -> Tensor:
                 rest = list(needed)
-                xs = rest.pop(0) if ctx.need_x else x
-                ts = rest.pop(0) if ctx.need_t else t
+                xs = rest.pop(0) if need_x else sides[0]
+                ts = None if t is None else rest.pop(0) if need_t else sides[1]
                 return reference.loss(ctx.spec, xs, ts, label, class_weight, row_weight)
 
+            needed = [v for v, need in zip(sides, (need_x, need_t), strict=False) if need]
             return torch.func.vjp(loss, *needed)[1](grad)
 
-        return gradient, [grad, *needed]
+        return gradient, [grad, x] if t is None else [grad, x, t]
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor, ddt: Tensor) -> tuple[Tensor | None, ...]:
         gradient, inputs = _RowLossBackward._reference(ctx)
         cotangents = tuple(d for d, need in ((ddx, ctx.need_x), (ddt, ctx.need_t)) if need)
-        dgrad, *rest = torch.func.vjp(gradient, *inputs)[1](cotangents)
-        dx = rest.pop(0) if ctx.need_x else None
-        dt = rest.pop(0) if ctx.need_t else None
-        return None, None, None, dgrad, dx, dt, *[None] * 5
+        dgrad, dx, *dt = torch.func.vjp(gradient, *inputs)[1](cotangents)
+        return None, None, None, dgrad, dx, dt[0] if dt else None, *[None] * 5
 
     @staticmethod
     def jvp(ctx: Any, _s: None, _nx: None, _nt: None, *tangents: Tensor | None) -> tuple[Any, ...]:
         gradient, inputs = _RowLossBackward._reference(ctx)
-        dgrad, dx, dt = tangents[:3]
-        given = [dgrad, *[d for d, need in ((dx, ctx.need_x), (dt, ctx.need_t)) if need]]
-        # Expanded tangents (of a sum, say) must be cloned for forward over reverse.
+        # What is expanded (from a sum, say) must be cloned for forward over reverse.
+        inputs = [v.clone() for v in inputs]
+        given = tangents[: len(inputs)]
         filled = [
             torch.zeros_like(v) if d is None else d.clone()
             for v, d in zip(inputs, given, strict=True)

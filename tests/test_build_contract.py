@@ -165,6 +165,7 @@ def test_flags() -> None:
         "-fopenmp-simd",
         "-fvisibility=hidden",
         "-Werror=unknown-pragmas",
+        "--param=vect-max-peeling-for-alignment=0",
     ):
         assert flag in flags
     for flag in (
