@@ -31,5 +31,9 @@ PYBIND11_MODULE(_C, m) {
       names.push_back(fastdiv::kInstructionSets[i].name);
     return names;
   });
-  m.attr("compiler") = __VERSION__;
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#else
+  m.attr("compiler") = "g++ " __VERSION__;
+#endif
 }

@@ -178,7 +178,7 @@ def parse_options() -> Options:
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help="where to train")
-    parser.add_argument("--steps", type=int, default=150, help="batches to train on")
+    parser.add_argument("--steps", type=int, default=300, help="batches to train on")
     parser.add_argument("--distil-steps", type=int, default=50, help="batches to distil on")
     parser.add_argument("--seed", type=int, default=0, help="of the models and the batches")
     parser.add_argument("--vocab", type=int, default=50_304, help="distinct words to keep")
