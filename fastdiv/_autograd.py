@@ -106,9 +106,7 @@ class _RowLoss(_TracedRowLoss):
         elif torch.is_grad_enabled():  # create_graph=True, or a torch.func transform
             dx, dt = _RowLossBackward.apply(ctx.spec, need_x, need_t, grad, *ctx.saved_tensors)
         else:
-            dx, dt = _ops.backward(
-                grad.contiguous(), *ctx.saved_tensors, *_ops.options(ctx.spec), need_x, need_t
-            )
+            return _TracedRowLoss.backward(ctx, grad)
         return None, None, dx if need_x else None, dt if need_t else None, None, None, None
 
     @staticmethod
