@@ -55,9 +55,9 @@ void check_labels(const RowArgs& a) {
 
 // Sum over rows in double, in order: the same bits for any number of threads.
 template <class real>
-double sum_rows(const real* value, int64_t rows) {
+double sum_rows(const void* value, int64_t rows) {
   double sum = 0;
-  for (int64_t r = 0; r < rows; ++r) sum += double(value[r]);
+  for (int64_t r = 0; r < rows; ++r) sum += double(static_cast<const real*>(value)[r]);
   return sum;
 }
 
@@ -73,21 +73,6 @@ double total_weight(const RowArgs& a) {
            double(class_weight ? class_weight[a.label[r]] : real(1));
   }
   return sum;
-}
-
-template <class real>
-void reduce(const RowArgs& a, const Options& o, void* value, void* total) {
-  const double sum = sum_rows(static_cast<const real*>(a.value), a.rows);
-  const double divisor = o.reduction == Reduction::kMean        ? total_weight<real>(a)
-                         : o.reduction == Reduction::kBatchMean ? double(o.batch)
-                                                                : 1.0;
-  *static_cast<real*>(total) = real(divisor);
-  *static_cast<real*>(value) = real(sum / divisor);
-}
-
-template <class real>
-void set_one(void* total) {
-  *static_cast<real*>(total) = real(1);
 }
 
 // One call of an op: what its arguments come to, and the tensors it makes.
@@ -123,7 +108,14 @@ struct Call {
     for (size_t d = dims; d-- > 0;) stride[d] = d + 1 == dims ? 1 : stride[d + 1] * size[d + 1];
     return make(int64_t(dims), size, stride, type);
   }
-  Tensor make_scalar() const { return make(0, nullptr, nullptr, real); }
+  Tensor make_number(double v) const {
+    const Tensor number = make(0, nullptr, nullptr, real);
+    if (real == ScalarType::Double)
+      *static_cast<double*>(number.data_ptr()) = v;
+    else
+      *static_cast<float*>(number.data_ptr()) = float(v);
+    return number;
+  }
   Tensor make_rows() const {
     return outputs == 2 ? make({2, args.rows}, real) : make({args.rows}, real);
   }
@@ -169,21 +161,24 @@ struct Call {
     require(none || outputs == 1, "fastdiv: a loss of two outputs has no reduction");
     require(kernels.stats == (args.stats != nullptr), "fastdiv: statistics of a loss without");
     check_labels(args);
-    const Tensor record = make({args.rows, kRecordSize}, real), total = make_scalar();
+    const bool f64 = real == ScalarType::Double;
+    const double divisor =
+        options.reduction == Reduction::kMean
+            ? (f64 ? total_weight<double> : total_weight<float>)(args)
+            : (options.reduction == Reduction::kBatchMean ? double(options.batch) : 1.0);
+    const Tensor record = make({args.rows, kRecordSize}, real), total = make_number(divisor);
     set_record(record);
     if (none) {
-      (real == ScalarType::Double ? set_one<double> : set_one<float>)(total.data_ptr());
       const Tensor rows = make_rows();
       set_values(rows);
       run(kernels.forward, args);
       return {rows, record, total};
     }
     const std::unique_ptr<char[]> rows(new char[args.rows * sizeof(double)]);
-    const Tensor value = make_scalar();
     args.value = rows.get();
     run(kernels.forward, args);
-    (real == ScalarType::Double ? reduce<double> : reduce<float>)(args, options, value.data_ptr(),
-                                                                  total.data_ptr());
+    const double sum = (f64 ? sum_rows<double> : sum_rows<float>)(args.value, args.rows);
+    const Tensor value = make_number(sum / divisor);
     return {value, record, total};
   }
 
