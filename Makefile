@@ -2,12 +2,16 @@
 
 PYTHON ?= python3
 ARGS   ?=
+STEPS  ?=
 
 VENV     := .venv
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.stamp-venv
 PACKAGES := $(VENV)/.stamp-packages
 BUILT    := $(VENV)/.stamp-built
+
+# What a user's build with another toolkit would only warn of.
+export FASTDIV_NVCC_FLAGS ?= -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error
 
 # Folders are listed too: their time changes when a file is added or removed.
 NATIVE := $(shell find csrc 2>/dev/null)
@@ -17,13 +21,14 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test lint format check bench clean distclean
+.PHONY: help build demo test lint format check bench gpu-check clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  PYTHON=python3.12   the interpreter that .venv is made with (3.10 or newer; now: $(PYTHON))'
-	@echo '  ARGS="-k kl -x"     passed on by demo, test, check and bench'
+	@echo '  ARGS="-k kl -x"     passed on by demo, test, check, bench and gpu-check'
+	@echo '  STEPS="build tests" DRY_RUN=1 OUT=folder    some steps of gpu-check; on the CPU; its files'
 
 build: $(BUILT)  ## .venv, pinned packages, compiled extension (rebuilt when setup.py or csrc changes)
 
@@ -49,6 +54,9 @@ check: $(BUILT)  ## compare every loss with its reference on this machine
 
 bench: $(BUILT)  ## time every loss on this machine
 	$(BIN)/python -m fastdiv bench $(ARGS)
+
+gpu-check:  ## build, test and measure on a GPU, with the packages of PYTHON (no .venv, no network)
+	$(PYTHON) tests/gpu_check.py $(STEPS) $(if $(DRY_RUN),--dry-run) $(ARGS)
 
 clean:  ## remove what was built and all caches; keep .venv and its packages
 	rm -rf build dist *.egg-info fastdiv/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@
 
 #include "common/registry.h"
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 
 namespace py = pybind11;
 
@@ -31,6 +32,13 @@ PYBIND11_MODULE(_C, m) {
       names.push_back(fastdiv::kInstructionSets[i].name);
     return names;
   });
+#if defined(FD_WITH_CUDA)
+  m.attr("cuda_architectures") = fastdiv::cuda::built_architectures();
+  m.attr("cuda_toolkit") = fastdiv::cuda::toolkit();
+#else
+  m.attr("cuda_architectures") = "";
+  m.attr("cuda_toolkit") = "";
+#endif
 #if defined(__clang__)
   m.attr("compiler") = "clang " __clang_version__;
 #else

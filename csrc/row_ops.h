@@ -72,14 +72,21 @@ inline ScalarType compute_type(const Tensor& x) {
 inline void require(bool ok, const char* message) {
   if (!ok) throw std::invalid_argument(message);
 }
+inline void require_same_device(const Tensor& v, const Tensor& x) {
+  require(v.is_cpu() == x.is_cpu() && v.get_device_index() == x.get_device_index(),
+          "fastdiv: all tensors must be on one device");
+}
 inline Matrix matrix_of(const Tensor& m, const Tensor& like) {
+  require_same_device(m, like);
   require(m.dim() == 2 && m.size(0) == like.size(0) && m.size(1) == like.size(1) &&
               (m.stride(1) == 1 || m.size(1) == 1) && m.scalar_type() == like.scalar_type(),
           "fastdiv: input and target must be matrices of one shape and dtype, rows contiguous");
   return {m.data_ptr(), m.stride(0)};
 }
-inline const void* vector_of(const OptionalTensor& v, int64_t size, ScalarType type) {
+inline const void* vector_of(const OptionalTensor& v, int64_t size, ScalarType type,
+                             const Tensor& x) {
   if (!v) return nullptr;
+  require_same_device(*v, x);
   require(v->dim() == 1 && v->size(0) == size && v->is_contiguous() && v->scalar_type() == type,
           "fastdiv: a weight or label vector has the wrong size, dtype or stride");
   return v->data_ptr();
@@ -95,9 +102,9 @@ inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const Optional
   require(a.classes > 0, "fastdiv: there must be at least one class");
   require((o.target != Target::kNone) == t.has_value(), "fastdiv: target type without target");
   if (t) a.t = matrix_of(*t, x);
-  a.label = static_cast<const int64_t*>(vector_of(label, a.rows, ScalarType::Long));
-  a.class_weight = vector_of(class_weight, a.classes, compute_type(x));
-  a.row_weight = vector_of(row_weight, a.rows, compute_type(x));
+  a.label = static_cast<const int64_t*>(vector_of(label, a.rows, ScalarType::Long, x));
+  a.class_weight = vector_of(class_weight, a.classes, compute_type(x), x);
+  a.row_weight = vector_of(row_weight, a.rows, compute_type(x), x);
   a.ignore_index = o.ignore_index;
   a.scale = o.scale;
   a.softcap = o.softcap;

@@ -1,6 +1,8 @@
 """The compiled module; loading it registers torch.ops.fastdiv."""
 
 compiler: str
+cuda_architectures: str  # "80 90 100+PTX"; empty: built for CPU only
+cuda_toolkit: str
 
 def loss_names() -> list[str]: ...
 def cpu_isa() -> str: ...

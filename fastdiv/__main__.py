@@ -13,6 +13,10 @@ import numpy
 
 from ._info import build_info
 
+# More than caches hold: 268 MB of half logits.  Powers of two, and the vocabulary of GPT-2.
+GPU_ELEMENTS = 2**27
+GPU_CLASSES = sorted([2**n for n in range(8, 19)] + [50257])
+
 INFO_LABELS = {
     "fastdiv": "fastdiv",
     "torch": "torch",
@@ -23,6 +27,8 @@ INFO_LABELS = {
     "threads": "threads",
     "backend": "backend",
     "cuda": "CUDA kernels",
+    "cuda_architectures": "CUDA architectures",
+    "cuda_toolkit": "CUDA toolkit",
     "native": "kernels",
     "load_error": "why there are none",
 }
@@ -63,7 +69,7 @@ def check(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Times losses or calls, prints the table, and writes the files that were asked for."""
-    from ._bench import report
+    from ._bench import plots, report
     from ._bench.console import progress
     from ._bench.losses import LOSSES
     from ._bench.machine import describe_machine
@@ -71,30 +77,48 @@ def bench(options: argparse.Namespace) -> int:
     from ._bench.run import Plan, run
     from ._bench.timing import Budget
 
-    names = options.losses or list(LOSSES)
-    seconds = (1.0 if options.quick else 6.0) if options.seconds is None else options.seconds
+    names, on_gpu = options.losses or list(LOSSES), options.device == "cuda"
+    seconds = (
+        (1.0 if options.quick or on_gpu else 6.0) if options.seconds is None else options.seconds
+    )
     budget = Budget(seconds, options.rounds)
-    machine = describe_machine()
+    machine = describe_machine(options.device)
     results, overheads = [], []
     if options.overhead:
         with progress("overhead", len(names)) as advance:
-            overheads = run_overhead(names, budget, advance)
+            overheads = run_overhead(names, budget, advance, options.device)
         report.print_overhead(overheads, machine)
     else:
-        shapes = options.shapes or [(128, 32000) if options.quick else (512, 32000)]
-        compiled = options.compile and not options.quick
-        plan = Plan(names, options.dtypes, shapes, budget, compiled)
+        plan = Plan(
+            names,
+            options.dtypes,
+            options.shapes or _default_shapes(options),
+            budget,
+            compile=options.compile and not options.quick,
+            device=options.device,
+            every_phase=options.phases or on_gpu,
+            compiled_classes=options.compile_classes,
+            seconds=options.stop_after,
+        )
         with progress("bench", plan.steps) as advance:
             results = run(plan, advance)
-        report.print_results(results, machine)
+        by_phase = plan.every_phase
+        (report.print_bandwidths if by_phase else report.print_results)(results, machine)
     for file in filter(None, (options.json, options.plot)):
         file.parent.mkdir(parents=True, exist_ok=True)
     if options.json:
         text = json.dumps(report.to_json(machine, results, overheads), indent=1)
         options.json.write_text(text + "\n")
     if options.plot:
-        report.plot(results, machine, options.plot)
+        (plots.plot_bandwidths if by_phase else plots.plot_copies)(results, machine, options.plot)
     return 0
+
+
+def _default_shapes(options: argparse.Namespace) -> list[tuple[int, int]]:
+    if options.device == "cpu":
+        return [(128, 32000) if options.quick else (512, 32000)]
+    classes = [1024, 8192, 50257, 131072] if options.quick else GPU_CLASSES
+    return [(GPU_ELEMENTS // c, c) for c in classes]
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -121,14 +145,35 @@ def parser() -> argparse.ArgumentParser:
     checking.add_argument("--verbose", action="store_true", help="a line for every combination")
     timing = commands.add_parser("bench", help="time every loss against torch")
     timing.add_argument("losses", nargs="*", metavar="LOSS", help="only these")
-    timing.add_argument("--quick", action="store_true", help="128x32000, without torch.compile")
+    timing.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    timing.add_argument("--quick", action="store_true", help="less, without torch.compile")
     timing.add_argument("--shapes", nargs="+", type=_shape, metavar="ROWSxCLASSES")
     timing.add_argument(
         "--dtypes", nargs="+", choices=["f32", "bf16", "f16", "f64"], default=["f32", "bf16"]
     )
     timing.add_argument("--no-compile", dest="compile", action="store_false")
+    timing.add_argument(
+        "--compile-classes",
+        nargs="+",
+        type=_positive,
+        default=[],
+        metavar="N",
+        help="torch.compile with these numbers of classes only (it takes seconds each)",
+    )
+    timing.add_argument(
+        "--phases",
+        action="store_true",
+        help="GB/s of the forward, the backward, both, and both in one pass; always on a GPU",
+    )
     timing.add_argument("--overhead", action="store_true", help="calls on tiny inputs instead")
     timing.add_argument("--seconds", type=float, help="time for each loss, dtype and shape")
+    timing.add_argument(
+        "--stop-after",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="leave out what does not fit",
+    )
     timing.add_argument("--rounds", type=_positive, default=5, help="at the least")
     timing.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     timing.add_argument("--plot", type=Path, metavar="FILE", help="draw them (needs matplotlib)")
@@ -150,6 +195,8 @@ def check_options(options: argparse.Namespace) -> str:
     for name in options.losses:
         if name not in known:
             return f"there is no loss {name!r} among {', '.join(dict.fromkeys(known))}"
+    if options.command == "bench" and options.device == "cuda" and (why := _no_gpu()):
+        return f"--device cuda: {why}"
     if options.command == "bench" and options.plot:
         if options.overhead:
             return "--plot draws no overhead"
@@ -157,6 +204,21 @@ def check_options(options: argparse.Namespace) -> str:
             import matplotlib  # noqa: F401
         except ImportError:
             return "--plot needs matplotlib: pip install 'fastdiv[bench]'"
+    return ""
+
+
+def _no_gpu() -> str:
+    import torch
+
+    from . import backend, entropy
+
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    try:
+        with backend("native"):
+            entropy(torch.zeros(1, 1, device="cuda"))
+    except RuntimeError as error:
+        return str(error)
     return ""
 
 

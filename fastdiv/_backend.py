@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -66,7 +67,7 @@ def use_kernel(x: torch.Tensor, pointwise: bool = False) -> bool:
     """Whether a kernel computes a loss of these logits; raises where one is demanded in vain."""
     if _current == "reference":
         return False
-    fits = _C is not None and x.is_cpu and not pointwise
+    fits = _C is not None and not pointwise and (x.is_cpu or _device_trouble(x) is None)
     if not fits and _current == "native":
         raise RuntimeError(f"backend 'native': {_why_not(x, pointwise)}; use backend 'auto'")
     return fits
@@ -80,4 +81,39 @@ def _why_not(x: torch.Tensor, pointwise: bool) -> str:
             "reduction 'pointwise' has no kernel (its result is as large as the logits, so that "
             "there is nothing to fuse)"
         )
-    return f"there is no kernel for device {x.device.type!r}"
+    return str(_device_trouble(x))
+
+
+def _device_trouble(x: torch.Tensor) -> str | None:
+    """Why no kernel runs where these logits are."""
+    if not x.is_cuda or torch.version.cuda is None:
+        return f"there is no kernel for device {x.device.type!r}"
+    return _gpu_trouble(x.device.index)
+
+
+def _gpu_trouble(index: int) -> str | None:
+    """Why the CUDA kernels do not run on this GPU."""
+    return _find_gpu_trouble(index)
+
+
+# torch.compiler.assume_constant_result, but without importing Dynamo, which takes a second.
+_gpu_trouble._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _find_gpu_trouble(index: int) -> str | None:
+    assert _C is not None
+    built = _C.cuda_architectures.split()
+    if not built:
+        return "built without CUDA kernels (no nvcc was found, or FASTDIV_CUDA_ARCHS=none)"
+    major, minor = torch.cuda.get_device_capability(index)
+    for name in built:
+        architecture = int(name.removesuffix("+PTX"))
+        # Machine code runs on later GPUs of its generation, PTX on all later ones.
+        same = architecture // 10 == major and architecture % 10 <= minor
+        if same or (name.endswith("+PTX") and architecture <= 10 * major + minor):
+            return None
+    return (
+        f"built for architectures {' '.join(built)}, but GPU {index} is {major}{minor}: "
+        f"build with FASTDIV_CUDA_ARCHS={major}{minor}"
+    )

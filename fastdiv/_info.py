@@ -15,8 +15,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dictionary: versions of fastdiv and torch, the compiler, the instruction sets that were
-        built, those that this machine runs and the one in use, the number of threads, the current
-        backend, and why the kernels are missing where they are.
+        built, those that this machine runs and the one in use; whether CUDA kernels were built,
+        with which toolkit and for which architectures; the number of threads, the current backend,
+        and why the kernels are missing where they are.
 
     Example:
         >>> import fastdiv
@@ -38,5 +39,7 @@ def build_info() -> dict[str, Any]:
         "cpu_isas_built": native.built_cpu_isas(),
         "cpu_isas_supported": native.cpu_isas(),
         "cpu_isa": native.cpu_isa(),
-        "cuda": False,
+        "cuda": bool(native.cuda_architectures),
+        "cuda_toolkit": native.cuda_toolkit,
+        "cuda_architectures": native.cuda_architectures,
     }

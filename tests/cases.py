@@ -179,6 +179,16 @@ def make_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Student and teacher logits."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-    t = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    x = randn(shape, generator=generator, dtype=torch.float64) * scale
+    t = randn(shape, generator=generator, dtype=torch.float64) * scale
     return x.to(dtype), t.to(dtype)
+
+
+def randn(*shape: Any, **options: Any) -> Tensor:
+    """``torch.randn`` with a generator of the CPU: the same numbers on every device."""
+    return torch.randn(*shape, **options, device="cpu").to(torch.get_default_device())
+
+
+def rand(*shape: Any, **options: Any) -> Tensor:
+    """``torch.rand``, likewise."""
+    return torch.rand(*shape, **options, device="cpu").to(torch.get_default_device())

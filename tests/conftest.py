@@ -1,7 +1,8 @@
-"""Fixtures that run a test on every instruction set, and restore what a test changes."""
+"""Where tests compute (a device, an instruction set), and what is restored after each."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import hypothesis
@@ -13,14 +14,61 @@ import fastdiv._C as native
 hypothesis.settings.register_profile("fastdiv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastdiv")
 
+# What torch says on GPUs, and what has nothing to do with us.
+GPU_WARNINGS = [
+    "ignore:TensorFloat32 tensor cores",
+    "ignore:Synchronization debug mode",
+    "ignore:The CUDA Graph is empty",
+    "ignore:Not enough SMs to use max_autotune_gemm",
+]
 
-@pytest.fixture(params=native.cpu_isas())
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests compute: cpu, cuda, cuda:1")
+    if importlib.util.find_spec("pytest_timeout") is None:  # on a machine that has only torch
+        for name in ("timeout", "timeout_method"):
+            parser.addini(name, "ignored: pytest-timeout is not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tensors that do not say where, those that modules make when imported too, go to --device."""
+    config.addinivalue_line("markers", "cpu_only(why): says nothing about another --device")
+    device = torch.device(config.getoption("device"))
+    if device != torch.device("cpu"):
+        torch.set_default_device(device)
+    if torch.cuda.is_available():
+        for line in GPU_WARNINGS:
+            config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.cpu_only("tensors print their device"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "isa" in metafunc.fixturenames and not any("isa" in mark.args[0] for mark in marks):
+        device = torch.get_default_device().type
+        isas = native.cpu_isas() if device == "cpu" else [device]
+        metafunc.parametrize("isa", isas, indirect=True)
+
+
+@pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine runs, forced."""
+    """Every instruction set that this machine runs, forced; on a GPU just "cuda"."""
     before = native.cpu_isa()
-    assert native.set_cpu_isa(request.param)
+    if torch.get_default_device().type == "cpu":
+        assert native.set_cpu_isa(request.param)
     yield request.param
     native.set_cpu_isa(before)
+
+
+@pytest.fixture
+def checked_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels out of range raise on a GPU, too, as they always do on the CPU."""
+    monkeypatch.setenv("FASTDIV_CHECK", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +83,6 @@ def fixed_seed_and_threads() -> Iterator[None]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    cpu_only = item.get_closest_marker("cpu_only")
+    if cpu_only and torch.get_default_device().type != "cpu":
+        pytest.skip(f"about the CPU: {cpu_only.args[0]}")

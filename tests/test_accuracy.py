@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fastdiv
-from cases import DTYPES, LOSSES, SHAPES, Case, make_inputs
+from cases import DTYPES, LOSSES, SHAPES, Case, make_inputs, rand
 
 CASES = {str(case): case for case in LOSSES}
 SMALL = [(3, 1), (64, 7), (64, 513)]
@@ -50,7 +50,7 @@ def evaluate(function: Callable[..., Tensor], x: Tensor, t: Tensor | None) -> li
     leaves = [v.detach().clone().requires_grad_() for v in leaves]
     value = function(leaves[0], leaves[1] if len(leaves) == 2 else t)
     # Positive, so that two outputs do not cancel; float32, so that all three see the same.
-    upstream = torch.rand(value.shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    upstream = rand(value.shape, generator=torch.Generator().manual_seed(1)) + 0.5
     return [value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))]
 
 

@@ -21,6 +21,8 @@ import fastdiv._C as native
 from cases import LOSSES
 from fastdiv import reference
 
+pytestmark = pytest.mark.cpu_only("its machine code")
+
 ROOT = Path(__file__).parent.parent
 WIDTH = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 ARITHMETIC = re.compile(r"\bv?(?:add|sub|mul|div|max|min|fn?m(?:add|sub)\d+)(ps|ss)\b")
@@ -108,7 +110,8 @@ def test_every_kernel_is_vectorised(isa: str) -> None:
     assert len(policies) == expected, sorted(policies)
     for policy in policies:
         loops = {loop for loop, p in counts if p == policy}
-        assert "first_sweep" in loops and loops & {"backward_row", "grad_x"}, (policy, loops)
+        assert "first_sweep" in loops, policy
+        assert ("WithStats" in policy) != bool(loops & {"backward_row", "grad_x"}), (policy, loops)
     assert {loop for loop, p in counts if p == "Half"} == {"load_widened", "store_narrowed"}
     assert not too_scalar(counts)
 
@@ -153,8 +156,10 @@ def test_nothing_else_is_exported() -> None:
 
 
 def compiler_flags() -> list[str]:
-    """The flags that setup.py writes out, in the order it does."""
-    return re.findall(r'"(-[^"]+)"', (ROOT / "setup.py").read_text())
+    """The flags of the C++ compiler that setup.py writes out, in the order it does."""
+    text = (ROOT / "setup.py").read_text()
+    of_the_extension = text[text.index("def extension(") : text.index("return CppExtension(")]
+    return re.findall(r'"(-[^"]+)"', of_the_extension)
 
 
 def test_flags() -> None:
@@ -184,38 +189,6 @@ def test_denormals_are_not_switched_off() -> None:
     """As linking with -ffast-math would, for the whole process."""
     code = "import torch, fastdiv._C; assert (torch.tensor(1e-40) / 2).item() > 0"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.slow
-def test_shared_layers_compile_for_cuda(tmp_path: Path) -> None:
-    """csrc/common and csrc/losses are host and device code."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
-    if not nvcc:
-        pytest.skip("needs nvcc, on PATH or in CUDA_HOME")
-    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
-    target = tmp_path / "policies.o"
-    subprocess.run(
-        [
-            nvcc,
-            "-std=c++17",
-            *architectures,
-            "--threads=2",
-            "--Werror=all-warnings",
-            "-Xptxas=--warn-on-spills",
-            f"-I{ROOT / 'csrc'}",
-            "-c",
-            ROOT / "tests/cuda_compiles.cu",
-            "-o",
-            target,
-        ],
-        check=True,
-    )
-    names = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout
-    policies = set(re.findall(r"\bvoid one_row<(.*)>\(", names))
-    divergences = set(reference.DIVERGENCES)
-    rows = set(native.loss_names()) - divergences
-    assert len(policies) == 2 * (len(rows) + 3 * len(divergences))
 
 
 # --- one set of losses ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import fastdiv
 from fastdiv import _backend, reference
 from fastdiv.__main__ import main
 from fastdiv._bench.memory import Job, extra_memory
-from fastdiv._bench.timing import Budget, interleave
+from fastdiv._bench.timing import After, Budget, interleave
+
+pytestmark = pytest.mark.cpu_only("the commands choose their device themselves")
 
 PUBLIC_LOSSES = [
     name
@@ -156,6 +159,30 @@ def test_bench_writes_what_it_measured(tmp_path: Path) -> None:
         assert name in done.stdout
 
 
+def test_bench_by_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a GPU is measured by: every phase, over the number of classes."""
+    file, plot = tmp_path / "results.json", tmp_path / "results.png"
+    options = ["--dtypes", "bf16", "--quick", "--seconds", "0", "--rounds", "1", "--phases"]
+    options += ["--shapes", "8x64", "4x128", "--json", str(file), "--plot", str(plot)]
+    assert main(["bench", "js_div", "log_prob_and_entropy", *options]) == 0
+    assert plot.stat().st_size > 0
+    results = json.loads(file.read_text())["results"]
+    assert [r["classes"] for r in results] == [64, 64, 128, 128]
+    logits = 8 * 64 * 2
+    least = {"forward": 2, "backward": 3, "training": 5, "forward_grad": 3}
+    assert results[0]["minimum_bytes"] == {k: v * logits for k, v in least.items()}
+    for phase in least:
+        assert results[1][f"{phase}_gb_per_s"]["fused"] > 0
+    assert "forward_grad" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--device", "cuda"])
+    assert "torch finds no GPU" in capsys.readouterr().err
+
+
 def test_bench_measures_the_overhead_of_calls(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +214,19 @@ def test_rounds_interleave_and_begin_with_another_call_each_time() -> None:
     assert "".join(log).replace(".", "") == "abc" + "abc" + "bca" + "cab"
     assert log[::2] == ["."] * 12
     assert [timing.rounds for timing in times.values()] == [3, 3, 3]
+
+
+def test_only_the_second_of_two_calls_is_timed() -> None:
+    log: list[str] = []
+    call = After(lambda: log.append("first") or 7, lambda made: log.append(f"then {made}"))
+
+    def clock(call: Callable[[], object], repeats: int) -> float:
+        log.append("clock")
+        call()
+        return 1.0
+
+    interleave({"call": call}, lambda: None, Budget(0.0, min_rounds=1), clock=clock)
+    assert log == ["first", "then 7"] + ["first", "clock", "then 7"]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def part(t: Tensor | None, rows: slice | list[int]) -> Tensor | None:
     return None if t is None else t[rows]
 
 
+@pytest.mark.cpu_only("threads")
 @EVERY_CASE
 @EVERY_DTYPE
 def test_threads(case: Case, dtype: torch.dtype) -> None:

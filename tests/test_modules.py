@@ -86,14 +86,14 @@ def test_autocast(case: Case) -> None:
         t = case.make_target(x, t)
         x.requires_grad_()
         expected = case.call(x, t)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             value = case.call(x, t)
         assert value.dtype == torch.float32
         close(value, expected, rtol=0, atol=0)
         got = torch.autograd.grad(value.sum(), x)
         close(got, torch.autograd.grad(expected.sum(), x), rtol=0, atol=0)
     layer = torch.nn.Linear(8, 33)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         logits = layer(torch.randn(4, 8))
         value = case.call(logits, t)
     assert logits.dtype == torch.bfloat16
@@ -128,6 +128,7 @@ def ddp_problem() -> tuple[torch.nn.Module, Callable[..., Tensor], list[Tensor]]
     return model, loss, [torch.randn(8, 6), torch.randint(11, (8,)), torch.randn(8, 11)]
 
 
+@pytest.mark.cpu_only("processes of their own, over gloo")
 def test_ddp(tmp_path: Path) -> None:
     """Two processes with half the batch each end up with the gradient of the whole batch."""
     torch.multiprocessing.spawn(replica, (str(tmp_path),), nprocs=2)

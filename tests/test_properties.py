@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiv
-from cases import LOSSES, Case
+from cases import LOSSES, Case, rand, randn
 
 # One instruction set a test, drawn outside of hypothesis.
 pytestmark = pytest.mark.usefixtures("isa")
@@ -67,7 +67,7 @@ def problems(draw: st.DrawFn) -> tuple[Case, Tensor, Tensor | None, dict[str, An
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def random(scale: float) -> Tensor:
-        v = torch.randn(*rows, classes, generator=generator, dtype=torch.float64) * scale
+        v = randn(*rows, classes, generator=generator, dtype=torch.float64) * scale
         return v.to(dtype)
 
     scale = draw(st.sampled_from([0.01, 1.0, 4.0]))
@@ -93,12 +93,12 @@ def problems(draw: st.DrawFn) -> tuple[Case, Tensor, Tensor | None, dict[str, An
     if case.name == "cross_entropy":
         options["dim"] = -1
         if draw(st.booleans()):
-            options["weight"] = torch.rand(classes, generator=generator) + 0.1
+            options["weight"] = rand(classes, generator=generator) + 0.1
     if "log_prob" not in case.name:
         options["reduction"] = draw(st.sampled_from(["none", "sum", "mean", "batchmean"]))
     if case.divergence or case.name == "cross_entropy":
         if draw(st.booleans()):
-            weights = torch.rand(rows, generator=generator)
+            weights = rand(rows, generator=generator)
             options["token_weight"] = torch.where(weights < 0.3, 0.0, weights)
     return case, x, t, options
 
@@ -160,8 +160,8 @@ def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     rows, classes = draw(st.integers(1, 4)), draw(st.integers(2, 700))
     dtype = draw(st.sampled_from(list(TOLERANCE)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    x = torch.randn(rows, classes, generator=generator) * draw(st.sampled_from([0.1, 3.0, 30.0]))
-    t = torch.randn(rows, classes, generator=generator) * draw(st.sampled_from([0.1, 3.0, 30.0]))
+    x = randn(rows, classes, generator=generator) * draw(st.sampled_from([0.1, 3.0, 30.0]))
+    t = randn(rows, classes, generator=generator) * draw(st.sampled_from([0.1, 3.0, 30.0]))
     nearness = draw(st.sampled_from([None, 1e-1, 1e-3, 1e-6, 0.0]))
     return x.to(dtype), (t if nearness is None else x + nearness * t).to(dtype)
 

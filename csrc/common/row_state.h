@@ -88,6 +88,14 @@ struct RowState {
   LogSumExp<real> x, t;
   Sums<real> sums;
 
+  // To new maxima, of which none is smaller.
+  FD_FN void rebase(const P& loss, real x_max, real t_max, real scale) {
+    if (x_max == x.max && t_max == t.max) return;  // would change no bit
+    const Shift<real> dx = x.rebase(x_max, scale);
+    const Shift<real> dt = kNormalise ? t.rebase(t_max, scale) : Shift<real>{1, 0, t.sum};
+    loss.rebase(sums, dx, dt);
+  }
+
   FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
     rebase(loss, max_of(tile.x, tile.n, x.max), kNormalise ? max_of(tile.t, tile.n, t.max) : t.max,
            scale);
@@ -132,13 +140,6 @@ struct RowState {
     if constexpr (kNormalise) r.t_max = t.max, r.t_logz = log_of(t.sum);
     r.mass = kNormalise || kTarget == Target::kNone ? real(1) : t.sum;
     return r;
-  }
-
- private:
-  FD_FN void rebase(const P& loss, real x_max, real t_max, real scale) {
-    const Shift<real> dx = x.rebase(x_max, scale);
-    const Shift<real> dt = kNormalise ? t.rebase(t_max, scale) : Shift<real>{1, 0, t.sum};
-    loss.rebase(sums, dx, dt);
   }
 };
 

@@ -4,8 +4,10 @@
 // function compiled inside could be chosen by the linker for code that runs on a lesser machine.
 #pragma once
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 #include "cpu/kernels.h"
+#include "losses/gradient.h"
+#include "losses/row.h"
 
 #if defined(__clang__)
 #define FD_BEGIN_ISA(isa) \

@@ -8,12 +8,13 @@ namespace fastdiv {
 
 using RowKernel = void (*)(const RowArgs& args, int64_t begin, int64_t end);
 
-// The three skeletons, over rows [begin, end), and what the loss wants to be given.
+// The three skeletons, over rows [begin, end).
 struct RowKernels {
   RowKernel forward;       // value and record
   RowKernel backward;      // gradients from the record
   RowKernel forward_grad;  // both, while the row is in the cache
-  bool label, two_outputs, stats;
+  // The last two are null for a loss with statistics: its gradients are those of the plain one.
+  LossTraits traits;
 };
 
 // Kernels of a loss; null where the loss does not take such a target.

@@ -22,31 +22,22 @@ struct RowSource {
   }
 
   RowReader<real> input(int64_t r) const {
-    return {row_of(a.x, r), convert.load, {real(a.softcap)}};
+    return {row_of(a.x, r), convert.load, {real(P::kSoftcap ? a.softcap : 0)}};
   }
   RowReader<real> target(int64_t r) const { return {row_of(a.t, r), convert.load, {real(0)}}; }
   RowWriter<real> output(const Matrix& m, int64_t r, bool direct) const {
     return {row_of(m, r), convert, direct && convert.same};
   }
-  Row<real>& record(int64_t r) const { return static_cast<Row<real>*>(a.record)[r]; }
   const real* weights(int64_t i) const {
     return a.class_weight ? static_cast<const real*>(a.class_weight) + i : ones.data;
   }
 
-  // 0: the row does not count.
-  real row_weight(int64_t r) const {
-    if (P::kLabel && a.label[r] == a.ignore_index) return real(0);
-    return a.row_weight ? static_cast<const real*>(a.row_weight)[r] : real(1);
-  }
+  RowOf<P> row(int64_t r) const { return {a, r}; }
 
-  // Of a row that counts.
-  Label<real> label(int64_t r, const Row<real>& row) const {
-    if (!P::kLabel) return {0, 0};
+  // The logit of the label of a row that reads one.
+  real label_logit(int64_t r) const {
     Buffer<real> b;
-    const int64_t y = a.label[r];
-    const real x = *input(r).tile(y, 1, b);
-    return {(x - row.x_max) * scale,
-            a.class_weight ? static_cast<const real*>(a.class_weight)[y] : real(1)};
+    return row(r).label_is_read() ? *input(r).tile(a.label[r], 1, b) : real(0);
   }
 
   // body(i, n) for every tile of columns [begin, end).

@@ -6,7 +6,6 @@ namespace FD_ISA {
 
 #include "cpu/tiles.inl"
 #include "cpu/row_source.inl"
-#include "cpu/divergence.inl"
 
 // --- forward ----------------------------------------------------------------------------------
 
@@ -27,6 +26,32 @@ RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
       [&](RowState<P>& total, const RowState<P>& part) { total.merge(source.loss, part, scale); });
 }
 
+// The terms of a divergence: the second sweep, over a row which is in the cache.
+template <class P, class L, class real>
+Terms<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r, const Row<real>& row) {
+  return source.over_segments(
+      [&](int64_t begin, int64_t end) {
+        Terms<real> total{};
+        Buffer<real> bx, bt;
+        source.for_tiles(begin, end, [&](int64_t i, int n) {
+          const real *x = source.input(r).tile(i, n, bx), *t = source.target(r).tile(i, n, bt);
+          // Copies, which the compiler can keep in registers.
+          const Row<real> k = row;
+          const L policy = loss;
+          const real scale = source.scale;
+          real f = 0, u = 0, v = 0;
+          FD_SIMD(reduction(+ : f, u, v))
+          for (int j = 0; j < n; ++j) {
+            const Terms<real> term = policy.terms(make_pair<P::kTarget>(x[j], t[j], scale, k));
+            f += term.f, u += term.u, v += term.v;
+          }
+          total.add({f, u, v});
+        });
+        return total;
+      },
+      [](Terms<real>& total, const Terms<real>& part) { total.add(part); });
+}
+
 // The first column that holds the maximum, or NaN.
 template <class P, class real>
 int64_t first_maximum(const RowSource<P>& source, int64_t r, real max) {
@@ -40,43 +65,19 @@ int64_t first_maximum(const RowSource<P>& source, int64_t r, real max) {
   return 0;
 }
 
-template <class P, class real>
-void set_stats(const RowSource<P>& source, int64_t r, const RowState<P>& s, real log_prob,
-               const Row<real>& row) {
-  const RowArgs& a = source.a;
-  real* stats = static_cast<real*>(a.stats);
-  stats[r] = row.x_max * source.scale + row.x_logz;
-  stats[a.rows + r] = entropy_of(s.x, s.sums.c, row);
-  stats[2 * a.rows + r] = log_prob;
-  a.argmax[r] = first_maximum(source, r, row.x_max);
-}
-
 template <class P>
 void forward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
-  Row<real>& record = source.record(r);
-  const real weight = source.row_weight(r);
-  const bool counts = weight != real(0);
-  Outputs<real> out{0, 0};
-  Row<real> row{};
-  if (counts || P::kStats) {
-    const RowState<P> s = first_sweep(source, r, source.scale);
-    row = s.row();
-    const Label<real> y = counts ? source.label(r, row) : Label<real>{0, 0};
-    if constexpr (P::kDivergence)
-      out.value = divergence(source, r, s, row);
-    else
-      out = source.loss.finish(s.x, s.sums, y, source.scale, row);
-    if constexpr (P::kStats) {
-      const real log_prob = P::kLabel ? (counts ? y.lx - row.x_logz : real(0))
-                                      : s.sums.d - mass_times(row.mass, row.x_logz);
-      set_stats(source, r, s, log_prob, row);
-    }
-  }
-  record = counts ? row : Row<real>{};
-  static_cast<real*>(source.a.value)[r] = counts ? out.value * weight : real(0);
-  if (P::kTwoOutputs)
-    static_cast<real*>(source.a.entropy)[r] = counts ? out.entropy * weight : real(0);
+  const RowOf<P> row = source.row(r);
+  if (row.weight() == real(0) && !P::kStats) return row.store({});
+  const RowState<P> s = first_sweep(source, r, source.scale);
+  const auto sweep = [&](const auto& loss, const Row<real>& record) {
+    return sum_terms(source, loss, r, record);
+  };
+  const auto result = row.finish(source.loss, s, source.label_logit(r), source.scale, sweep);
+  row.store(result);
+  if constexpr (P::kStats)
+    row.store_stats(result, s, source.scale, first_maximum(source, r, s.x.max));
 }
 
 // --- backward ---------------------------------------------------------------------------------
@@ -88,26 +89,19 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   const real* t = source.kTeacher ? source.target(r).tile(i, n, bt) : nullptr;
   const real* w = P::kWeights ? source.weights(i) : nullptr;
   // Copies, which the compiler can keep in registers.
-  const Row<real> row = source.record(r);
+  const Row<real> row = source.row(r).record();
   const P loss = source.loss;
   const real scale = source.scale;
   const Outputs<real> gx{g.value * scale, g.entropy * scale};
   FD_SIMD()
-  for (int j = 0; j < n; ++j) {
-    if constexpr (P::kDivergence) {
-      const Pair<real> c = make_pair<P::kTarget>(x[j], t[j], scale, row);
-      dx[j] = gx.value * (loss.terms(c).u - c.q * row.a);
-    } else {
-      const real lq = (x[j] - row.x_max) * scale - row.x_logz;
-      dx[j] = loss.grad_x(lq, exp_neg(lq), source.kTeacher ? t[j] : real(0),
-                          P::kWeights ? w[j] : real(1), row, gx);
-    }
-  }
+  for (int j = 0; j < n; ++j)
+    dx[j] = grad_of_input(loss, x[j], source.kTeacher ? t[j] : real(0),
+                          P::kWeights ? w[j] : real(1), row, gx, scale);
   if constexpr (P::kLabel) {
     const int64_t y = source.a.label[r] - i;
     if (y >= 0 && y < n) dx[y] += loss.grad_label(row, gx);
   }
-  if (source.a.softcap != 0) {
+  if (P::kSoftcap && source.a.softcap != 0) {
     const Softcap<real> cap = source.input(r).softcap;
     const real* raw = source.input(r).raw(i, n, bx);
     FD_SIMD()
@@ -120,22 +114,12 @@ void grad_t(const RowSource<P>& source, int64_t r, int64_t i, int n, real g, rea
   Buffer<real> bx, bt;
   const real *x = source.input(r).tile(i, n, bx), *t = source.target(r).tile(i, n, bt);
   const real* w = P::kWeights ? source.weights(i) : nullptr;
-  const Row<real> row = source.record(r);
+  const Row<real> row = source.row(r).record();
   const P loss = source.loss;
   const real scale = source.scale;
   FD_SIMD()
-  for (int j = 0; j < n; ++j) {
-    if constexpr (P::kDivergence) {
-      const Pair<real> c = make_pair<P::kTarget>(x[j], t[j], scale, row);
-      const real v = loss.terms(c).v, shift = real(P::kShift);
-      if constexpr (P::kTarget == Target::kLogits) dt[j] = g * scale * (v - c.p * row.b);
-      if constexpr (P::kTarget == Target::kLogProbs) dt[j] = g * (v + shift * c.p);
-      if constexpr (P::kTarget == Target::kProbs)
-        dt[j] = t[j] == real(0) ? real(0) : g * (v / t[j] + shift);
-    } else {
-      dt[j] = loss.grad_t((x[j] - row.x_max) * scale - row.x_logz, w[j], g);
-    }
-  }
+  for (int j = 0; j < n; ++j)
+    dt[j] = grad_of_target(loss, x[j], t[j], P::kWeights ? w[j] : real(1), row, g, scale);
 }
 
 // Zeros where the row does not count or nothing comes from upstream, whatever the row holds.
@@ -143,14 +127,7 @@ template <class P>
 void backward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
   const RowArgs& a = source.a;
-  const real weight = source.row_weight(r);
-  const real total = a.total ? *static_cast<const real*>(a.total) : real(1);
-  const auto upstream = [&](const void* grad) {
-    if (!grad || weight == real(0)) return real(0);
-    const real g = static_cast<const real*>(grad)[r * a.grad_stride] * weight;
-    return a.total ? g / total : g;
-  };
-  const Outputs<real> g{upstream(a.grad), upstream(a.grad_entropy)};
+  const Outputs<real> g = source.row(r).upstream();
   const bool zero = g.value == real(0) && g.entropy == real(0);
   const auto write = [&](const RowWriter<real>& out, int64_t i, int n, auto gradient) {
     Buffer<real> b;
@@ -193,33 +170,22 @@ void forward_grad_rows(const RowArgs& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) forward_row(source, r), backward_row(source, r);
 }
 
-template <class P>
-const RowKernels* kernels_of() {
-  static constexpr RowKernels kernels{forward_rows<P>, backward_rows<P>, forward_grad_rows<P>,
-                                      P::kLabel,       P::kTwoOutputs,   P::kStats};
-  return &kernels;
-}
-
-template <class real>
-const RowKernels* find(LossId loss, Target target) {
-  switch (loss) {
-#define FD_CASE(name, ...) \
-  case LossId::k_##name:   \
-    return target == __VA_ARGS__::kTarget ? kernels_of<__VA_ARGS__>() : nullptr;
-    FD_ROW_LOSSES(FD_CASE)
-#undef FD_CASE
-#define FD_CASE(name, policy)                                                            \
-  case LossId::k_##name:                                                                 \
-    return target == Target::kLogits     ? kernels_of<policy<real, Target::kLogits>>()   \
-           : target == Target::kLogProbs ? kernels_of<policy<real, Target::kLogProbs>>() \
-           : target == Target::kProbs    ? kernels_of<policy<real, Target::kProbs>>()    \
-                                         : nullptr;
-    FD_DIVERGENCES(FD_CASE)
-#undef FD_CASE
-    default:
-      return nullptr;
+struct Kernels {
+  template <class P>
+  static const RowKernels* of() {
+    static constexpr RowKernels kernels = make<P>();
+    return &kernels;
   }
-}
+
+ private:
+  template <class P>
+  static constexpr RowKernels make() {
+    if constexpr (P::kStats)
+      return {forward_rows<P>, nullptr, nullptr, traits_of<P>()};
+    else
+      return {forward_rows<P>, backward_rows<P>, forward_grad_rows<P>, traits_of<P>()};
+  }
+};
 
 }  // namespace FD_ISA
 }  // namespace fastdiv

@@ -7,6 +7,7 @@ FD_BEGIN_ISA("avx2,fma,f16c")
 FD_END_ISA
 
 const fastdiv::RowKernels* fastdiv::avx2::find_kernels(LossId loss, Target target, bool f64) {
-  return f64 ? baseline::find_kernels(loss, target, f64) : find<float>(loss, target);
+  return f64 ? baseline::find_kernels(loss, target, f64)
+             : fastdiv::find_kernels<float, Kernels>(loss, target);
 }
 #endif

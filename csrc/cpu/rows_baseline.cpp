@@ -6,5 +6,6 @@
 #include "cpu/rows.inl"
 
 const fastdiv::RowKernels* fastdiv::baseline::find_kernels(LossId loss, Target target, bool f64) {
-  return f64 ? find<double>(loss, target) : find<float>(loss, target);
+  return f64 ? fastdiv::find_kernels<double, Kernels>(loss, target)
+             : fastdiv::find_kernels<float, Kernels>(loss, target);
 }

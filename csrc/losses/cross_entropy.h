@@ -11,6 +11,7 @@ template <class real, Target target, bool smoothed>
 struct CrossEntropyOf : Loss<real, target> {
   static constexpr bool kLabel = target == Target::kNone;
   static constexpr bool kWeights = smoothed;
+  static constexpr bool kSoftcap = true;
 
   real label, spread, z_loss;
   FD_FN explicit CrossEntropyOf(const LossParams& p)

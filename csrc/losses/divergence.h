@@ -70,18 +70,4 @@ struct Divergence : Loss<Real, target> {
   }
 };
 
-// A divergence from the logs of sums and a mean, and whether cancellation leaves it six digits: the
-// logs of sums are uncertain by some ulps of 1, however small they are.
-template <class real>
-struct Difference {
-  real value;
-  bool sound;
-};
-template <class real>
-FD_FN Difference<real> sum_of(real mean, real logs) {
-  const real value = mean + logs;
-  const real terms = real(1) + abs_of(mean) + abs_of(logs);
-  return {value, value > real(0.05) * terms && value <= Limits<real>::highest};
-}
-
 }  // namespace fastdiv

@@ -34,10 +34,20 @@ struct Loss {
   static constexpr bool kWeights = false;     // reads a weight for every class
   static constexpr bool kTwoOutputs = false;  // the entropy too, with its own upstream gradient
   static constexpr bool kStats = false;
+  static constexpr bool kSoftcap = false;  // takes softcapped logits
 
   FD_FN explicit Loss(const LossParams&) {}
   FD_FN Sums<real> partial(const Column<real>&) const { return {}; }
   FD_FN void rebase(Sums<real>&, Shift<real>, Shift<real>) const {}
 };
+
+// What a loss wants to be given, for the torch side.
+struct LossTraits {
+  bool label, two_outputs, stats, softcap;
+};
+template <class P>
+constexpr LossTraits traits_of() {
+  return {P::kLabel, P::kTwoOutputs, P::kStats, P::kSoftcap};
+}
 
 }  // namespace fastdiv

@@ -11,6 +11,9 @@ from torch import Tensor
 
 import fastdiv
 
+from .. import _ops
+from ..reference import Spec, value_dtype
+
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [R, C], target) -> scalar
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
@@ -23,32 +26,55 @@ class BenchmarkedLoss:
     name: str
     fused: Loss
     eager: Loss
+    spec: Spec  # of its rows
     in_place: Loss | None = None  # where the backward may write over the logits
     teacher: bool = False  # the target is a second matrix of logits, without gradient; else labels
 
-    def forward_bytes(self, logits_bytes: int) -> int:
-        """The least traffic of a forward: every matrix is read once."""
-        return logits_bytes * (2 if self.teacher else 1)
+    def minimum_bytes(self, phase: str, logits_bytes: int) -> int:
+        """The least traffic: every matrix read once in a phase, and one gradient written."""
+        read = logits_bytes * (2 if self.teacher else 1)
+        return {
+            "forward": read,
+            "backward": read + logits_bytes,
+            "training": 2 * read + logits_bytes,
+            "forward_grad": read + logits_bytes,
+        }[phase]
 
-    def training_bytes(self, logits_bytes: int) -> int:
-        """The least traffic of forward and backward: read twice, one gradient written."""
-        return 2 * self.forward_bytes(logits_bytes) + logits_bytes
-
-    def make_inputs(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def make_inputs(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
         """Logits and target, always the same."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator).mul_(3).to(dtype)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def logits() -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).mul_(3).to(dtype)
+
+        x = logits()
         if self.teacher:
-            return x, torch.randn(shape, generator=generator).mul_(3).to(dtype)
-        return x, torch.randint(shape[1], shape[:1], generator=generator)
+            return x, logits()
+        return x, torch.randint(shape[1], shape[:1], generator=generator, device=device)
+
+    def forward_grad(self, x: Tensor, target: Tensor) -> Tensor:
+        """The rows of the loss, and over the logits the gradient of their mean, in one go."""
+        rows = x.shape[0]
+        t, label = (target, None) if self.teacher else (None, target)
+        outputs = 2 if self.spec.loss == "log_prob_and_entropy" else 1
+        upstream = x.new_full((outputs * rows,), 1 / rows, dtype=value_dtype(x.dtype))
+        grad = upstream.view(outputs, rows) if outputs > 1 else upstream
+        label = None if self.spec.loss == "entropy" else label
+        options = _ops.options(self.spec)
+        op = torch.ops.fastdiv._row_forward_grad.default
+        return op(grad, x, t, label, None, None, *options, False)[0]
 
 
 def _divergence(name: str, eager: Loss) -> BenchmarkedLoss:
     function: Callable[..., Tensor] = getattr(fastdiv, name)
+    spec = Spec(name, target_type="logits", shape=0.5 if name == "js_div" else 0.0)
     return BenchmarkedLoss(
         name,
         lambda x, t: function(x, t, target_type="logits"),
         eager,
+        spec,
         lambda x, t: function(x, t, target_type="logits", inplace_backward=True),
         teacher=True,
     )
@@ -97,18 +123,23 @@ LOSSES = {
             "cross_entropy",
             fastdiv.cross_entropy,
             F.cross_entropy,
+            Spec("cross_entropy"),
             lambda x, y: fastdiv.cross_entropy(x, y, inplace_backward=True),
         ),
         _divergence("kl_div", _eager_kl),
         _divergence("reverse_kl_div", _eager_reverse_kl),
         _divergence("js_div", _eager_js),
         BenchmarkedLoss(
-            "entropy", lambda x, _: fastdiv.entropy(x, reduction="mean"), _eager_entropy
+            "entropy",
+            lambda x, _: fastdiv.entropy(x, reduction="mean"),
+            _eager_entropy,
+            Spec("entropy"),
         ),
         BenchmarkedLoss(
             "log_prob_and_entropy",
             lambda x, y: _policy_loss(*fastdiv.log_prob_and_entropy(x, y)),
             _eager_policy,
+            Spec("log_prob_and_entropy"),
         ),
     )
 }

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 
 from .._info import build_info
 
@@ -24,9 +28,9 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Everything about this machine and its software that moves a timing."""
-    return {
+    facts = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
@@ -35,3 +39,34 @@ def describe_machine() -> dict[str, Any]:
         "numpy": numpy.__version__,
         **build_info(),
     }
+    return {**facts, "gpu": _describe_gpu()} if device == "cuda" else facts
+
+
+def _describe_gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "driver": _driver(),
+        "torch_cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cache_bytes": properties.L2_cache_size,
+        "packages": {name: _version(name) for name in ("triton", "liger-kernel", "quack-kernels")},
+    }
+
+
+def _driver() -> str | None:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return lines[0] if lines else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -5,7 +5,7 @@ that the system has to tell: Linux' high-water mark of resident memory.  It is o
 process, freed memory that stays with the process included.  Hence a new process for every
 measurement, forked from one that has imported everything and run nothing: a started thread pool
 does not survive a fork.  Writing 5 to ``clear_refs`` lowers the mark to what is resident, once the
-inputs are there.
+inputs are there.  On a GPU all memory comes from torch, which counts it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ class Job(NamedTuple):
     dtype: str
     rows: int
     classes: int
+    device: str = "cpu"
 
 
 def extra_memory(jobs: Sequence[Job]) -> Iterator[int | None]:
     """Bytes at the peak of each, as they come; None where the system does not tell."""
+    if jobs and jobs[0].device == "cuda":
+        yield from map(_measure_on_gpu, jobs)
+        return
     if not (jobs and STATUS.exists() and RESET.exists()):
         yield from (None for _ in jobs)
         return
@@ -78,6 +82,18 @@ def _measure(job: Job) -> int | None:
     gradient = _forward_backward(call, x, target)
     kept = 0 if gradient.data_ptr() == x.data_ptr() else gradient.nbytes
     return max(0, _resident("VmHWM") - before - kept)
+
+
+def _measure_on_gpu(job: Job) -> int:
+    loss, dtype = LOSSES[job.loss], DTYPES[job.dtype]
+    call: Loss = getattr(loss, job.variant)
+    _forward_backward(call, *loss.make_inputs((8, 128), dtype, "cuda"))
+    x, target = loss.make_inputs((job.rows, job.classes), dtype, "cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradient = _forward_backward(call, x, target)
+    kept = 0 if gradient.data_ptr() == x.data_ptr() else gradient.nbytes
+    return max(0, torch.cuda.max_memory_allocated() - before - kept)
 
 
 def _forward_backward(call: Loss, x: Tensor, target: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from .console import Advance
 from .losses import DTYPES, LOSSES
-from .timing import Budget, Call, Timing, interleave
+from .timing import Budget, Call, Timing, host_seconds, interleave
 
 SHAPE = (8, 128)
 REPEATS = 50  # calls behind one reading of the clock
@@ -34,18 +35,22 @@ class Overhead:
         }
 
 
-def run_overhead(names: list[str], budget: Budget, advance: Advance) -> list[Overhead]:
+def run_overhead(
+    names: list[str], budget: Budget, advance: Advance, device: str = "cpu"
+) -> list[Overhead]:
     """Measures the losses one after another, each against eager torch.
 
     On one thread: torch would share out even these rows (log_softmax does), and then what is timed
     is how fast the system wakes up a thread.
     """
     results = []
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    clock = partial(host_seconds, settle=wait)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for name in names:
-            times = interleave(_calls(name), lambda: None, budget, REPEATS)
+            times = interleave(_calls(name, device), lambda: None, budget, REPEATS, clock)
             results.append(Overhead(name, times["fused"], times["eager"]))
             advance(name)
     finally:
@@ -53,9 +58,9 @@ def run_overhead(names: list[str], budget: Budget, advance: Advance) -> list[Ove
     return results
 
 
-def _calls(name: str) -> dict[str, Call]:
+def _calls(name: str, device: str) -> dict[str, Call]:
     loss = LOSSES[name]
-    x, target = loss.make_inputs(SHAPE, DTYPES["f32"])
+    x, target = loss.make_inputs(SHAPE, DTYPES["f32"], device)
     x.requires_grad_()
     return {
         "fused": lambda: torch.autograd.grad(loss.fused(x, target), x),

@@ -1,15 +1,15 @@
-"""Results as tables, as JSON and as a plot."""
+"""Results as tables and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from .console import Cell, print_table
+from .losses import LOSSES
 from .machine import describe_machine
 from .overhead import SHAPE, Overhead
-from .run import Result
+from .run import VARIANTS, Result
 from .timing import Timing
 
 CAPTION = """\
@@ -20,9 +20,19 @@ Faster: time of f+b in eager torch and under torch.compile over that of fastdiv,
 Extra MB: peak memory of f+b beyond the logits, the target and the gradient.\
 """
 
+BANDWIDTH_CAPTION = """\
+GB/s of the least traffic: every matrix read once in the forward and again in the backward, and one
+gradient written; %: of the rate of a copy in the same rounds. Medians of interleaved rounds; f+b:
+forward and backward; forward_grad: the op that does both in one pass, the gradient over the logits.
+Faster: time of f+b over that of fastdiv, not in place. Extra MB: peak memory of f+b beyond logits,
+target and gradient.\
+"""
+
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """What a table was measured on, in one line."""
+    if gpu := machine.get("gpu"):
+        return f"{gpu['name']}, driver {gpu['driver']}, torch {machine['torch']}"
     load = machine["load_average"]
     return (
         f"{machine['cpu']}, {machine['threads']} of {machine['cpu_count']} cores, "
@@ -34,7 +44,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 def busy_line(machine: Mapping[str, Any]) -> str:
     """A warning where other programs took part of the cores."""
     load, cores = machine["load_average"], machine["cpu_count"]
-    if not load or not cores or load[0] < cores / 2:
+    if "gpu" in machine or not load or not cores or load[0] < cores / 2:
         return ""
     return (
         f"\nOther programs keep this machine busy (load average {load[0]:.1f}): do not trust times."
@@ -75,7 +85,7 @@ def _row(result: Result) -> list[str | Cell]:
         result.loss,
         result.dtype,
         "×".join(map(str, result.shape)),
-        _milliseconds(result.forward["fused"]),
+        _milliseconds(result.times["forward"]["fused"]),
         _milliseconds(fused),
         f"{100 * fused.spread / fused.median:.0f}",
         _milliseconds(in_place),
@@ -87,6 +97,45 @@ def _row(result: Result) -> list[str | Cell]:
         _megabytes(result.extra_bytes.get("fused")),
         _megabytes(result.extra_bytes.get("eager")),
     ]
+
+
+def print_bandwidths(results: Sequence[Result], machine: Mapping[str, Any]) -> None:
+    """The table of losses by phase, and of all implementations."""
+    results = sorted(results, key=lambda r: (list(LOSSES).index(r.loss), r.dtype, r.shape[1]))
+    others = [v for v in VARIANTS[2:] if any(v in result.training for result in results)]
+    columns = ["loss", "dtype", "shape", "copy\nGB/s"]
+    columns += [f"{phase}\nGB/s, %" for phase in ("forward", "backward", "f+b", "f+b in place")]
+    columns += ["forward_grad\nGB/s, %", *(f"faster than\n{other}" for other in others)]
+    print_table(
+        f"fastdiv {machine['fastdiv']} on {machine_line(machine)}",
+        [*columns, "extra\nMB", "eager's\nextra MB"],
+        [
+            [
+                result.loss,
+                result.dtype,
+                "×".join(map(str, result.shape)),
+                f"{result.copy_bandwidth:.0f}",
+                _bandwidth(result, "forward"),
+                _bandwidth(result, "backward"),
+                _bandwidth(result, "training"),
+                _bandwidth(result, "training", "in_place"),
+                _bandwidth(result, "forward_grad"),
+                *(_speedup(result, other) for other in others),
+                _megabytes(result.extra_bytes.get("fused")),
+                _megabytes(result.extra_bytes.get("eager")),
+            ]
+            for result in results
+        ],
+        names=3,
+        caption=f"{BANDWIDTH_CAPTION}{busy_line(machine)}",
+    )
+
+
+def _bandwidth(result: Result, phase: str, variant: str = "fused") -> str:
+    if variant not in result.times.get(phase, {}):
+        return "–"
+    rate = result.bandwidth(variant, phase)
+    return f"{rate:.0f} {100 * rate / result.copy_bandwidth:3.0f}"
 
 
 def _milliseconds(timing: Timing | None) -> str:
@@ -125,7 +174,7 @@ def _copies(results: Sequence[Result]) -> str:
 def print_overhead(overheads: Sequence[Overhead], machine: Mapping[str, Any]) -> None:
     """The table of calls on tiny inputs."""
     print_table(
-        f"f+b of {SHAPE[0]}×{SHAPE[1]} f32 on one thread: {machine_line(machine)}",
+        f"f+b of {SHAPE[0]}×{SHAPE[1]} f32, one thread of the host: {machine_line(machine)}",
         ["loss", "fastdiv µs", "eager torch µs", "faster"],
         [
             [
@@ -153,37 +202,3 @@ def to_json(
         "results": [result.to_json() for result in results],
         "overhead": [overhead.to_json() for overhead in overheads],
     }
-
-
-def plot(results: Sequence[Result], machine: Mapping[str, Any], path: Path) -> None:
-    """Draws the time of forward and backward in units of one copy, as one group of bars a loss."""
-    from matplotlib.figure import Figure
-
-    names = {
-        "in_place": ("fastdiv, in place", "#1b7837"),
-        "fused": ("fastdiv", "#7fbf7b"),
-        "compile": ("torch.compile", "#9970ab"),
-        "eager": ("eager torch", "#bdbdbd"),
-    }
-    shown = [v for v in names if any(v in result.training for result in results)]
-    figure = Figure(figsize=(8, 1.2 + 0.2 * (len(shown) + 1) * len(results)), layout="constrained")
-    axes = figure.add_subplot()
-    for i, variant in enumerate(shown):
-        having = [n for n, result in enumerate(results) if variant in result.training]
-        bars = axes.barh(
-            [n + (i - (len(shown) - 1) / 2) / (len(shown) + 1) for n in having],
-            [results[n].copies(variant) for n in having],
-            height=1 / (len(shown) + 1),
-            color=names[variant][1],
-            label=names[variant][0],
-        )
-        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
-    labels = [f"{r.loss}\n{r.dtype} {r.shape[0]}×{r.shape[1]}" for r in results]
-    axes.set_yticks(range(len(results)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("forward and backward, in units of one copy of the logits")
-    axes.set_title(f"fastdiv {machine['fastdiv']} on {machine_line(machine)}", fontsize=8)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)

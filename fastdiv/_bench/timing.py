@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 Call = Callable[[], object]
+Clock = Callable[[Call, int], float]  # seconds of one of so many calls
+Key = TypeVar("Key", bound=Hashable)
+
+
+class After(NamedTuple):
+    """A call that takes what another one returned, of which only the second is timed."""
+
+    first: Call
+    then: Callable[[Any], object]
 
 
 @dataclass(frozen=True)
@@ -48,35 +61,74 @@ class Timing:
 
 
 def interleave(
-    calls: Mapping[str, Call], before_each: Call, budget: Budget, repeats: int = 1
-) -> dict[str, Timing]:
+    calls: Mapping[Key, Call | After],
+    before_each: Call,
+    budget: Budget,
+    repeats: int = 1,
+    clock: Clock | None = None,
+) -> dict[Key, Timing]:
     """Runs every call once in each round, and returns the medians of the rounds.
 
     Every round begins with another call, so that nobody always follows the same neighbour.
     ``before_each`` is not timed; it brings every call into the same state of memory and caches.
     What a call returns is freed after its clock stopped.  Times are of one of ``repeats`` calls.
     """
+    clock = clock or host_seconds
     order = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Key, list[float]] = {name: [] for name in calls}
     for name in order:  # warm up
         before_each()
-        calls[name]()
+        _prepared(calls[name])()
     start = time.perf_counter()
     for number in range(budget.max_rounds):
         if number >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
             break
         for name in order:
             before_each()
-            seconds[name].append(_time(calls[name], repeats))
+            seconds[name].append(clock(_prepared(calls[name]), repeats))
         order.append(order.pop(0))
     return {name: Timing.of(values) for name, values in seconds.items()}
 
 
-def _time(call: Call, repeats: int) -> float:
+def _prepared(call: Call | After) -> Call:
+    return partial(call.then, call.first()) if isinstance(call, After) else call
+
+
+def host_seconds(call: Call, repeats: int, settle: Call = lambda: None) -> float:
+    """By the clock of the host; ``settle`` waits for what the calls have begun."""
     start = time.perf_counter()
     for _ in range(repeats - 1):
         call()
     result = call()
+    settle()
     elapsed = (time.perf_counter() - start) / repeats
     del result
     return elapsed
+
+
+class GpuClock:
+    """By events on the stream of the GPU.
+
+    Before the first event the cache is filled with something else, and the GPU is kept waiting
+    while the host queues up the call, so that the time the host takes does not count.
+    """
+
+    WAIT = 2_000_000  # cycles, a millisecond
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties().L2_cache_size
+        self.something_else = torch.zeros(4 * cache, dtype=torch.uint8, device="cuda")
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, call: Call, repeats: int) -> float:
+        """Seconds of one of so many calls."""
+        self.something_else.max()  # read, so that nothing is left to be written back
+        torch.cuda._sleep(self.WAIT)
+        self.begin.record()
+        for _ in range(repeats - 1):
+            call()
+        result = call()
+        self.end.record()
+        self.end.synchronize()
+        del result
+        return 1e-3 * self.begin.elapsed_time(self.end) / repeats

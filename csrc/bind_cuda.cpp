@@ -1,0 +1,94 @@
+// The private ops on CUDA: the device and stream of a call, launches, no synchronisation.
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernels.h"
+#include "row_call.h"
+
+#if defined(FD_CUDA_ON_CPU)  // the tests': kernels run on the host, on tensors that live there
+
+#define FD_CUDA_KEY CPU
+namespace fastdiv {
+namespace {
+struct Current {
+  explicit Current(int32_t) {}
+  void* stream = nullptr;
+  static int32_t device_type() { return aoti_torch_device_type_cpu(); }
+};
+}  // namespace
+}  // namespace fastdiv
+
+#else
+
+#define FD_CUDA_KEY CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+// Lives in libtorch_cuda: weak, so that the same binary loads with a CPU-only torch.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace fastdiv {
+namespace {
+// The device of the call's tensors is current while this lives, and so is its stream.
+struct Current {
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+
+  explicit Current(int32_t index) : guard(index) {
+    require(aoti_torch_get_current_cuda_stream != nullptr, "fastdiv: this torch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  }
+  static int32_t device_type() { return aoti_torch_device_type_cuda(); }
+};
+}  // namespace
+}  // namespace fastdiv
+
+#endif
+
+namespace fastdiv {
+namespace {
+
+void check(cuda::Status status) {
+  if (status) throw std::runtime_error("fastdiv: CUDA: " + std::string(status));
+}
+
+const cuda::Gpu& gpu(int32_t index) {
+  constexpr int kMaxDevices = 64;
+  static cuda::Gpu known[kMaxDevices];  // filled with the same numbers, whoever is first
+  require(index < kMaxDevices, "fastdiv: more GPUs than expected");
+  if (known[index].architecture == 0) check(cuda::describe(index, &known[index]));
+  return known[index];
+}
+
+struct CudaDevice {
+  using Kernels = cuda::RowKernels;
+
+  const int32_t index;
+  const Current current{index};
+
+  explicit CudaDevice(const Tensor& x) : index(x.is_cpu() ? 0 : x.get_device_index()) {}
+
+  static int32_t type() { return Current::device_type(); }
+  static const cuda::RowKernels* find(LossId loss, Target target, DType dtype) {
+    return cuda::find_kernels(loss, target, dtype);
+  }
+  static void before_first_write(void*, int64_t) {}
+
+  void run(cuda::RowKernel kernel, const RowArgs& args) const {
+    require(args.classes <= cuda::kMaxClasses, "fastdiv: more than 2^30 classes");
+    check(kernel(args, gpu(index), current.stream));
+  }
+
+  // Reading them would synchronise: a label that is no class makes its row NaN.
+  static void check_labels(const RowArgs&) {}
+
+  static void clear(Tensor number) { torch::stable::zero_(number); }
+  void reduce(const RowArgs& a, bool mean, double divisor, void* value, void* total) const {
+    check(cuda::reduce_rows(a, mean, divisor, value, total, current.stream));
+  }
+};
+
+}  // namespace
+}  // namespace fastdiv
+
+FD_REGISTER(FD_CUDA_KEY, fastdiv::CudaDevice)

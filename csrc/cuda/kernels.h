@@ -1,0 +1,47 @@
+// The kernels as the torch side sees them: no torch header below, no CUDA header above.
+#pragma once
+
+#include "common/launch.h"
+#include "common/registry.h"
+
+namespace fastdiv {
+namespace cuda {
+
+constexpr int64_t kMaxClasses = int64_t(1) << 30;  // columns are counted in 32 bits
+
+// What the launch shapes depend on.
+struct Gpu {
+  int architecture = 0;       // 90: compute capability 9.0
+  int64_t shared_memory = 0;  // bytes that a block may have
+};
+
+// Null: all is well, or the driver's message.
+using Status = const char*;
+using RowKernel = Status (*)(const RowArgs& args, const Gpu& gpu, void* stream);
+
+struct RowKernels {
+  RowKernel forward, backward, forward_grad;  // as in cpu/kernels.h
+  LossTraits traits;
+};
+
+// Null where the loss does not take such a target.
+const RowKernels* find_kernels(LossId loss, Target target, DType dtype);
+
+// *value = sum of the rows' values over *total; *total = the weights of the rows for a mean, else
+// divisor.  Both are one `real` on the GPU.
+Status reduce_rows(const RowArgs& args, bool mean, double divisor, void* value, void* total,
+                   void* stream);
+
+Status describe(int device, Gpu* gpu);
+
+const char* built_architectures();  // "80 90 100+PTX"
+const char* toolkit();              // "13.0"
+
+// One table for each dtype, compiled apart.
+const RowKernels* find_f32(LossId loss, Target target);
+const RowKernels* find_f64(LossId loss, Target target);
+const RowKernels* find_f16(LossId loss, Target target);
+const RowKernels* find_bf16(LossId loss, Target target);
+
+}  // namespace cuda
+}  // namespace fastdiv

@@ -1,0 +1,52 @@
+// The sum of a loss over its rows, and what a mean is divided by: one block, in an order that
+// depends on nothing but the number of rows.
+#include "cuda/launch.cuh"
+#include "cuda/team.cuh"
+#include "losses/row.h"
+
+namespace fastdiv {
+namespace cuda {
+namespace {
+
+struct Totals {
+  double value, weight;
+};
+struct MergeTotals {
+  __device__ __forceinline__ void operator()(Totals& s, int width) const {
+    s.value = sum_of_lanes(s.value, width);
+    s.weight = sum_of_lanes(s.weight, width);
+  }
+};
+
+constexpr int kThreads = 512;
+
+template <class real>
+__global__ void __launch_bounds__(kThreads)
+    reduce(const __grid_constant__ RowArgs a, bool mean, double divisor, real* value, real* total) {
+  Team team{kThreads, 1, int(threadIdx.x), 0};
+  Totals sum{0, 0};
+  for (int64_t r = threadIdx.x; r < a.rows; r += kThreads) {
+    sum.value += double(static_cast<const real*>(a.value)[r]);
+    sum.weight += double(weight_in_mean<real>(a, r));
+  }
+  sum = team.all(sum, MergeTotals());
+  if (!team.leads()) return;
+  if (mean) divisor = sum.weight;
+  *value = real(sum.value / divisor);
+  *total = real(divisor);
+}
+
+}  // namespace
+
+Status reduce_rows(const RowArgs& a, bool mean, double divisor, void* value, void* total,
+                   void* stream) {
+  const Grid grid{1, kThreads, 1, 0};
+  if (a.dtype == DType::kF64)
+    return launch(reduce<double>, grid, stream, a, mean, divisor, static_cast<double*>(value),
+                  static_cast<double*>(total));
+  return launch(reduce<float>, grid, stream, a, mean, divisor, static_cast<float*>(value),
+                static_cast<float*>(total));
+}
+
+}  // namespace cuda
+}  // namespace fastdiv

@@ -1,0 +1,207 @@
+// The three skeletons on a GPU, for any policy of csrc/losses.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/row_reader.cuh"
+
+namespace fastdiv {
+namespace cuda {
+
+// dL/dx and dL/dt of columns [begin, end) of a row, in packs that are aligned where they are
+// written; a pack at the edge shares its 16 bytes with the neighbouring stretch.
+template <class P, class T, bool kCapped>
+__device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& reader, int64_t r,
+                                                const Row<typename P::real>& row, int begin,
+                                                int end, int thread, int threads) {
+  using real = typename P::real;
+  using Reader = RowReader<P, T, kCapped>;
+  constexpr int kSize = Reader::kSize, kPacks = Reader::kPacks;
+  const RowArgs& a = reader.a;
+  const real scale = reader.scale;
+  const Outputs<real> g = RowOf<P>{a, r}.upstream();
+  const bool zero = g.value == real(0) && g.entropy == real(0);
+  const Outputs<real> gx{g.value * scale, g.entropy * scale};
+  const bool need_x = a.dx.data, need_t = Reader::kTeacher && a.dt.data;
+  const Stretch<T> dx{need_x ? Reader::row_of(a.dx, r) : nullptr, begin, end};
+  const Stretch<T> dt{need_t ? Reader::row_of(a.dt, r) : nullptr, begin, end};
+  const int label = P::kLabel ? int(a.label[r]) : -1;
+  const Stretch<T> aligned{need_x ? dx.row : dt.row, begin, end};
+  const int first = begin - aligned.misalignment(begin);
+  const int step = threads * kSize;
+  for (int i = first + thread * kSize; i < end; i += kPacks * step) {
+    typename Reader::Packs px, pt, out{};
+    const auto store = [&](const Stretch<T>& to) {
+      FD_UNROLL
+      for (int u = 0; u < kPacks; ++u) to.store(i + u * step, out[u]);
+    };
+    if (zero) {
+      if (need_x) store(dx);
+      if (need_t) store(dt);
+      continue;
+    }
+    reader.load(i, step, px, pt);
+    const auto tile = reader.unpack(px, pt, i, step);
+    const auto t = [&](int c) { return Reader::kTeacher ? tile.t[c] : real(0); };
+    const auto weight = [&](int c) { return P::kWeights ? tile.weights[c] : real(1); };
+    if (need_t) {
+      if constexpr (Reader::kTeacher)
+        Reader::for_columns([&](int c, int u, int k) {
+          narrow(grad_of_target(reader.loss, tile.x[c], t(c), weight(c), row, g.value, scale),
+                 &out[u].v[k]);
+        });
+      store(dt);
+    }
+    if (need_x) {
+      real d[kColumns<P>];
+      Reader::for_columns([&](int c, int, int) {
+        d[c] = grad_of_input(reader.loss, tile.x[c], t(c), weight(c), row, gx, scale);
+      });
+      if constexpr (P::kLabel) {
+        FD_UNROLL
+        for (int u = 0; u < kPacks; ++u) {
+          const unsigned at = unsigned(label - (i + u * step));
+          if (at < unsigned(kSize)) FD_UNROLL
+          for (int k = 0; k < kSize; ++k)
+            if (at == unsigned(k)) d[u * kSize + k] += reader.loss.grad_label(row, gx);
+        }
+      }
+      if constexpr (kCapped)
+        Reader::for_columns(
+            [&](int c, int u, int k) { d[c] *= reader.cap.slope(widen(px[u].v[k])); });
+      Reader::for_columns([&](int c, int u, int k) { narrow(d[c], &out[u].v[k]); });
+      store(dx);
+    }
+  }
+}
+
+// Blocks of 256 threads that share the 65536 registers of a multiprocessor: three leave each thread
+// 80, two 128, one 255.  Where fewer would spill, fewer threads with more in flight each are the
+// better bargain.
+template <class P>
+constexpr bool has_moment() {
+  if constexpr (P::kDivergence) return P::kMoment != P::Moment::kNone;
+  return true;
+}
+template <class P, bool kCapped, bool kGradient>
+constexpr int kBlocks = sizeof(typename P::real) == 8                           ? 1
+                        : kCapped || P::kStats || (P::kDivergence && kGradient) ? 2
+                        : has_moment<P>()                                       ? 3
+                                                                                : 2;
+
+template <class P, class T, bool kCapped, bool kGradient>
+__global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
+    forward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
+  using real = typename P::real;
+  FD_DYNAMIC_SHARED(cache);
+  const int warp = int(threadIdx.x) / kWarp;
+  const bool warps = shape.rows > 1;  // each has a row
+  const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + warp : blockIdx.x / shape.blocks;
+  if (r >= a.rows) return;
+  Team team{warps ? kWarp : shape.threads, shape.blocks,
+            warps ? int(threadIdx.x) % kWarp : int(threadIdx.x), int(blockIdx.x % shape.blocks)};
+  const RowOf<P> self{a, r};
+  const int classes = int(a.classes), begin = team.block * shape.slice;
+  const int end = begin + shape.slice < classes ? begin + shape.slice : classes;
+  const RowReader<P, T, kCapped> reader(a, r, begin, end, cache, shape.cached);
+  typename RowOf<P>::Result result{};
+
+  if (self.weight() != real(0) || P::kStats) {
+    // Read before anything may be written over the row.
+    const real x_label = self.label_is_read() ? reader.logit(a.label[r]) : real(0);
+    RowState<P> state;
+    ArgMax<real> largest;
+    reader.template sweep<true>(team, [&](const auto& tile, int i, int step) {
+      state.push(reader.loss, {tile.x, tile.t, tile.weights, kColumns<P>}, reader.scale);
+      if constexpr (P::kStats)
+        reader.for_columns([&](int c, int u, int k) { largest.push(tile.x[c], i + u * step + k); });
+    });
+    state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
+    const auto second_sweep = [&](const auto& loss, const Row<real>& row) {
+      Terms<real> sum{};
+      reader.template sweep<false>(team, [&](const auto& tile, int, int) {
+        reader.for_columns([&](int c, int, int) {
+          sum.add(loss.terms(make_pair<P::kTarget>(tile.x[c], tile.t[c], reader.scale, row)));
+        });
+      });
+      return team.all(sum, MergeTerms<real>());
+    };
+    result = self.finish(reader.loss, state, x_label, reader.scale, second_sweep);
+    if constexpr (P::kStats) {
+      largest = team.all(largest, MergeArgMax<real>());
+      if (team.leads()) self.store_stats(result, state, reader.scale, largest.column);
+    }
+  }
+  if (team.leads()) self.store(result);
+  if constexpr (kGradient) {
+    team.sync();
+    write_gradients(reader, r, result.row, begin, end, team.thread, team.threads);
+  }
+  team.leave();
+}
+
+template <class P, class T, bool kCapped>
+__global__ void __launch_bounds__(256, kBlocks<P, kCapped, false>)
+    backward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ BackwardShape shape) {
+  const bool warps = shape.rows > 1;
+  const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + int(threadIdx.x) / kWarp
+                          : blockIdx.x / shape.pieces;
+  if (r >= a.rows) return;
+  // Pieces begin where the gradient is aligned.
+  const int classes = int(a.classes);
+  using Reader = RowReader<P, T, kCapped>;
+  T* const gradient = a.dx.data ? Reader::row_of(a.dx, r) : Reader::row_of(a.dt, r);
+  const Stretch<T> out{gradient, 0, classes};
+  const int piece = warps ? 0 : int(blockIdx.x % shape.pieces) * shape.piece - out.misalignment(0);
+  const int begin = piece > 0 ? piece : 0;
+  const int end = warps || piece + shape.piece > classes ? classes : piece + shape.piece;
+  const Reader reader(a, r, begin, end, nullptr, 0);
+  write_gradients(reader, r, RowOf<P>{a, r}.record(), begin, end,
+                  warps ? int(threadIdx.x) % kWarp : int(threadIdx.x),
+                  warps ? kWarp : shape.threads);
+}
+
+// --- launches ---------------------------------------------------------------------------------
+
+template <class P, class T, bool kGradient>
+Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
+  constexpr int kRows = P::kTarget == Target::kNone ? 1 : 2;
+  constexpr int kKept = kGradient || P::kDivergence ? kRows : 0;
+  const ForwardShape shape = forward_shape(gpu, sizeof(T), kColumns<P>, kKept, int(a.classes));
+  const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.blocks, shape.threads,
+                  shape.blocks, shape.cached * kKept * int64_t(sizeof(T))};
+  if constexpr (P::kSoftcap)
+    if (a.softcap != 0) return launch(forward_rows<P, T, true, kGradient>, grid, stream, a, shape);
+  return launch(forward_rows<P, T, false, kGradient>, grid, stream, a, shape);
+}
+
+template <class P, class T>
+Status launch_backward(const RowArgs& a, const Gpu&, void* stream) {
+  const BackwardShape shape = backward_shape(sizeof(T), int(a.classes));
+  const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.pieces, shape.threads, 1, 0};
+  if constexpr (P::kSoftcap)
+    if (a.softcap != 0) return launch(backward_rows<P, T, true>, grid, stream, a, shape);
+  return launch(backward_rows<P, T, false>, grid, stream, a, shape);
+}
+
+template <class T>
+struct Kernels {
+  template <class P>
+  static const RowKernels* of() {
+    static const RowKernels kernels = make<P>();
+    return &kernels;
+  }
+
+ private:
+  template <class P>
+  static RowKernels make() {
+    RowKernels k{launch_forward<P, T, false>, nullptr, nullptr, traits_of<P>()};
+    if constexpr (!P::kStats) {
+      k.backward = launch_backward<P, T>;
+      k.forward_grad = launch_forward<P, T, true>;
+    }
+    return k;
+  }
+};
+
+}  // namespace cuda
+}  // namespace fastdiv

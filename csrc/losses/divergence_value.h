@@ -1,0 +1,71 @@
+// The divergence of two rows: what the moments of the first sweep give where they are sound, else a
+// second sweep over the row, which is still near.  `sweep(loss, row)` returns the sum of the terms
+// of a loss.
+#pragma once
+
+#include "losses/divergences.h"
+
+namespace fastdiv {
+
+// A divergence from the logs of sums and a mean, and whether cancellation leaves it six digits: the
+// logs of sums are uncertain by some ulps of 1, however small they are.
+template <class real>
+struct Difference {
+  real value;
+  bool sound;
+};
+template <class real>
+FD_FN Difference<real> sum_of(real mean, real logs) {
+  const real value = mean + logs;
+  const real terms = real(1) + abs_of(mean) + abs_of(logs);
+  return {value, value > real(0.05) * terms && value <= Limits<real>::highest};
+}
+
+// KL(p || q) of two rows of logits, and row.gap.  Where the rows are so close that the moments
+// cancel, with d = log q~ - log p~ and c = sum p d: KL = log(1 + sum p (e^(d-c) - 1 - (d - c))).
+template <class P, class real, class Sweep>
+FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossParams& params) {
+  const real mean = s.sums.a / s.t.sum;  // -c
+  row.gap = log_of(s.x.sum / s.t.sum);
+  const Difference<real> kl = sum_of(mean, row.gap);
+  if (kl.sound || kl.value != kl.value || is_infinite(kl.value)) return kl.value;
+  Row<real> centred = row;
+  centred.gap = -mean;
+  centred.x_logz -= kl.value;
+  const real excess = log1p(sweep(KlDiv<real, P::kTarget>(params), centred).f);
+  row.gap = excess - mean;
+  return excess;
+}
+
+// The value; row.a = sum u and row.b = sum v for the backward.
+template <class P, class real, class Sweep>
+FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row, Sweep sweep,
+                            const LossParams& params) {
+  using Moment = typename P::Moment;
+  constexpr bool kLogits = P::kTarget == Target::kLogits;
+  real kl;
+  if constexpr (kLogits)
+    kl = anchor(s, row, sweep, params);
+  else
+    kl = s.sums.a + mass_times(row.mass, row.x_logz);
+  // u + v = f~ and one of them is q - p or its negative, so the value gives both sums.
+  if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
+    row.a = kl != kl ? kl : real(1) - row.mass;
+    row.b = kl;
+    return kl;
+  }
+  if (P::kMoment == Moment::kReverse) {
+    const real logs = kLogits ? log_of(s.x.sum / s.t.sum) : row.x_logz;
+    const Difference<real> reverse = sum_of(s.sums.b / s.x.sum, -logs);
+    if (reverse.sound || (!kLogits && !is_infinite(reverse.value))) {
+      row.a = reverse.value;
+      row.b = row.mass - real(1);
+      return reverse.value;
+    }
+  }
+  const Terms<real> sum = sweep(loss, row);
+  row.a = sum.u, row.b = sum.v;
+  return sum.f - real(P::kShift) * (real(1) - row.mass);
+}
+
+}  // namespace fastdiv

@@ -1,0 +1,37 @@
+// The gradients of one class, from its logit, target and class weight and what the forward left of
+// its row.
+#pragma once
+
+#include "losses/divergence.h"
+
+namespace fastdiv {
+
+// dL/dx, but for the label, which adds P::grad_label at its class.  g comes times the scale.
+template <class P, class real>
+FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<real>& row,
+                         Outputs<real> g, real scale) {
+  if constexpr (P::kDivergence) {
+    const Pair<real> pair = make_pair<P::kTarget>(x, t, scale, row);
+    return g.value * (loss.terms(pair).u - pair.q * row.a);
+  } else {
+    const real lq = (x - row.x_max) * scale - row.x_logz;
+    return loss.grad_x(lq, exp_neg(lq), t, weight, row, g);
+  }
+}
+
+// dL/dt.  g comes as it is: the scale is of the target's only where that is logits.
+template <class P, class real>
+FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const Row<real>& row, real g,
+                          real scale) {
+  if constexpr (P::kDivergence) {
+    const Pair<real> pair = make_pair<P::kTarget>(x, t, scale, row);
+    const real v = loss.terms(pair).v, shift = real(P::kShift);
+    if constexpr (P::kTarget == Target::kLogits) return g * scale * (v - pair.p * row.b);
+    if constexpr (P::kTarget == Target::kLogProbs) return g * (v + shift * pair.p);
+    return t == real(0) ? real(0) : g * (v / t + shift);
+  } else {
+    return loss.grad_t((x - row.x_max) * scale - row.x_logz, weight, g);
+  }
+}
+
+}  // namespace fastdiv

@@ -1,0 +1,104 @@
+// One row of a call: whether it counts, what its sums come to, where its results go.
+#pragma once
+
+#include "common/launch.h"
+#include "losses/divergence_value.h"
+#include "losses/entropy.h"
+
+namespace fastdiv {
+
+// Zero: the row does not count.  A label that is no class counts, and makes its row NaN; on a CPU
+// it has raised before.
+template <class real>
+FD_FN real weight_of_row(const RowArgs& a, int64_t r) {
+  if (a.label && a.label[r] == a.ignore_index) return real(0);
+  return a.row_weight ? static_cast<const real*>(a.row_weight)[r] : real(1);
+}
+FD_FN bool has_class(const RowArgs& a, int64_t r) {
+  return !a.label || (a.label[r] >= 0 && a.label[r] < a.classes);
+}
+
+// What a row adds to the divisor of a mean: with class weights, that of its label too.
+template <class real>
+FD_FN real weight_in_mean(const RowArgs& a, int64_t r) {
+  const real weight = weight_of_row<real>(a, r);
+  if (weight == real(0) || !a.label || !a.class_weight || !has_class(a, r)) return weight;
+  return weight * static_cast<const real*>(a.class_weight)[a.label[r]];
+}
+
+template <class P>
+struct RowOf {
+  using real = typename P::real;
+
+  const RowArgs& a;
+  int64_t r;
+
+  FD_FN real weight() const { return weight_of_row<real>(a, r); }
+  FD_FN bool label_is_read() const { return P::kLabel && weight() != real(0) && has_class(a, r); }
+  FD_FN Row<real>& record() const { return static_cast<Row<real>*>(a.record)[r]; }
+
+  // All that the row's sums come to.  `x_label` is the logit of the label, where that is read;
+  // `sweep(loss, row)` walks the row again for the terms of a divergence.
+  struct Result {
+    Row<real> row;
+    Outputs<real> out;
+    real log_prob;
+  };
+  template <class Sweep>
+  FD_FN Result finish(const P& loss, const RowState<P>& s, real x_label, real scale,
+                      Sweep sweep) const {
+    Result result{s.row(), {0, 0}, 0};
+    Row<real>& row = result.row;
+    Label<real> y{0, 0};
+    if (label_is_read()) {
+      const real* weights = static_cast<const real*>(a.class_weight);
+      y = {(x_label - row.x_max) * scale, weights ? weights[a.label[r]] : real(1)};
+      result.log_prob = y.lx - row.x_logz;
+    }
+    if constexpr (P::kStats && !P::kLabel)
+      result.log_prob = s.sums.d - mass_times(row.mass, row.x_logz);
+    if (weight() != real(0)) {
+      if constexpr (P::kDivergence)
+        result.out.value = divergence_value(loss, s, row, sweep, a.params);
+      else
+        result.out = loss.finish(s.x, s.sums, y, scale, row);
+      if (P::kLabel && !has_class(a, r)) {
+        const real nan = Limits<real>::nan;
+        result.out = {nan, nan};
+        row.x_logz = row.a = row.b = result.log_prob = nan;
+      }
+    }
+    return result;
+  }
+
+  // Zeros where the row does not count.
+  FD_FN void store(const Result& result) const {
+    const real w = weight();
+    const bool counts = w != real(0);
+    record() = counts ? result.row : Row<real>{};
+    static_cast<real*>(a.value)[r] = counts ? result.out.value * w : real(0);
+    if (P::kTwoOutputs)
+      static_cast<real*>(a.entropy)[r] = counts ? result.out.entropy * w : real(0);
+  }
+  FD_FN void store_stats(const Result& result, const RowState<P>& s, real scale,
+                         int64_t argmax) const {
+    real* stats = static_cast<real*>(a.stats);
+    stats[r] = s.x.max * scale + log_of(s.x.sum);
+    stats[a.rows + r] = entropy_of(s.x, s.sums.c, s.row());
+    stats[2 * a.rows + r] = result.log_prob;
+    a.argmax[r] = argmax;
+  }
+
+  // What comes from upstream, over what a mean was divided by.
+  FD_FN Outputs<real> upstream() const { return {upstream(a.grad), upstream(a.grad_entropy)}; }
+
+ private:
+  FD_FN real upstream(const void* grad) const {
+    const real w = weight();
+    if (!grad || w == real(0)) return real(0);
+    const real g = static_cast<const real*>(grad)[r * a.grad_stride] * w;
+    return a.total ? g / *static_cast<const real*>(a.total) : g;
+  }
+};
+
+}  // namespace fastdiv

@@ -1,0 +1,212 @@
+// The private ops, for either device: what their arguments come to, and the tensors they make.
+//
+// A Device is made for the tensors of a call and says where kernels come from (find), what it takes
+// to run one (run), how rows are summed (reduce), and where memory is (type, index).
+#pragma once
+
+#include "row_ops.h"
+
+namespace fastdiv {
+
+template <class Device>
+struct Call {
+  const Tensor& x;
+  const Options& options;
+  Device device{x};
+  RowArgs args;
+  const typename Device::Kernels& kernels;
+  const ScalarType real = compute_type(x);
+  const int64_t outputs = kernels.traits.two_outputs ? 2 : 1;
+
+  Call(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
+       const OptionalTensor& class_weight, const OptionalTensor& row_weight, const Options& options)
+      : x(x),
+        options(options),
+        args(row_args(x, t, label, class_weight, row_weight, options)),
+        kernels(find(options, args)) {
+    require(kernels.traits.label == label.has_value(),
+            "fastdiv: a label where none belongs, or none");
+    require(kernels.traits.softcap || options.softcap == 0,
+            "fastdiv: this loss does not take softcapped logits");
+  }
+
+  static const typename Device::Kernels& find(const Options& o, const RowArgs& a) {
+    require(o.loss < LossId::kCount, "fastdiv: unknown loss");
+    const typename Device::Kernels* kernels = Device::find(o.loss, o.target, a.dtype);
+    require(kernels != nullptr, "fastdiv: this loss does not take this target type");
+    return *kernels;
+  }
+
+  template <size_t dims>
+  Tensor make(const int64_t (&size)[dims], ScalarType type) const {
+    int64_t stride[dims];
+    for (size_t d = dims; d-- > 0;) stride[d] = d + 1 == dims ? 1 : stride[d + 1] * size[d + 1];
+    return make(int64_t(dims), size, stride, type);
+  }
+  Tensor make_number() const { return make(0, nullptr, nullptr, real); }
+  Tensor make_rows() const {
+    return outputs == 2 ? make({2, args.rows}, real) : make({args.rows}, real);
+  }
+  Tensor make_record() const { return make({args.rows, kRecordSize}, real); }
+  Tensor make_gradient(Matrix& d, bool needed) const {
+    if (!needed) return make({0}, x.scalar_type());
+    Tensor gradient = make({args.rows, args.classes}, x.scalar_type());
+    Device::before_first_write(gradient.data_ptr(), gradient.numel() * size_of(args.dtype));
+    d = matrix_of(gradient, x);
+    return gradient;
+  }
+
+  // Of rows [outputs, rows], where the second output begins.
+  void* second(void* rows) const {
+    const int64_t bytes = real == ScalarType::Double ? 8 : 4;
+    return outputs == 2 ? static_cast<char*>(rows) + args.rows * bytes : nullptr;
+  }
+  void set_values(const Tensor& rows) {
+    args.value = rows.data_ptr();
+    args.entropy = second(args.value);
+  }
+  void set_record(const Tensor& record) {
+    require_same_device(record, x);
+    require(record.dim() == 2 && record.size(0) == args.rows && record.size(1) == kRecordSize &&
+                record.is_contiguous() && record.scalar_type() == real,
+            "fastdiv: the record is not one of this input's forward");
+    args.record = record.data_ptr();
+  }
+  // One number, or one for each row and output.
+  void set_upstream(const Tensor& grad) {
+    require_same_device(grad, x);
+    require(grad.scalar_type() == real && grad.is_contiguous() &&
+                (grad.dim() == 0 ? outputs == 1 : grad.numel() == args.rows * outputs),
+            "fastdiv: the upstream gradient has the wrong size, dtype or stride");
+    args.grad = grad.data_ptr();
+    args.grad_entropy = second(grad.data_ptr());
+    args.grad_stride = grad.dim() == 0 ? 0 : 1;
+  }
+
+  // Value, reduced; record; what the sum of the rows was divided by, 0 where there is no sum.
+  std::tuple<Tensor, Tensor, Tensor> forward() {
+    const bool none = options.reduction == Reduction::kNone;
+    require(none || outputs == 1, "fastdiv: a loss of two outputs has no reduction");
+    require(kernels.traits.stats == (args.stats != nullptr),
+            "fastdiv: statistics of a loss without");
+    device.check_labels(args);
+    const Tensor rows = make_rows(), record = make_record();
+    set_values(rows);
+    set_record(record);
+    device.run(kernels.forward, args);
+    const Tensor value = none ? rows : make_number(), total = make_number();
+    if (none)
+      Device::clear(total);
+    else
+      device.reduce(args, options.reduction == Reduction::kMean,
+                    options.reduction == Reduction::kBatchMean ? double(options.batch) : 1.0,
+                    value.data_ptr(), total.data_ptr());
+    return {value, record, total};
+  }
+
+  void backward(const Tensor& grad, const Tensor& record, const Tensor& total) {
+    set_upstream(grad);
+    set_record(record);
+    if (options.reduction == Reduction::kMean || options.reduction == Reduction::kBatchMean) {
+      require(total.numel() == 1 && total.scalar_type() == real, "fastdiv: total is one number");
+      require_same_device(total, x);
+      args.total = total.data_ptr();
+    }
+    device.run(kernels.backward, args);
+  }
+
+  // Straight through the C interface: torch::stable::new_empty goes through the dispatcher, which
+  // takes three times as long, and on tiny inputs that is what there is to save.
+  Tensor make(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType type) const {
+    const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                          : type == ScalarType::Double   ? aoti_torch_dtype_float64()
+                          : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                          : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                         : aoti_torch_dtype_int64();
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, size, stride, dtype, Device::type(), device.index, &handle));
+    return Tensor(handle);
+  }
+};
+
+#define FD_ROWS                                                                             \
+  const OptionalTensor &t, const OptionalTensor &label, const OptionalTensor &class_weight, \
+      const OptionalTensor &row_weight
+#define FD_OPTIONS                                                                           \
+  int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index, \
+      double scale, double softcap, double shape, double label_rate, double spread, double z_loss
+#define FD_CALL                                                                                   \
+  const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, shape, \
+                        label_rate, spread, z_loss);                                              \
+  Call<Device> call(x, t, label, class_weight, row_weight, options)
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> row_forward(const Tensor& x, FD_ROWS, FD_OPTIONS) {
+  FD_CALL;
+  return call.forward();
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_forward_stats(const Tensor& x, FD_ROWS,
+                                                                     FD_OPTIONS) {
+  FD_CALL;
+  const Tensor stats = call.make({3, call.args.rows}, call.real);
+  const Tensor argmax = call.make({call.args.rows}, ScalarType::Long);
+  call.args.stats = stats.data_ptr();
+  call.args.argmax = static_cast<int64_t*>(argmax.data_ptr());
+  const auto [value, record, total] = call.forward();
+  return {value, record, total, stats, argmax};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> row_backward(const Tensor& grad, const Tensor& x, FD_ROWS,
+                                        const Tensor& record, const Tensor& total, FD_OPTIONS,
+                                        bool need_x, bool need_t) {
+  FD_CALL;
+  const Tensor dx = call.make_gradient(call.args.dx, need_x);
+  const Tensor dt = call.make_gradient(call.args.dt, need_t);
+  call.backward(grad, record, total);
+  return {dx, dt};
+}
+
+template <class Device>
+Tensor row_backward_in_place(const Tensor& grad, const Tensor& x, FD_ROWS, const Tensor& record,
+                             const Tensor& total, FD_OPTIONS, bool need_t) {
+  FD_CALL;
+  const Tensor dt = call.make_gradient(call.args.dt, need_t);
+  call.args.dx = call.args.x;
+  call.backward(grad, record, total);
+  return dt;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> row_forward_grad(const Tensor& grad, const Tensor& x, FD_ROWS,
+                                            FD_OPTIONS, bool need_t) {
+  FD_CALL;
+  require(!call.kernels.traits.stats && call.options.reduction == Reduction::kNone,
+          "fastdiv: forward_grad takes an upstream gradient for each row, and no statistics");
+  call.device.check_labels(call.args);
+  const Tensor rows = call.make_rows(), record = call.make_record();
+  const Tensor dt = call.make_gradient(call.args.dt, need_t);
+  call.set_values(rows);
+  call.set_record(record);
+  call.set_upstream(grad);
+  call.args.dx = call.args.x;
+  call.device.run(call.kernels.forward_grad, call.args);
+  return {rows, dt};
+}
+
+#undef FD_CALL
+
+}  // namespace fastdiv
+
+// The ops of row_ops.cpp for a dispatch key.
+#define FD_REGISTER(key, Device)                                                  \
+  STABLE_TORCH_LIBRARY_IMPL(fastdiv, key, m) {                                    \
+    m.impl("_row_forward", TORCH_BOX(&fastdiv::row_forward<Device>));             \
+    m.impl("_row_forward_stats", TORCH_BOX(&fastdiv::row_forward_stats<Device>)); \
+    m.impl("_row_backward", TORCH_BOX(&fastdiv::row_backward<Device>));           \
+    m.impl("_row_backward_", TORCH_BOX(&fastdiv::row_backward_in_place<Device>)); \
+    m.impl("_row_forward_grad", TORCH_BOX(&fastdiv::row_forward_grad<Device>));   \
+  }

@@ -1,0 +1,165 @@
+// The device: one per process.  What CUDA threads do that concerns other threads.
+#pragma once
+
+#include <cstdarg>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "block.h"
+
+namespace cuda_on_cpu {
+
+struct Index {
+  unsigned x = 0;
+};
+
+struct Device {
+  // The launch
+  const std::function<void()>* body = nullptr;
+  unsigned threads_per_block = 0, cluster_size = 0;
+  SharedLayout layout;
+  uint64_t order = 0;  // for TSan: the host, and blocks that run one after the other
+
+  // The cluster that runs
+  Barrier cluster_barrier;  // expects the threads that live
+  Thread* current = nullptr;
+  Fiber scheduler;
+
+  // Kept between launches; the first few are in use.  Threads lie block by block.
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Thread>> threads;
+};
+inline Device device;
+
+}  // namespace cuda_on_cpu
+
+// Of the current thread.  Only x is used: kernels of this project are one-dimensional.
+inline cuda_on_cpu::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+
+// The current thread did what no CUDA thread may do.
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void misuse(const char* format, ...) {
+  const Thread& thread = *device.current;
+  std::fprintf(stderr, "cuda_on_cpu: block %u, thread %u (warp %u, lane %u): ", thread.block->index,
+               thread.index, thread.index / kWarpSize, thread.lane());
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fputc('\n', stderr);
+  std::abort();
+}
+
+// --- waiting.  Callers are Unwatched: the bookkeeping is no memory of the kernel.
+
+inline void wait_at(Barrier& barrier, const char* where, bool orders_memory = true) {
+  const unsigned generation = barrier.generation;
+  if (orders_memory) sanitizers::release(&barrier.order[generation % 2]);
+  if (!barrier.arrive()) {
+    Thread& thread = *device.current;
+    thread.barrier = &barrier;
+    thread.generation = generation;
+    thread.where = where;
+    thread.fiber.switch_to(device.scheduler);
+    thread.barrier = nullptr;
+  }
+  if (orders_memory) sanitizers::acquire(&barrier.order[generation % 2]);
+}
+
+// Waits for the other lanes; returns what they handed in.
+inline const Warp::Exchange& exchange(const char* what, unsigned mask, uint64_t value,
+                                      bool orders_memory) {
+  const Thread& thread = *device.current;
+  Warp& warp = thread.warp();
+  if (!(mask >> thread.lane() & 1)) misuse("%s with mask %08x, which lacks the lane", what, mask);
+  Warp::Exchange& lanes = warp.exchange[warp.barrier.generation % 2];
+  if (warp.barrier.arrived == 0) {
+    warp.expect(what, mask);
+    lanes.lanes = 0;
+  } else if ((warp.what != what && std::strcmp(warp.what, what) != 0) || warp.mask != mask) {
+    misuse("%s with mask %08x, but other lanes of the warp wait at %s with mask %08x", what, mask,
+           warp.what, warp.mask);
+  }
+  lanes.lanes |= 1u << thread.lane();
+  lanes.value[thread.lane()] = value;
+  wait_at(warp.barrier, what, orders_memory);
+  return lanes;
+}
+
+// --- barriers and shuffles
+
+inline void block_sync() {
+  sanitizers::Unwatched bookkeeping;
+  wait_at(device.current->block->barrier, "__syncthreads");
+}
+
+inline void warp_sync(unsigned mask) {
+  sanitizers::Unwatched bookkeeping;
+  exchange("__syncwarp", mask, 0, true);
+}
+
+// Whether TSan is to take a shuffle for what orders memory.  CUDA does not promise it.
+constexpr bool kShufflesOrderMemory = false;
+
+// Source: the lane to get the value of, as a function of the lane that gets it.
+template <class T, class Source>
+T shuffle(const char* what, unsigned mask, T value, Source source) {
+  static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
+                "shuffles move 4 or 8 bytes");
+  sanitizers::Unwatched bookkeeping;
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const Warp::Exchange& lanes = exchange(what, mask, bits, kShufflesOrderMemory);
+  const unsigned from = source(device.current->lane());
+  if (from >= kWarpSize || !(lanes.lanes >> from & 1)) {
+    misuse("%s from lane %u, which does not exist or has exited", what, from);
+  }
+  std::memcpy(&value, &lanes.value[from], sizeof(T));
+  return value;
+}
+
+inline void cluster_sync() {
+  sanitizers::Unwatched bookkeeping;
+  wait_at(device.cluster_barrier, "cluster_sync");
+}
+
+inline unsigned cluster_rank() {
+  sanitizers::Unwatched bookkeeping;
+  return device.current->block->rank;
+}
+
+// --- shared memory
+
+template <class T>
+T* static_shared(const void* site, size_t n) {
+  static_assert(alignof(T) <= 16, "shared memory is aligned to 16 bytes");
+  sanitizers::Unwatched bookkeeping;
+  const Slot* slot = device.layout.find(site);
+  if (!slot) {
+    slot = &device.layout.add_static(site, n * sizeof(T));
+    for (unsigned i = 0; i < device.cluster_size; ++i) device.blocks[i]->memory.open(*slot);
+  }
+  return reinterpret_cast<T*>(device.current->block->memory.at(*slot));
+}
+
+inline unsigned char* dynamic_shared() {
+  sanitizers::Unwatched bookkeeping;
+  const Block& block = *device.current->block;
+  return reinterpret_cast<unsigned char*>(block.memory.at(device.layout.dynamic()));
+}
+
+template <class T>
+T* peer(T* p, unsigned rank) {
+  sanitizers::Unwatched bookkeeping;
+  const size_t offset = device.current->block->memory.offset_of(p);
+  if (offset == SharedLayout::kArena) misuse("cluster_peer of memory that is not shared");
+  if (rank >= device.cluster_size) {
+    misuse("cluster_peer of rank %u in a cluster of %u", rank, device.cluster_size);
+  }
+  return reinterpret_cast<T*>(device.blocks[rank]->memory.at(offset));
+}
+
+}  // namespace cuda_on_cpu

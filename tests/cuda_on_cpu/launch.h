@@ -1,0 +1,88 @@
+// How a launch goes.
+#pragma once
+
+#include "scheduler.h"
+
+namespace cuda_on_cpu {
+
+// The end of the current thread's part in its block.
+inline void exit_thread() {
+  Thread& thread = *device.current;
+  Block& block = *thread.block;
+  bool last;
+  {
+    sanitizers::Unwatched bookkeeping;
+    sanitizers::release(&block.exits);
+    thread.done = true;
+    thread.warp().leave(thread.lane());
+    block.barrier.leave();
+    device.cluster_barrier.leave();
+    last = block.barrier.expected == 0;
+  }
+  if (last) {
+    sanitizers::acquire(&block.exits);
+    block.memory.close(device.layout);
+    sanitizers::release(&device.order);
+  }
+  sanitizers::Unwatched bookkeeping;
+  thread.fiber.switch_to(device.scheduler);
+}
+
+// What every fiber runs: a thread of this block, then one of the next.
+inline void thread_main() {
+  {
+    sanitizers::Unwatched bookkeeping;
+    device.current->fiber.entered(device.scheduler);
+  }
+  for (;;) {
+    sanitizers::acquire(&device.order);
+    (*device.body)();
+    exit_thread();
+  }
+}
+
+inline void check_launch(unsigned blocks, unsigned threads, unsigned cluster) {
+  if (!device.body && blocks && threads && threads <= kMaxThreads && cluster &&
+      cluster <= kMaxCluster && blocks % cluster == 0) {
+    return;
+  }
+  std::fprintf(stderr, "cuda_on_cpu: %s launch of %u blocks of %u threads, clusters of %u\n",
+               device.body ? "second simultaneous" : "impossible", blocks, threads, cluster);
+  std::abort();
+}
+
+// Every CUDA thread executes body(), which calls a kernel with its arguments.  cluster: blocks of
+// one, 1 if the kernel knows nothing of clusters.
+inline void launch(unsigned blocks, unsigned threads, unsigned cluster, size_t shared_bytes,
+                   const std::function<void()>& body) {
+  sanitizers::Unwatched bookkeeping;
+  check_launch(blocks, threads, cluster);
+  device.body = &body;
+  device.threads_per_block = blockDim.x = threads;
+  gridDim.x = blocks;
+  device.cluster_size = cluster;
+  device.layout.reset(shared_bytes);
+  device.scheduler.adopt_running_thread();
+  while (device.blocks.size() < cluster) device.blocks.push_back(std::make_unique<Block>());
+  while (device.threads.size() < cluster * threads) {
+    device.threads.push_back(std::make_unique<Thread>(thread_main));
+  }
+
+  Scheduler scheduler;
+  for (unsigned done = 0; done < blocks; done += cluster) {
+    const unsigned first = scheduler.reverse() ? blocks - cluster - done : done;
+    for (unsigned rank = 0; rank < cluster; ++rank) {
+      Block& block = *device.blocks[rank];
+      block.start(first + rank, rank, threads, device.layout);
+      for (unsigned i = 0; i < threads; ++i) device.threads[rank * threads + i]->start(&block, i);
+    }
+    device.cluster_barrier.expected = cluster * threads;
+    sanitizers::release(&device.order);
+    scheduler.run_cluster();
+    sanitizers::acquire(&device.order);
+  }
+  device.current = nullptr;
+  device.body = nullptr;
+}
+
+}  // namespace cuda_on_cpu

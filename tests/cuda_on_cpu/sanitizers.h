@@ -1,0 +1,82 @@
+// What the sanitizers must be told of fibers, shared memory and barriers; nothing without them.
+#pragma once
+
+#include <cstddef>
+
+#if defined(__has_feature)  // clang spells these differently
+#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#if __has_feature(thread_sanitizer) && !defined(__SANITIZE_THREAD__)
+#define __SANITIZE_THREAD__ 1
+#endif
+#endif
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void __tsan_ignore_thread_begin();  // in the library, but in no header
+void __tsan_ignore_thread_end();
+}
+#endif
+
+namespace cuda_on_cpu::sanitizers {
+
+// --- AddressSanitizer: which stack is in use, and which memory may be touched
+
+struct Stack {
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+  void* fake = nullptr;  // ASan's shadow of it, while the stack is not in use
+};
+
+#ifdef __SANITIZE_ADDRESS__
+inline void leave_stack(Stack& from, const Stack& to) {
+  __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.bytes);
+}
+inline void enter_stack(const Stack& now, Stack& came_from) {
+  __sanitizer_finish_switch_fiber(now.fake, &came_from.bottom, &came_from.bytes);
+}
+inline void poison(const void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
+inline void unpoison(const void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
+#else
+inline void leave_stack(Stack&, const Stack&) {}
+inline void enter_stack(const Stack&, Stack&) {}
+inline void poison(const void*, size_t) {}
+inline void unpoison(const void*, size_t) {}
+#endif
+
+// --- ThreadSanitizer: each fiber is a thread of its own, and only what we call release() and
+// acquire() on orders the accesses of two of them.  Switching fibers orders nothing, although all
+// run on one OS thread: this is what makes TSan a race detector for CUDA threads.
+
+#ifdef __SANITIZE_THREAD__
+inline void* new_thread() { return __tsan_create_fiber(0); }
+inline void* this_thread() { return __tsan_get_current_fiber(); }
+inline void switch_thread(void* to) { __tsan_switch_to_fiber(to, __tsan_switch_to_fiber_no_sync); }
+inline void release(void* order) { __tsan_release(order); }
+inline void acquire(void* order) { __tsan_acquire(order); }
+
+// While one exists, what its fiber reads and writes is not looked at: our own bookkeeping.
+struct Unwatched {
+  Unwatched() { __tsan_ignore_thread_begin(); }
+  ~Unwatched() { __tsan_ignore_thread_end(); }
+  Unwatched(const Unwatched&) = delete;
+  Unwatched& operator=(const Unwatched&) = delete;
+};
+#else
+inline void* new_thread() { return nullptr; }
+inline void* this_thread() { return nullptr; }
+inline void switch_thread(void*) {}
+inline void release(void*) {}
+inline void acquire(void*) {}
+struct Unwatched {
+  Unwatched() {}  // not trivial, or an object of it would be an unused variable
+};
+#endif
+
+}  // namespace cuda_on_cpu::sanitizers

@@ -1,0 +1,213 @@
+// Small kernels that check cuda_on_cpu itself, and faults for it and the sanitizers to report.
+// Built and run by test_cuda_on_cpu.py; an argument plants a fault.
+#include "cuda_on_cpu.h"
+
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr unsigned kAllLanes = ~0u;
+std::string planted;  // the fault, if any
+int checks = 0, failures = 0;
+
+bool fault(const char* name) { return planted == name; }
+
+void expect(const char* what, double got, double expected) {
+  ++checks;
+  if (got == expected || ++failures > 20) return;
+  std::printf("%s is %g, expected %g\n", what, got, expected);
+}
+
+template <class T>
+__device__ T sum_of_warp(T v) {
+  for (int m = 16; m > 0; m /= 2) v += __shfl_xor_sync(kAllLanes, v, m);
+  return v;
+}
+
+// --- shuffles
+
+template <class T>
+__global__ void shuffles(T* out) {
+  const T lane = T(threadIdx.x % 32);
+  T* const mine = out + 3 * threadIdx.x;
+  mine[0] = __shfl_xor_sync(kAllLanes, lane, 5);
+  mine[1] = __shfl_sync(fault("foreign-mask") ? 0xffu : kAllLanes, lane, 7);
+  mine[2] = __shfl_sync(kAllLanes, lane, int(threadIdx.x + 1));
+}
+
+template <class T>
+void test_shuffles() {
+  std::vector<T> out(3 * 64);
+  cuda_on_cpu::launch(1, 64, 1, 0, [&] { shuffles(out.data()); });
+  for (unsigned i = 0; i < 64; ++i) {
+    expect("xor shuffle", double(out[3 * i]), i % 32 ^ 5);
+    expect("broadcast", double(out[3 * i + 1]), 7);
+    expect("rotation", double(out[3 * i + 2]), (i + 1) % 32);
+  }
+}
+
+// Very many blocks of one warp.
+void test_warps() {
+  std::vector<float> out(500);
+  cuda_on_cpu::launch(unsigned(out.size()), 32, 1, 0, [&] {
+    const float sum = sum_of_warp(float(blockIdx.x + threadIdx.x));
+    if (threadIdx.x == 0) out[blockIdx.x] = sum;
+  });
+  for (size_t i = 0; i < out.size(); ++i) expect("sum of warp", out[i], 32. * double(i) + 496);
+}
+
+// --- barriers and shared memory
+
+constexpr int kRounds = 3;
+
+// Sums of blockDim.x numbers, the same slots round after round.
+__global__ void block_sums(const float* in, float* out) {
+  FD_SHARED(float, of_warp, 32);
+  const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int round = 0; round < kRounds; ++round) {
+    const float sum = sum_of_warp(in[unsigned(round) * blockDim.x + threadIdx.x]);
+    if (threadIdx.x % 32 == 0) of_warp[warp] = sum;
+    if (!fault("missing-barrier")) __syncthreads();
+    float total = 0;
+    for (unsigned i = 0; i < warps; ++i) total += of_warp[i];
+    if (!fault("missing-second-barrier")) __syncthreads();
+    if (threadIdx.x == 0) out[blockIdx.x * kRounds + unsigned(round)] = total;
+  }
+  if (fault("static-overflow") && threadIdx.x == 0) of_warp[32] = 0;
+  if (fault("global-overflow") && threadIdx.x == 5) out[0] = in[kRounds * blockDim.x];
+}
+
+void test_block_sums() {
+  const unsigned blocks = 2, threads = 128;
+  std::vector<float> in(kRounds * threads), out(kRounds * blocks);
+  for (size_t i = 0; i < in.size(); ++i) in[i] = float(i % 7);
+  cuda_on_cpu::launch(blocks, threads, 1, 0, [&] { block_sums(in.data(), out.data()); });
+  for (size_t i = 0; i < out.size(); ++i) {
+    float sum = 0;
+    for (unsigned j = 0; j < threads; ++j) sum += in[i % kRounds * threads + j];
+    expect("sum of block", out[i], sum);
+  }
+}
+
+// Every thread hands a number to the one opposite through dynamic memory of just that size, and
+// looks at what it and the static memory held before.
+__global__ void reversal(int* out, int* fresh) {
+  FD_SHARED(double, scratch, 40);
+  FD_DYNAMIC_SHARED(bytes);
+  int* const numbers = reinterpret_cast<int*>(bytes);
+  const unsigned opposite = blockDim.x - 1 - threadIdx.x, i = blockIdx.x * blockDim.x + threadIdx.x;
+  fresh[i] = std::isnan(scratch[threadIdx.x]) && numbers[threadIdx.x] == -1;
+  scratch[threadIdx.x] = 1;
+  numbers[threadIdx.x + (fault("dynamic-overflow") ? 1 : 0)] = int(i);
+  __syncthreads();
+  out[i] = numbers[opposite];
+}
+
+void test_reversal() {
+  const unsigned blocks = 3, threads = 40;  // the second warp is not whole
+  std::vector<int> out(blocks * threads), fresh(blocks * threads);
+  cuda_on_cpu::launch(blocks, threads, 1, threads * sizeof(int),
+                      [&] { reversal(out.data(), fresh.data()); });
+  for (unsigned i = 0; i < out.size(); ++i) {
+    expect("opposite", out[i], i / threads * threads + threads - 1 - i % threads);
+    expect("fresh memory is NaN", fresh[i], 1);
+  }
+}
+
+// Threads leave, others go on to barriers and shuffles.
+__global__ void early_exit(int* out) {
+  FD_SHARED(int, numbers, 96);
+  if (threadIdx.x % 32 >= 8) return;
+  const bool leaves = threadIdx.x >= 64;
+  const int sum =
+      int(threadIdx.x) + __shfl_xor_sync(fault("exited-lane") ? kAllLanes : 0xffu, int(threadIdx.x),
+                                         fault("exited-lane") ? 8 : 1);
+  if (leaves) return;
+  numbers[threadIdx.x] = sum;
+  __syncthreads();
+  out[threadIdx.x] = numbers[threadIdx.x ^ 32];
+}
+
+void test_early_exit() {
+  std::vector<int> out(96, -1);
+  cuda_on_cpu::launch(1, 96, 1, 0, [&] { early_exit(out.data()); });
+  for (unsigned i = 0; i < out.size(); ++i) {
+    const bool lives = i < 64 && i % 32 < 8;
+    expect("after others' exit", out[i], lives ? 2 * double((i ^ 32) & ~1u) + 1 : -1);
+  }
+}
+
+// --- clusters
+
+// Every block sums what all blocks of its cluster hold.
+__global__ void cluster_sums(float* out) {
+  FD_SHARED(float, mine, 1);
+  FD_DYNAMIC_SHARED(bytes);
+  float* const own = reinterpret_cast<float*>(bytes);
+  if (threadIdx.x == 0) *mine = float(blockIdx.x);
+  own[threadIdx.x] = float(cluster_rank() * 100 + threadIdx.x);
+  cluster_sync();
+  float sum = 0;
+  for (unsigned rank = 0; rank < 4; ++rank) {
+    sum += *cluster_peer(mine, rank) + *cluster_peer(own + threadIdx.x, rank);
+  }
+  if (!fault("missing-last-cluster-sync")) cluster_sync();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
+void test_cluster_sums() {
+  const unsigned clusters = 3, threads = 32;
+  std::vector<float> out(clusters * 4 * threads);
+  cuda_on_cpu::launch(clusters * 4, threads, 4, threads * sizeof(float),
+                      [&] { cluster_sums(out.data()); });
+  for (unsigned i = 0; i < out.size(); ++i) {
+    const unsigned first_block = i / threads / 4 * 4;
+    expect("sum of cluster", out[i], 4 * first_block + 6 + 600 + 4 * (i % threads));
+  }
+}
+
+// --- what only a fault makes interesting
+
+struct alignas(16) Pack {
+  float v[4];
+};
+
+void test_vector_load() {
+  std::vector<float> in(8, 2.f), out(32);
+  cuda_on_cpu::launch(1, 32, 1, 0, [&] {
+    const float* const p = in.data() + (fault("misaligned-load") ? 1 : 0);
+    const Pack pack = *reinterpret_cast<const Pack*>(p);
+    out[threadIdx.x] = pack.v[3];
+  });
+  for (const float v : out) expect("vector load", v, 2);
+}
+
+void test_convergence() {
+  cuda_on_cpu::launch(2, 64, 1, 0, [] {
+    if (fault("divergent-barrier") && threadIdx.x < 8) __syncthreads();
+    if (fault("divergent-barrier") && threadIdx.x >= 60) return;
+    __syncwarp();
+    __syncthreads();
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1) planted = argv[1];
+  test_shuffles<int>();
+  test_shuffles<float>();
+  test_shuffles<double>();
+  test_warps();
+  test_block_sums();
+  test_reversal();
+  test_early_exit();
+  test_cluster_sums();
+  test_vector_load();
+  test_convergence();
+  std::printf("%d checks, %d failures\n", checks, failures);
+  return failures != 0;
+}

@@ -1,0 +1,79 @@
+"""The CUDA kernels, run on the CPU: sources and launch shapes as on a GPU, threads as fibers.
+
+First without torch, in exact memory, against plain loops in double: every loss, dtype and skeleton
+in several orders of the threads, with and without clusters, with rows that fit shared memory and
+rows that don't, under AddressSanitizer, and under ThreadSanitizer, which finds missing barriers.
+Then as fastdiv._C of a copy of the package, whose CPU tensors the CUDA ops take: the suite itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from programs import CUDA_FLAGS, CUDA_SOURCES, ROOT, SHIM, build, build_extension, needs_fibers, run
+
+pytestmark = [needs_fibers, pytest.mark.slow, pytest.mark.cpu_only("no GPU is used")]
+PROGRAM = [ROOT / "tests/sanitize_rows.cpp", *CUDA_SOURCES]
+NO_CLUSTERS = {"FASTDIV_SHIM_ARCHITECTURE": "80"}
+LITTLE_SHARED_MEMORY = {"FASTDIV_SHIM_SHARED_KB": "32"}
+
+
+def check(result: subprocess.CompletedProcess[str], least: int) -> None:
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+    checks, failures = map(int, re.findall(r"(\d+) checks, (\d+) failures", result.stdout)[0])
+    assert checks > least and not failures
+
+
+def test_against_plain_loops(tmp_path: Path) -> None:
+    """Every order finds another kind of missing barrier."""
+    program = build(tmp_path / "rows", PROGRAM, "plain", CUDA_FLAGS)
+    for order, gpu in {
+        "forward": {},
+        "reverse": NO_CLUSTERS,
+        "lockstep": LITTLE_SHARED_MEMORY,
+        "1": NO_CLUSTERS | LITTLE_SHARED_MEMORY,
+    }.items():
+        check(run(program, FASTDIV_SHIM_ORDER=order, **gpu), 1_000_000)
+
+
+def test_addresses(tmp_path: Path) -> None:
+    """Nothing beside a row is read or written, and no vector access is misaligned."""
+    program = build(tmp_path / "rows", PROGRAM, "asan-quick", CUDA_FLAGS)
+    check(run(program, **LITTLE_SHARED_MEMORY), 1_000_000)
+
+
+def test_races(tmp_path: Path) -> None:
+    program = build(tmp_path / "rows", PROGRAM, "tsan-quick", CUDA_FLAGS)
+    check(run(program, "shared"), 50)
+
+
+# What a kernel has to do with: values, all gradients, every alignment, rows that do not count.
+# (Not those about threads and many rows, of which a fiber has nothing to tell.)
+SUITE = ["accuracy", "edge_rows", "dead_rows", "layout", "determinism", "ops", "peer_bugs"]
+ELSEWHERE = "not scalar_reductions and not test_threads and not split_columns"
+
+
+def test_suite(tmp_path: Path) -> None:
+    """The tests of the library, with the CUDA ops in place of the CPU's."""
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    package = tmp_path / "fastdiv"
+    shutil.copytree(ROOT / "fastdiv", package, ignore=shutil.ignore_patterns("*.so"))
+    torch_side = [ROOT / "csrc/bind_cuda.cpp", ROOT / "csrc/row_ops.cpp", SHIM / "module.cpp"]
+    module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    build_extension(package / module, [*CUDA_SOURCES, *torch_side])
+    tests = [f"tests/test_{name}.py" for name in SUITE]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-k", ELSEWHERE, *tests]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed and int(passed[1]) > 1000

@@ -1,0 +1,200 @@
+"""What the compiler made of the CUDA kernels, read from the extension: no GPU is needed.
+
+Registers decide how many threads share a multiprocessor, and so how much memory is in flight; local
+memory and narrow accesses cost bandwidth.  Neither changes a result, so nothing else would tell.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import fastdiv._C as native
+from fastdiv import reference
+from programs import ROOT
+
+needs_cuda_build = pytest.mark.skipif(
+    not native.cuda_architectures, reason="built without nvcc, for CPU only"
+)
+ARCHITECTURES = native.cuda_architectures.split()
+CUBINS = [a.removesuffix("+PTX") for a in ARCHITECTURES]
+DTYPES = {"float": "f32", "double": "f64", "Half": "f16", "BFloat16": "bf16"}
+KERNEL = re.compile(
+    rf"(forward|backward)_rows<(.*), ({'|'.join(DTYPES)}), (true|false)(?:, (true|false))?>\("
+)
+pytestmark = pytest.mark.cpu_only("no GPU is used")
+
+
+def cuobjdump(*options: str) -> str:
+    """Of the toolkit, or of the PyPI package, next to which lies nvdisasm."""
+    packages = Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin")
+    path = os.pathsep.join([*map(str, packages), os.environ["PATH"]])
+    tool = shutil.which("cuobjdump", path=path)
+    if tool is None:
+        pytest.skip("needs cuobjdump")
+    command = [tool, *options, native.__file__]
+    environment = os.environ | {"PATH": path}
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    names = ["c++filt"]
+    plain = subprocess.run(names, input=text.stdout, capture_output=True, text=True, check=True)
+    return re.sub(r"fastdiv::|cuda::", "", plain.stdout)
+
+
+class Kernel(NamedTuple):
+    """One entry point: forward_rows<policy, dtype, softcapped, with gradient> or backward_rows."""
+
+    architecture: str
+    skeleton: str
+    policy: str
+    dtype: str
+    capped: bool
+    gradient: bool
+
+    @classmethod
+    def parse(cls, architecture: str, line: str) -> Kernel | None:
+        match = KERNEL.search(line)
+        if match is None:
+            return None
+        skeleton, policy, dtype, capped, gradient = match.groups()
+        return cls(
+            architecture, skeleton, policy, DTYPES[dtype], capped == "true", gradient == "true"
+        )
+
+    @property
+    def divergence(self) -> bool:
+        return "Div<" in self.policy
+
+    @property
+    def registers(self) -> int:
+        """The most that leave room for the blocks of 256 threads that rows.cuh counts on."""
+        if self.dtype == "f64":
+            return 255
+        twice = self.divergence and "Kl" not in self.policy
+        if self.capped or "Stats" in self.policy or twice or (self.divergence and self.gradient):
+            return 128
+        return 80 if self.divergence or "true" in self.policy else 64
+
+
+@functools.cache
+def resources() -> dict[Kernel, dict[str, int]]:
+    """REG, STACK, LOCAL and SHARED of every kernel."""
+    found, architecture = {}, ""
+    lines = iter(cuobjdump("-res-usage").splitlines())
+    for line in lines:
+        if match := re.match(r"arch = sm_(\w+)", line):
+            architecture = match[1]
+        if "Function " in line:
+            kernel = Kernel.parse(architecture, line)
+            numbers = re.findall(r"([A-Z]+):(\d+)", next(lines))
+            if kernel is not None:
+                found[kernel] = {key: int(value) for key, value in numbers}
+    return found
+
+
+@functools.cache
+def instructions(architecture: str) -> dict[Kernel, Counter[str]]:
+    counts: dict[Kernel, Counter[str]] = defaultdict(Counter)
+    kernel = None
+    for line in cuobjdump("-sass", "-arch", f"sm_{architecture}").splitlines():
+        if "Function : " in line:
+            kernel = Kernel.parse(architecture, line)
+        elif kernel and (
+            match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line)
+        ):
+            counts[kernel][match[1]] += 1
+    return counts
+
+
+def count(code: Counter[str], prefix: str) -> int:
+    return sum(n for name, n in code.items() if name == prefix or name.startswith(prefix + "."))
+
+
+@needs_cuda_build
+def test_every_kernel_is_there_for_every_architecture() -> None:
+    listing = cuobjdump("-lelf", "-lptx")
+    assert set(re.findall(r"sm_(\d+)\.cubin", listing)) == set(CUBINS)
+    ptx = {a.removesuffix("+PTX") for a in ARCHITECTURES if a.endswith("+PTX")}
+    assert set(re.findall(r"sm_(\d+)\.ptx", listing)) == ptx
+    divergences = set(reference.DIVERGENCES)
+    rows = set(native.loss_names()) - divergences
+    policies = len(rows) + 3 * len(divergences)
+    for architecture in CUBINS:
+        for dtype in DTYPES.values():
+            kernels = [k for k in resources() if k[0] == architecture and k.dtype == dtype]
+            assert len({k.policy for k in kernels}) == policies
+            plain = [k for k in kernels if not k.capped and "Stats" not in k.policy]
+            assert len(plain) == 3 * len({k.policy for k in plain})
+
+
+@needs_cuda_build
+def test_registers_and_local_memory() -> None:
+    too_many = {
+        kernel: used
+        for kernel, used in resources().items()
+        if used["REG"] > kernel.registers or used["STACK"] or used["LOCAL"]
+    }
+    assert not too_many
+    assert len(resources()) > 100 * len(CUBINS)
+
+
+@needs_cuda_build
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CUBINS)
+def test_memory_is_accessed_16_bytes_at_a_time(architecture: str) -> None:
+    kernels = instructions(architecture)
+    assert kernels
+    for kernel, code in kernels.items():
+        rows = 2 if kernel.divergence or "(Target)3" in kernel.policy else 1
+        assert count(code, "LDG.E.128") + count(code, "LD.E.128") >= rows, kernel
+        if kernel.gradient or kernel.skeleton == "backward":
+            assert count(code, "STG.E.128") + count(code, "ST.E.128") >= rows, kernel
+        if kernel.gradient or (kernel.skeleton == "forward" and kernel.divergence):
+            assert count(code, "STS.128") + count(code, "ST.E.128") >= rows, kernel  # the cache
+        assert count(code, "LDL") == count(code, "STL") == 0, kernel
+        if kernel.skeleton == "forward":
+            assert (count(code, "UCGABAR_WAIT") > 0) == (int(architecture) >= 90), kernel
+
+
+@needs_cuda_build
+def test_every_op_has_a_kernel_on_both_devices() -> None:
+    """And a fake, which opcheck compares with the CPU's kernel."""
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastdiv::")]
+    assert len(names) == 5
+    for name in names:
+        for key in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
+
+
+def test_only_what_every_torch_has_is_used() -> None:
+    """Symbols of torch's stable interface, of Python, C and C++; no CUDA library, no driver."""
+    lines = subprocess.run(
+        ["nm", "-D", "--undefined-only", native.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    symbols = {line.split()[-1].split("@")[0] for line in lines}
+    torch_side = {s for s in symbols if "torch" in s or "aoti" in s}
+    assert torch_side and all(re.match(r"(aoti_torch|torch)_\w+$", s) for s in torch_side)
+    assert not {s for s in symbols if re.match(r"cu[A-Z]|cuda", s) or "c10" in s or "_ZN2at" in s}
+    needed = subprocess.run(["objdump", "-p", native.__file__], capture_output=True, text=True)
+    assert "cudart" not in needed.stdout
+
+
+def test_without_a_toolkit_the_build_says_so() -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
+    command = [sys.executable, "setup.py", "--name"]
+    without = environment | {"PATH": "/nowhere"}
+    result = subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True)
+    assert "building for CPU only" in result.stdout
