@@ -56,17 +56,22 @@ def find_nvcc() -> str | None:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """What to compile for, as "90" or, with PTX for newer GPUs, "90+PTX"."""
+    """What to compile for, as "90" or, with PTX for newer GPUs, "90+PTX"; nothing older than 80."""
     if wanted := os.environ.get("FASTDIV_CUDA_ARCHS"):
-        return [a.replace(".", "") for a in re.split("[;, ]+", wanted.strip())]
+        return [a.replace(".", "") for a in re.split("[;, ]+", wanted.strip(";, "))]
+    codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = [n for n in map(int, re.findall(r"sm_(\d+)\b", codes)) if n >= 80]
     if smi := shutil.which("nvidia-smi"):
         query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True)
-        if present := set(re.findall(r"^(\d+)\.(\d)$", answer.stdout, re.MULTILINE)):
-            return sorted(major + minor for major, minor in present)
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
-    built = [a for a in ("80", "90", "100") if f"sm_{a}" in known.split()]
-    return [*built[:-1], built[-1] + "+PTX"]
+        answer = subprocess.run(query, capture_output=True, text=True).stdout
+        gpus = {int(a + b) for a, b in re.findall(r"^(\d+)\.(\d)$", answer, re.MULTILINE)}
+        here = [str(n) for n in sorted(gpus) if n in known]
+        if known and any(n > max(known) for n in gpus):  # newer than the toolkit
+            here.append(f"{max(known)}+PTX")
+        if gpus:
+            return here
+    built = [str(n) for n in (80, 90, 100) if n in known]
+    return [*built[:-1], *(f"{a}+PTX" for a in built[-1:])]
 
 
 class CudaObjects:
@@ -152,6 +157,9 @@ if installed_torch():
     from torch.utils.cpp_extension import BuildExtension
 
     nvcc = find_nvcc()
+    if nvcc is not None and not architectures(nvcc):
+        print("fastdiv: no GPU of this machine is of sm_80 or later: building for CPU only")
+        nvcc = None
 
     class Build(BuildExtension):
         """Keeps the objects, so that an editable rebuild compiles only what changed."""

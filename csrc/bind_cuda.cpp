@@ -1,4 +1,5 @@
 // The private ops on CUDA: the device and stream of a call, launches, no synchronisation.
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -54,9 +55,10 @@ void check(cuda::Status status) {
 
 const cuda::Gpu& gpu(int32_t index) {
   constexpr int kMaxDevices = 64;
-  static cuda::Gpu known[kMaxDevices];  // filled with the same numbers, whoever is first
+  static cuda::Gpu known[kMaxDevices];
+  static std::once_flag described[kMaxDevices];
   require(index < kMaxDevices, "fastdiv: more GPUs than expected");
-  if (known[index].architecture == 0) check(cuda::describe(index, &known[index]));
+  std::call_once(described[index], [=] { check(cuda::describe(index, &known[index])); });
   return known[index];
 }
 

@@ -35,9 +35,15 @@ PYBIND11_MODULE(_C, m) {
 #if defined(FD_WITH_CUDA)
   m.attr("cuda_architectures") = fastdiv::cuda::built_architectures();
   m.attr("cuda_toolkit") = fastdiv::cuda::toolkit();
+  m.def("gpu_trouble", [](int index) {
+    fastdiv::cuda::Gpu gpu;
+    const char* trouble = fastdiv::cuda::describe(index, &gpu);
+    return std::string(trouble ? trouble : "");
+  });
 #else
   m.attr("cuda_architectures") = "";
   m.attr("cuda_toolkit") = "";
+  m.def("gpu_trouble", [](int) { return std::string("built without CUDA kernels"); });
 #endif
 #if defined(__clang__)
   m.attr("compiler") = "clang " __clang_version__;

@@ -103,17 +103,17 @@ _gpu_trouble._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @cache
 def _find_gpu_trouble(index: int) -> str | None:
     assert _C is not None
-    built = _C.cuda_architectures.split()
+    built = _C.cuda_architectures
     if not built:
         return "built without CUDA kernels (no nvcc was found, or FASTDIV_CUDA_ARCHS=none)"
-    major, minor = torch.cuda.get_device_capability(index)
-    for name in built:
-        architecture = int(name.removesuffix("+PTX"))
-        # Machine code runs on later GPUs of its generation, PTX on all later ones.
-        same = architecture // 10 == major and architecture % 10 <= minor
-        if same or (name.endswith("+PTX") and architecture <= 10 * major + minor):
-            return None
+    try:
+        with torch.cuda.device(index):
+            trouble = _C.gpu_trouble(index)
+    except (RuntimeError, AssertionError) as error:  # a fake tensor, where there is no GPU
+        trouble = str(error)
+    if not trouble:
+        return None
     return (
-        f"built for architectures {' '.join(built)}, but GPU {index} is {major}{minor}: "
-        f"build with FASTDIV_CUDA_ARCHS={major}{minor}"
+        f"the CUDA kernels, built with toolkit {_C.cuda_toolkit} for {built}, do not run on GPU "
+        f"{index}: {trouble}"
     )

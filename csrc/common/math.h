@@ -162,7 +162,7 @@ struct LogParts {
   float k, m;
 };
 FD_FN LogParts log_parts(float v) {
-  const int32_t bits = bits_of(v), k = (bits - 0x3f3504f3) >> 23;
+  const int32_t bits = bits_of(v), k = int32_t(uint32_t(bits) - 0x3f3504f3u) >> 23;
   return {float(k), float_from_bits(bits - int32_t(uint32_t(k) << 23)) - 1.f};
 }
 
@@ -201,13 +201,22 @@ FD_FN Log1p<double> log1p_gap(double u) {
   return {value, u > -0.03125 ? u * u + v * u * u * tail : v * value - u};
 }
 
-// --- the rest ---------------------------------------------------------------------------------
+// --- maxima -----------------------------------------------------------------------------------
 
+// b where a is NaN.
+template <class real>
+FD_FN real larger_of(real a, real b) {
+#if defined(__CUDA_ARCH__)
+  return fmax(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 template <class real>
 FD_FN real max_of(const real* x, int n, real m) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
-  for (int i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
+  for (int i = 0; i < n; ++i) m = larger_of(x[i], m);
 #else
   constexpr int kLanes = 32;  // independent lanes: a plain maximum loop needs -ffast-math
   real lane[kLanes];
@@ -220,6 +229,8 @@ FD_FN real max_of(const real* x, int n, real m) {
 #endif
   return m;
 }
+
+// --- softcap ----------------------------------------------------------------------------------
 
 // cap * tanh(x / cap), and its derivative with respect to x.
 template <class real>

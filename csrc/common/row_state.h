@@ -78,7 +78,7 @@ FD_FN real log_target(real t, real t_max, real t_logz, real scale) {
 }
 
 // P is a policy of csrc/losses.  It says which rows it reads (kTarget, kWeights), what it sums of
-// each column (partial) and how these sums follow new maxima (rebase).
+// each column (partial, the first kSums of Sums) and how these sums follow new maxima (rebase).
 template <class P>
 struct RowState {
   using real = typename P::real;
@@ -118,7 +118,9 @@ struct RowState {
       }
       x_sum += col.ex;
       const Sums<real> s = loss.partial(col);
-      a += s.a, b += s.b, c += s.c, d += s.d;
+      if constexpr (P::kSums > 0) a += s.a;
+      if constexpr (P::kSums > 1) b += s.b;
+      if constexpr (P::kSums > 2) c += s.c, d += s.d;
     }
     x.sum += x_sum, t.sum += t_sum;
     sums.add({a, b, c, d});

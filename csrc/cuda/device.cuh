@@ -35,6 +35,29 @@ __device__ __forceinline__ T* cluster_peer(T* p, unsigned rank) {
 #endif
 }
 
+// No block leaves while another one may read its shared memory; of other memory nothing is
+// promised.
+__device__ __forceinline__ void cluster_leave() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
+  __cluster_barrier_wait();
+#endif
+}
+
+// In a register, and not computed again from kernel arguments wherever it is used.
+__device__ __forceinline__ float kept(float v) {
+  asm volatile("" : "+f"(v));
+  return v;
+}
+__device__ __forceinline__ double kept(double v) {
+  asm volatile("" : "+d"(v));
+  return v;
+}
+
+// Never contracted: two lanes that add the same two numbers must get the same bits.
+__device__ __forceinline__ float sum_of_two(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double sum_of_two(double a, double b) { return __dadd_rn(a, b); }
+
 }  // namespace fastdiv
 
 #else
@@ -42,5 +65,17 @@ __device__ __forceinline__ T* cluster_peer(T* p, unsigned rank) {
 #include "cuda_on_cpu.h"
 
 #define FD_UNROLL
+
+namespace fastdiv {
+inline void cluster_leave() { cluster_sync(); }
+template <class real>
+real kept(real v) {
+  return v;
+}
+template <class real>
+real sum_of_two(real a, real b) {
+  return a + b;
+}
+}  // namespace fastdiv
 
 #endif

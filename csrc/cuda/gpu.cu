@@ -8,7 +8,15 @@ namespace cuda {
 
 #if defined(__CUDACC__)
 
+namespace {
+__global__ void probe() {}
+}  // namespace
+
+// The architecture is that of the code which runs, not of the GPU: PTX for Ampere has no clusters
+// on a Hopper either.
 Status describe(int device, Gpu* gpu) {
+  cudaFuncAttributes code{};
+  if (const Status error = status_of(cudaFuncGetAttributes(&code, probe))) return error;
   int major = 0, minor = 0, shared = 0;
   const std::pair<cudaDeviceAttr, int*> attributes[] = {
       {cudaDevAttrComputeCapabilityMajor, &major},
@@ -17,7 +25,8 @@ Status describe(int device, Gpu* gpu) {
   for (const auto& [attribute, value] : attributes)
     if (const Status error = status_of(cudaDeviceGetAttribute(value, attribute, device)))
       return error;
-  *gpu = {10 * major + minor, shared};
+  const int capability = 10 * major + minor;
+  *gpu = {capability < code.ptxVersion ? capability : code.ptxVersion, shared};
   return nullptr;
 }
 

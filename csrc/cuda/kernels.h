@@ -32,6 +32,7 @@ const RowKernels* find_kernels(LossId loss, Target target, DType dtype);
 Status reduce_rows(const RowArgs& args, bool mean, double divisor, void* value, void* total,
                    void* stream);
 
+// Of the current device, whose index this is; the message says why no kernel runs there.
 Status describe(int device, Gpu* gpu);
 
 const char* built_architectures();  // "80 90 100+PTX"

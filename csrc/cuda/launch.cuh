@@ -10,7 +10,8 @@ namespace cuda {
 struct Grid {
   int64_t blocks;
   int threads, cluster;
-  int64_t shared;  // bytes of dynamic shared memory
+  int64_t shared;       // bytes of dynamic shared memory
+  int64_t most_shared;  // that a launch of this kernel may ask for
 
   // Null, or why there can be no such grid.
   Status trouble() const {
@@ -28,9 +29,10 @@ inline Status status_of(cudaError_t error) {
 template <class... Args>
 Status launch(void (*kernel)(Args...), const Grid& grid, void* stream, Args... args) {
   if (grid.blocks == 0 || grid.trouble()) return grid.trouble();
+  // To the same value whatever this launch needs: it is state that threads share.
   if (grid.shared > 48 * 1024)
     if (const Status error = status_of(cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared))))
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.most_shared))))
       return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.blocks));

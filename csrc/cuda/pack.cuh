@@ -1,32 +1,51 @@
 // Rows in memory, 16 bytes at a time, whatever their alignment.
 #pragma once
 
+#include <string.h>
+
 #include "common/dtype.h"
 #include "cuda/device.cuh"
 
 namespace fastdiv {
 
+// As words: of eight 16-bit elements each would take a register of its own, and have to be unpacked
+// before the next load is issued.
 template <class T>
 struct alignas(16) Pack {
   static constexpr int kSize = 16 / sizeof(T);
-  T v[kSize];
-};
+  uint32_t words[4];
 
-struct alignas(16) Words {
-  uint32_t w[4];
+  __device__ __forceinline__ T get(int k) const {
+    T v;
+    if constexpr (sizeof(T) == 2)
+      v.bits = uint16_t(words[k / 2] >> 16 * (k % 2));
+    else
+      memcpy(&v, words + k * sizeof(T) / 4, sizeof(T));
+    return v;
+  }
+  __device__ __forceinline__ void set(int k, T v) {
+    if constexpr (sizeof(T) == 2) {
+      const uint32_t other = words[k / 2] & (k % 2 ? 0x0000ffffu : 0xffff0000u);
+      words[k / 2] = other | uint32_t(v.bits) << 16 * (k % 2);
+    } else {
+      memcpy(words + k * sizeof(T) / 4, &v, sizeof(T));
+    }
+  }
 };
 
 // Bytes [shift, shift + 16) of two neighbours.
-__device__ __forceinline__ Words join(const Words& lo, const Words& hi, unsigned shift) {
-  uint32_t w[8] = {lo.w[0], lo.w[1], lo.w[2], lo.w[3], hi.w[0], hi.w[1], hi.w[2], hi.w[3]};
+template <class T>
+__device__ __forceinline__ Pack<T> join(const Pack<T>& lo, const Pack<T>& hi, unsigned shift) {
+  uint32_t w[8] = {lo.words[0], lo.words[1], lo.words[2], lo.words[3],
+                   hi.words[0], hi.words[1], hi.words[2], hi.words[3]};
   FD_UNROLL
   for (int i = 0; i < 6; ++i) w[i] = shift & 8 ? w[i + 2] : w[i];
   FD_UNROLL
   for (int i = 0; i < 5; ++i) w[i] = shift & 4 ? w[i + 1] : w[i];
-  Words out;
+  Pack<T> out;
   FD_UNROLL
   for (int i = 0; i < 4; ++i)
-    out.w[i] = uint32_t((uint64_t(w[i + 1]) << 32 | w[i]) >> (shift & 3) * 8);
+    out.words[i] = uint32_t((uint64_t(w[i + 1]) << 32 | w[i]) >> (shift & 3) * 8);
   return out;
 }
 
@@ -50,18 +69,16 @@ struct Stretch {
 
   // Elements [i, i + kSize) of a row that is not aligned there, zeros for those outside.
   __device__ __forceinline__ Pack<T> load_unaligned(int i) const {
-    Pack<T> pack{};
     const int shift = misalignment(i);
     if (shift != 0 && holds(i - shift, 2 * kSize)) {
       // Two aligned loads, of which the second is a neighbouring thread's first.
-      const Words lo = *reinterpret_cast<const Words*>(row + i - shift);
-      const Words hi = *reinterpret_cast<const Words*>(row + i - shift + kSize);
-      reinterpret_cast<Words&>(pack) = join(lo, hi, unsigned(shift * sizeof(T)));
-    } else {
-      FD_UNROLL
-      for (int k = 0; k < kSize; ++k)
-        if (holds(i + k, 1)) pack.v[k] = row[i + k];
+      const Pack<T> lo = at(i - shift), hi = at(i - shift + kSize);
+      return join(lo, hi, unsigned(shift * sizeof(T)));
     }
+    Pack<T> pack{};
+    FD_UNROLL
+    for (int k = 0; k < kSize; ++k)
+      if (holds(i + k, 1)) pack.set(k, row[i + k]);
     return pack;
   }
 
@@ -83,7 +100,7 @@ struct Stretch {
     } else {
       FD_UNROLL
       for (int k = 0; k < kSize; ++k)
-        if (holds(i + k, 1)) row[i + k] = pack.v[k];
+        if (holds(i + k, 1)) row[i + k] = pack.get(k);
     }
   }
 };

@@ -13,12 +13,13 @@ struct Totals {
 };
 struct MergeTotals {
   __device__ __forceinline__ void operator()(Totals& s, int width) const {
-    s.value = sum_of_lanes(s.value, width);
-    s.weight = sum_of_lanes(s.weight, width);
+    double sum[] = {s.value, s.weight};
+    sum_lanes<2>(sum, width);
+    s = {sum[0], sum[1]};
   }
 };
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 
 template <class real>
 __global__ void __launch_bounds__(kThreads)
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
   Totals sum{0, 0};
   for (int64_t r = threadIdx.x; r < a.rows; r += kThreads) {
     sum.value += double(static_cast<const real*>(a.value)[r]);
-    sum.weight += double(weight_in_mean<real>(a, r));
+    if (mean) sum.weight += double(weight_in_mean<real>(a, r));
   }
   sum = team.all(sum, MergeTotals());
   if (!team.leads()) return;
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 
 Status reduce_rows(const RowArgs& a, bool mean, double divisor, void* value, void* total,
                    void* stream) {
-  const Grid grid{1, kThreads, 1, 0};
+  const Grid grid{1, kThreads, 1, 0, 0};
   if (a.dtype == DType::kF64)
     return launch(reduce<double>, grid, stream, a, mean, divisor, static_cast<double*>(value),
                   static_cast<double*>(total));

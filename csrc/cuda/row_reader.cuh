@@ -31,7 +31,7 @@ struct RowReader {
 
   __device__ __forceinline__ RowReader(const RowArgs& args, int64_t r, int begin, int end,
                                        unsigned char* cache, int cached)
-      : a(args), loss(args.params), scale(real(args.scale)), cap{real(args.softcap)} {
+      : a(args), loss(args.params), scale(kept(real(args.scale))), cap{real(args.softcap)} {
     x = {row_of(a.x, r), begin, end};
     t = {kTeacher ? row_of(a.t, r) : nullptr, begin, end};
     // Columns of the cache are counted as those of the row.
@@ -52,8 +52,8 @@ struct RowReader {
   __device__ __forceinline__ Tile unpack(const Packs& px, const Packs& pt, int i, int step) const {
     Tile tile;
     for_columns([&](int c, int u, int k) {
-      tile.x[c] = widen(px[u].v[k]);
-      if constexpr (kTeacher) tile.t[c] = widen(pt[u].v[k]);
+      tile.x[c] = widen(px[u].get(k));
+      if constexpr (kTeacher) tile.t[c] = widen(pt[u].get(k));
     });
     if constexpr (kCapped) for_columns([&](int c, int, int) { tile.x[c] = cap.value(tile.x[c]); });
     if constexpr (P::kWeights)

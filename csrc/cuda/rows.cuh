@@ -7,12 +7,19 @@
 namespace fastdiv {
 namespace cuda {
 
+template <class T, class real>
+__device__ __forceinline__ void set(Pack<T>& pack, int k, real v) {
+  T narrowed;
+  narrow(v, &narrowed);
+  pack.set(k, narrowed);
+}
+
 // dL/dx and dL/dt of columns [begin, end) of a row, in packs that are aligned where they are
 // written; a pack at the edge shares its 16 bytes with the neighbouring stretch.
 template <class P, class T, bool kCapped>
 __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& reader, int64_t r,
-                                                const Row<typename P::real>& row, int begin,
-                                                int end, int thread, int threads) {
+                                                Row<typename P::real> row, int begin, int end,
+                                                int thread, int threads) {
   using real = typename P::real;
   using Reader = RowReader<P, T, kCapped>;
   constexpr int kSize = Reader::kSize, kPacks = Reader::kPacks;
@@ -46,8 +53,8 @@ __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& 
     if (need_t) {
       if constexpr (Reader::kTeacher)
         Reader::for_columns([&](int c, int u, int k) {
-          narrow(grad_of_target(reader.loss, tile.x[c], t(c), weight(c), row, g.value, scale),
-                 &out[u].v[k]);
+          set(out[u], k,
+              grad_of_target(reader.loss, tile.x[c], t(c), weight(c), row, g.value, scale));
         });
       store(dt);
     }
@@ -67,16 +74,16 @@ __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& 
       }
       if constexpr (kCapped)
         Reader::for_columns(
-            [&](int c, int u, int k) { d[c] *= reader.cap.slope(widen(px[u].v[k])); });
-      Reader::for_columns([&](int c, int u, int k) { narrow(d[c], &out[u].v[k]); });
+            [&](int c, int u, int k) { d[c] *= reader.cap.slope(widen(px[u].get(k))); });
+      Reader::for_columns([&](int c, int u, int k) { set(out[u], k, d[c]); });
       store(dx);
     }
   }
 }
 
-// Blocks of 256 threads that share the 65536 registers of a multiprocessor: three leave each thread
-// 80, two 128, one 255.  Where fewer would spill, fewer threads with more in flight each are the
-// better bargain.
+// Blocks of 256 threads that share the 65536 registers of a multiprocessor: four leave each thread
+// 64, three 80, two 128, one 255.  Where fewer would spill, fewer threads with more in flight each
+// are the better bargain.
 template <class P>
 constexpr bool has_moment() {
   if constexpr (P::kDivergence) return P::kMoment != P::Moment::kNone;
@@ -85,8 +92,9 @@ constexpr bool has_moment() {
 template <class P, bool kCapped, bool kGradient>
 constexpr int kBlocks = sizeof(typename P::real) == 8                           ? 1
                         : kCapped || P::kStats || (P::kDivergence && kGradient) ? 2
-                        : has_moment<P>()                                       ? 3
-                                                                                : 2;
+                        : !has_moment<P>()                                      ? 2
+                        : P::kDivergence || P::kWeights                         ? 3
+                                                                                : 4;
 
 template <class P, class T, bool kCapped, bool kGradient>
 __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
@@ -106,8 +114,6 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
   typename RowOf<P>::Result result{};
 
   if (self.weight() != real(0) || P::kStats) {
-    // Read before anything may be written over the row.
-    const real x_label = self.label_is_read() ? reader.logit(a.label[r]) : real(0);
     RowState<P> state;
     ArgMax<real> largest;
     reader.template sweep<true>(team, [&](const auto& tile, int i, int step) {
@@ -115,6 +121,8 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
       if constexpr (P::kStats)
         reader.for_columns([&](int c, int u, int k) { largest.push(tile.x[c], i + u * step + k); });
     });
+    // The row is near now, and nothing is written over it before all have met.
+    const real x_label = self.label_is_read() ? reader.logit(a.label[r]) : real(0);
     state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
     const auto second_sweep = [&](const auto& loss, const Row<real>& row) {
       Terms<real> sum{};
@@ -166,9 +174,13 @@ template <class P, class T, bool kGradient>
 Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
   constexpr int kRows = P::kTarget == Target::kNone ? 1 : 2;
   constexpr int kKept = kGradient || P::kDivergence ? kRows : 0;
-  const ForwardShape shape = forward_shape(gpu, sizeof(T), kColumns<P>, kKept, int(a.classes));
+  // A second sweep that is rare, near zero, must not cost the occupancy of the first.
+  const int64_t most = gpu.shared_memory - kStaticShared;
+  const int64_t room = kGradient || !has_moment<P>() ? most : most / 3;
+  const ForwardShape shape =
+      forward_shape(gpu, sizeof(T), kColumns<P>, kKept, room, int(a.classes));
   const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.blocks, shape.threads,
-                  shape.blocks, shape.cached * kKept * int64_t(sizeof(T))};
+                  shape.blocks, shape.cached * kKept * int64_t(sizeof(T)), most};
   if constexpr (P::kSoftcap)
     if (a.softcap != 0) return launch(forward_rows<P, T, true, kGradient>, grid, stream, a, shape);
   return launch(forward_rows<P, T, false, kGradient>, grid, stream, a, shape);
@@ -177,7 +189,7 @@ Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
 template <class P, class T>
 Status launch_backward(const RowArgs& a, const Gpu&, void* stream) {
   const BackwardShape shape = backward_shape(sizeof(T), int(a.classes));
-  const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.pieces, shape.threads, 1, 0};
+  const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.pieces, shape.threads, 1, 0, 0};
   if constexpr (P::kSoftcap)
     if (a.softcap != 0) return launch(backward_rows<P, T, true>, grid, stream, a, shape);
   return launch(backward_rows<P, T, false>, grid, stream, a, shape);

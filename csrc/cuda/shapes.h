@@ -32,10 +32,10 @@ constexpr int64_t kStaticShared = 8192;  // at least what the exchanges of a tea
 
 inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
-// `streams`: rows that are kept for a second sweep, 0, 1 or 2.  `columns`: what a thread holds at a
-// time; slices and caches are whole numbers of what a block holds.
+// `streams`: rows that are kept for a second sweep, 0, 1 or 2, in `room` bytes.  `columns`: what a
+// thread holds at a time; slices and caches are whole numbers of what a block holds.
 inline ForwardShape forward_shape(const Gpu& gpu, int64_t element, int columns, int streams,
-                                  int classes) {
+                                  int64_t room, int classes) {
   const int64_t bytes = classes * element;
   if (bytes <= kBytesPerWarp) return {128, 4, 1, classes, 0};
   ForwardShape shape{bytes <= kBytesPerSmallBlock ? 128 : 256, 1, 1, classes, 0};
@@ -44,7 +44,7 @@ inline ForwardShape forward_shape(const Gpu& gpu, int64_t element, int columns, 
   const int tile = shape.threads * columns;
   shape.slice = round_up(classes, shape.blocks * tile) / shape.blocks;
   if (streams > 0) {
-    const int fit = int((gpu.shared_memory - kStaticShared) / (streams * element)) / tile * tile;
+    const int fit = int(room / (streams * element)) / tile * tile;
     shape.cached = shape.slice < fit ? shape.slice : fit;
   }
   return shape;

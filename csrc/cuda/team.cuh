@@ -9,22 +9,20 @@ namespace fastdiv {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32, kMaxWarps = 32;
 
-template <class real, class Op>
-__device__ __forceinline__ real reduce_lanes(real v, int width, Op op) {
+// v[k] of every `width` lanes together, all of them to the same bits.
+template <int n, class real, class Op>
+__device__ __forceinline__ void reduce_lanes(real* v, int width, Op op) {
 #pragma unroll 1
-  for (int m = width / 2; m > 0; m /= 2) v = op(v, __shfl_xor_sync(kAllLanes, v, m));
-  return v;
+  for (int m = width / 2; m > 0; m /= 2) {
+    FD_UNROLL
+    for (int k = 0; k < n; ++k) v[k] = op(v[k], __shfl_xor_sync(kAllLanes, v[k], m));
+  }
 }
-template <class real>
-__device__ __forceinline__ real max_of_lanes(real v, int width) {
-  return reduce_lanes(v, width, [](real a, real b) { return a > b ? a : b; });
-}
-template <class real>
-__device__ __forceinline__ real sum_of_lanes(real v, int width) {
-  return reduce_lanes(v, width, [](real a, real b) { return a + b; });
+template <int n, class real>
+__device__ __forceinline__ void sum_lanes(real* v, int width) {
+  reduce_lanes<n>(v, width, [](real a, real b) { return sum_of_two(a, b); });
 }
 
-// Every `width` lanes to what they hold together, all of them to the same bits.
 template <class P>
 struct MergeStates {
   using real = typename P::real;
@@ -32,17 +30,22 @@ struct MergeStates {
   real scale;
 
   __device__ __forceinline__ void operator()(RowState<P>& s, int width) const {
-    s.rebase(loss, max_of_lanes(s.x.max, width),
-             s.kNormalise ? max_of_lanes(s.t.max, width) : s.t.max, scale);
-    s.x.sum = sum_of_lanes(s.x.sum, width);
-    if constexpr (P::kTarget != Target::kNone) s.t.sum = sum_of_lanes(s.t.sum, width);
-    for (real* sum : {&s.sums.a, &s.sums.b, &s.sums.c, &s.sums.d}) *sum = sum_of_lanes(*sum, width);
+    constexpr int kRows = s.kNormalise ? 2 : 1;
+    real max[] = {s.x.max, s.t.max};
+    reduce_lanes<kRows>(max, width, [](real a, real b) { return larger_of(a, b); });
+    s.rebase(loss, max[0], max[1], scale);
+    real sum[] = {s.x.sum, s.t.sum, s.sums.a, s.sums.b, s.sums.c, s.sums.d};
+    sum_lanes<2 + P::kSums>(sum, width);
+    s.x.sum = sum[0], s.t.sum = sum[1];
+    s.sums = {sum[2], sum[3], sum[4], sum[5]};
   }
 };
 template <class real>
 struct MergeTerms {
   __device__ __forceinline__ void operator()(Terms<real>& s, int width) const {
-    for (real* sum : {&s.f, &s.u, &s.v}) *sum = sum_of_lanes(*sum, width);
+    real sum[] = {s.f, s.u, s.v};
+    sum_lanes<3>(sum, width);
+    s = {sum[0], sum[1], sum[2]};
   }
 };
 
@@ -111,7 +114,7 @@ struct Team {
   }
   // No block leaves while another one may read its shared memory.
   __device__ __forceinline__ void leave() const {
-    if (blocks > 1) cluster_sync();
+    if (blocks > 1) cluster_leave();
   }
 };
 

@@ -12,6 +12,7 @@ struct CrossEntropyOf : Loss<real, target> {
   static constexpr bool kLabel = target == Target::kNone;
   static constexpr bool kWeights = smoothed;
   static constexpr bool kSoftcap = true;
+  static constexpr int kSums = smoothed ? 2 : 0;
 
   real label, spread, z_loss;
   FD_FN explicit CrossEntropyOf(const LossParams& p)

@@ -53,6 +53,7 @@ struct Divergence : Loss<Real, target> {
   using Loss<Real, target>::Loss;
 
   static constexpr bool kDivergence = true;
+  static constexpr int kSums = 1;
   static constexpr int kShift = 0;
   // The first sweep's moment that is the divergence itself: no second sweep where it is sound.
   enum class Moment { kNone, kForward, kReverse };

@@ -25,6 +25,7 @@ struct ReverseKlDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
   using Base::Base;
   static constexpr int kShift = -1;
+  static constexpr int kSums = 2;
   static constexpr auto kMoment = Base::Moment::kReverse;
 
   FD_FN Sums<real> partial(const Column<real>& c) const {

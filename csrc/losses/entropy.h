@@ -23,6 +23,7 @@ FD_FN real entropy_slope(real lq, real q, const Row<real>& row) {
 // H(q) = -sum q log q.  Row: a = H.
 template <class real>
 struct Entropy : Loss<real> {
+  static constexpr int kSums = 1;
   using Loss<real>::Loss;
 
   FD_FN Sums<real> partial(const Column<real>& c) const { return {entropy_moment(c)}; }
@@ -58,6 +59,7 @@ template <class P>
 struct WithStats : P {
   using typename P::real;
   static constexpr bool kStats = true;
+  static constexpr int kSums = 4;
   using P::P;
 
   FD_FN Sums<real> partial(const Column<real>& c) const {

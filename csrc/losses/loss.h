@@ -35,6 +35,7 @@ struct Loss {
   static constexpr bool kTwoOutputs = false;  // the entropy too, with its own upstream gradient
   static constexpr bool kStats = false;
   static constexpr bool kSoftcap = false;  // takes softcapped logits
+  static constexpr int kSums = 0;          // how many of Sums it uses, the first ones
 
   FD_FN explicit Loss(const LossParams&) {}
   FD_FN Sums<real> partial(const Column<real>&) const { return {}; }
