@@ -14,7 +14,7 @@ noise, the script exits with 1.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -124,17 +124,18 @@ def new_model(corpus: Corpus, width: int, options: Options) -> LanguageModel:
 
 
 def fit(
-    models: dict[str, LanguageModel],
+    models: Mapping[str, nn.Module],
     batches: Iterable[tuple[Tensor, Tensor]],
     batch_loss: Callable[[str, Tensor, Tensor], Tensor],
     on_step: Callable[[str, Run], None],
+    learning_rate: float = LEARNING_RATE,
 ) -> dict[str, Run]:
     """Takes a step of Adam with every model for each batch.
 
     They take turns, so that a machine that slows down slows all of them.
     """
     optimizers = {
-        name: torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+        name: torch.optim.Adam(model.parameters(), lr=learning_rate)
         for name, model in models.items()
     }
     runs = {name: Run([], []) for name in models}

@@ -6,7 +6,7 @@ function runs on reference torch operations (see :func:`backend`).
 
 from importlib.metadata import version as _version
 
-from . import nn
+from . import nn, stats
 from ._backend import backend
 from ._info import build_info
 from .cross_entropy import cross_entropy
@@ -28,4 +28,5 @@ __all__ = [
     "log_prob_and_entropy",
     "nn",
     "reverse_kl_div",
+    "stats",
 ]

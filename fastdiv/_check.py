@@ -68,6 +68,15 @@ def check_share(value: float, name: str) -> float:
     return float(value)
 
 
+def log_of_base(base: float | None) -> float:
+    """What divides a value in nats to give one in this base."""
+    if base is None:
+        return 1.0
+    if check_positive(base, "base") == 1.0:
+        raise ValueError("base must not be 1")
+    return math.log(base)
+
+
 def check_in_place(x: Tensor) -> None:
     """Logits that may be overwritten by their gradient."""
     if x.is_leaf and x.requires_grad:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from . import _check
@@ -55,12 +53,11 @@ def entropy(
     _check.check_logits(input)
     dim = _check.class_dim(input, dim)
     _check.check_reduction(reduction)
-    if base is not None and (_check.check_positive(base, "base") == 1.0):
-        raise ValueError("base must not be 1")
+    unit = _check.log_of_base(base)
     spec = Spec("entropy", reduction=reduction, batch=input.shape[0], scale=_scale(temperature))
     value = row_loss(spec, _check.as_rows(input, dim))
     if base is not None:
-        value = value / math.log(base)
+        value = value / unit
     return _check.as_input(value, input, dim) if reduction == "none" else value
 
 

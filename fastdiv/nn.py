@@ -10,9 +10,18 @@ from torch import Tensor, nn
 from . import cross_entropy as _cross_entropy
 from . import divergence as _divergence
 from . import entropy as _entropy
+from ._combined import DistillationLoss, LabelSmoothingLoss
 from .reference import Stats
 
-__all__ = ["CrossEntropyLoss", "EntropyLoss", "JSDivLoss", "KLDivLoss", "ReverseKLDivLoss"]
+__all__ = [
+    "CrossEntropyLoss",
+    "DistillationLoss",
+    "EntropyLoss",
+    "JSDivLoss",
+    "KLDivLoss",
+    "LabelSmoothingLoss",
+    "ReverseKLDivLoss",
+]
 
 
 class CrossEntropyLoss(nn.Module):

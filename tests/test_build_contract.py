@@ -222,3 +222,12 @@ def test_every_function_has_its_module() -> None:
     modules = {n.removesuffix("Loss").lower() for n in fastdiv.nn.__all__}
     for name in {c.name for c in LOSSES} - {"log_prob", "log_prob_and_entropy"}:
         assert name.replace("_", "") in modules
+    assert modules - {c.name.replace("_", "") for c in LOSSES} == {"distillation", "labelsmoothing"}
+
+
+def test_names_of_probability_vectors() -> None:
+    """Those of the functions of logits where there is one, and SciPy's."""
+    assert {n for n in fastdiv.__all__ if not callable(getattr(fastdiv, n))} == {"nn", "stats"}
+    others = {"information_content", "jensenshannon"}
+    assert set(fastdiv.stats.__all__) - others <= {c.name for c in LOSSES}
+    assert others < set(fastdiv.stats.__all__)

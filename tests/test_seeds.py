@@ -121,6 +121,10 @@ def test_jensen_shannon_is_the_mean_of_two_kl_and_bounded() -> None:
         reduction="none",
     )
     exactly(apart, math.log(2))  # 1 in base 2
+    bits = fastdiv.stats.js_div(p, q, base=2)
+    exactly(bits, js / math.log(2))
+    assert (bits >= 0).all() and (bits <= 1).all()
+    assert fastdiv.stats.js_div([1, 0], [0, 1], base=2) == 1
 
 
 def test_information_content() -> None:
@@ -134,6 +138,10 @@ def test_information_content() -> None:
     # Additive for independent events, and so is the entropy.
     joint = (p[:, None] * p[None, :]).flatten()
     exactly(fastdiv.entropy(joint.log()), 2 * fastdiv.entropy(p.log()))
+    content = fastdiv.stats.information_content
+    exactly(content(p, base=2), bits)
+    exactly(content(joint, base=2), (bits[:, None] + bits[None, :]).flatten())
+    assert content([1.0]) == 0
 
 
 # --- numbers ---
@@ -190,6 +198,10 @@ def test_three_numbers_against_scipy() -> None:
         exactly(fastdiv.reverse_kl_div(p.log(), q, **options) / bits, want)
         distance = scipy.spatial.distance.jensenshannon(pv, qv, base=2)
         exactly(fastdiv.js_div(q.log(), p, **options) / bits, distance**2)
+        exactly(fastdiv.stats.entropy(p, base=2), scipy.stats.entropy(pv, base=2))
+        exactly(fastdiv.stats.kl_div(p, q, base=2), want)
+        exactly(fastdiv.stats.js_div(p, q, base=2), distance**2)
+        exactly(fastdiv.stats.jensenshannon(p, q, base=2), distance)
 
 
 def test_cross_entropy_of_one_row_three_ways() -> None:
@@ -201,6 +213,19 @@ def test_cross_entropy_of_one_row_three_ways() -> None:
     exactly(ours, torch.nn.NLLLoss()(log_softmax, y))
     exactly(ours, torch.nn.CrossEntropyLoss()(x, y))
     exactly(fastdiv.nn.CrossEntropyLoss()(x, y), ours)
+
+
+def test_the_same_numbers_from_probabilities() -> None:
+    p, q = T.softmax(-1).double(), X.softmax(-1).double()
+    printed(fastdiv.stats.cross_entropy(p, q), 1.3832)
+    printed(fastdiv.stats.entropy(p), 1.3443)
+    printed(fastdiv.stats.kl_div(p, q), 0.0389)
+    printed(fastdiv.stats.kl_div([9 / 25, 12 / 25, 4 / 25], [1 / 3, 1 / 3, 1 / 3]), 0.0853)
+    x, y, value = X_ONE_HOT[0]
+    one_hot = F.one_hot(torch.tensor(y), 5)
+    for function in (fastdiv.stats.kl_div, fastdiv.stats.cross_entropy):
+        printed(function(one_hot, torch.tensor(x).softmax(-1)).mean(), value)
+    assert (fastdiv.stats.entropy(one_hot) == 0).all()
 
 
 # --- torch's KLDivLoss, all its switches ---
@@ -221,3 +246,26 @@ def test_switches_of_kl_div_loss(shape: tuple[int, ...], reduction: str, log_tar
     else:
         ours = fastdiv.kl_div(x, t, reduction=reduction, **options)
     exactly(ours, theirs)
+
+
+# --- WeNet's LabelSmoothingLoss ---
+
+
+@pytest.mark.parametrize("normalize_length", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing_at_the_size_of_wenet(smoothing: float, normalize_length: bool) -> None:
+    batch, length, size = 16, 13, 4233
+    x, y = torch.randn(batch, length, size), torch.randint(size, (batch, length))
+    kept = torch.arange(length) < torch.randint(5, length + 1, (batch, 1))
+    y[~kept] = -1
+    true = torch.full_like(x, smoothing / (size - 1))
+    true.scatter_(-1, y.clamp(0).unsqueeze(-1), 1 - smoothing)
+    kl = scipy.stats.entropy(true[kept].double(), x[kept].double().softmax(-1), axis=-1).sum()
+    loss = fastdiv.nn.LabelSmoothingLoss(size, -1, smoothing, normalize_length)
+    exactly(loss(x, y), kl / (kept.sum().item() if normalize_length else batch))
+    # A KL, not a cross entropy: the entropy of the true distribution is subtracted.
+    hpq = fastdiv.cross_entropy(
+        x, y, dim=-1, ignore_index=-1, label_smoothing=smoothing, smoothing="others"
+    )
+    h = scipy.stats.entropy([1 - smoothing] + [smoothing / (size - 1)] * (size - 1))
+    exactly(hpq - h, kl / kept.sum().item())

@@ -1,0 +1,179 @@
+"""Trains a speech recogniser's attention decoder with WeNet's loss in plain torch and in fastdiv.
+
+    python examples/asr_label_smoothing.py
+
+Batches have the shape they have there: 16 utterances of some 13 characters out of 4233, padded.
+Nothing is downloaded: a character sounds like a fixed spectrum under noise, held for a few frames.
+
+The loss is the KL divergence of the prediction from the smoothed label. `PlainLoss` computes it as
+WeNet and ESPnet do: it writes out the true distribution of every character, takes `KLDivLoss`, and
+asks for the number of characters on the host. `fastdiv.nn.LabelSmoothingLoss` takes its place as it
+is. Same model, same batches, same curve; what changes is time and memory. If the curves are apart
+by more than float32 noise, the script exits with 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from fastdiv.nn import LabelSmoothingLoss
+from measure import Loss, measure
+from report import Comparison, bar, plot, progress_bars, report
+from train_lm import fit, machine
+
+ROWS, CHARACTERS, PADDING, SMOOTHING = 16, 4233, -1, 0.1
+START = 0  # a character that is never spoken
+LENGTHS = range(8, 14)  # characters of an utterance
+BANDS, NOISE = 80, 0.3  # of a frame's spectrum
+HELD = range(2, 6)  # frames of a character
+WIDTH, LAYERS, LEARNING_RATE = 128, 2, 3e-4
+
+
+class PlainLoss(nn.Module):
+    """The formula in torch: KL(true ‖ softmax(x)), summed, divided by the number of characters."""
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x, target = x.flatten(0, 1), target.flatten()
+        padding = target == PADDING
+        true = torch.full_like(x, SMOOTHING / (CHARACTERS - 1))
+        true.scatter_(1, target.masked_fill(padding, 0).unsqueeze(1), 1 - SMOOTHING)
+        kl = nn.functional.kl_div(x.log_softmax(1), true, reduction="none")
+        characters = len(target) - padding.sum().item()
+        return kl.masked_fill(padding.unsqueeze(1), 0).sum() / characters
+
+
+fused = partial(LabelSmoothingLoss, CHARACTERS, PADDING, SMOOTHING, normalize_length=True)
+LOSSES: dict[str, Loss] = {
+    "torch": PlainLoss(),
+    "fastdiv": fused(),
+    "fastdiv in place": fused(inplace_backward=True),
+}
+COMPARED = ("torch", "fastdiv in place")  # what the decoders are trained with
+
+
+class Options(argparse.Namespace):
+    """The command line."""
+
+    device: str
+    steps: int
+    seed: int
+    output: Path
+
+
+def utterances(steps: int, options: Options) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields pairs (frames `[rows, frames, bands]`, characters `[rows, length]`), both padded."""
+    generator = torch.Generator().manual_seed(options.seed)
+    integers = partial(torch.randint, generator=generator)
+    spectra = torch.randn(CHARACTERS, BANDS, generator=generator)
+    # As in a language, the n-th character is n times rarer than the first.
+    frequency = 1 / torch.arange(1, CHARACTERS)
+    for _ in range(steps):
+        texts, sounds = [], []
+        for length in integers(LENGTHS.start, LENGTHS.stop, (ROWS,)).tolist():
+            text = 1 + frequency.multinomial(length, replacement=True, generator=generator)
+            held = integers(HELD.start, HELD.stop, (length,))
+            clean = spectra[text.repeat_interleave(held)]
+            sounds.append(clean + NOISE * torch.randn(clean.shape, generator=generator))
+            texts.append(text)
+        yield (
+            pad_sequence(sounds, batch_first=True).to(options.device),
+            pad_sequence(texts, batch_first=True, padding_value=PADDING).to(options.device),
+        )
+
+
+class Recogniser(nn.Module):
+    """A convolution over the frames, and a decoder that attends to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv1d(BANDS, WIDTH, 5, padding=2)
+        self.embedding = nn.Embedding(CHARACTERS, WIDTH)
+        layer = nn.TransformerDecoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoder(layer, LAYERS)
+        self.head = nn.Linear(WIDTH, CHARACTERS)
+
+    def forward(self, frames: Tensor, text: Tensor) -> Tensor:
+        """Maps frames and characters to every character's logits `[rows, length, classes]`."""
+        sound = self.encoder(frames.mT).mT
+        silent = (frames == 0).all(-1)
+        before = torch.cat([torch.full_like(text[:, :1], START), text[:, :-1].clamp(min=0)], 1)
+        length = text.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=text.device).triu(1)
+        hidden = self.decoder(
+            self.embedding(before) + positions(length, text.device),
+            sound + positions(sound.shape[1], text.device),
+            tgt_mask=future,
+            memory_key_padding_mask=silent,
+        )
+        return self.head(hidden)
+
+
+def positions(length: int, device: torch.device) -> Tensor:
+    """Sines and cosines of the place in a sequence, `[length, width]`."""
+    rate = 1e-4 ** torch.linspace(0, 1, WIDTH // 2, device=device)
+    angle = torch.arange(length, device=device).unsqueeze(1) * rate
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def compare(options: Options, console: Console) -> Comparison:
+    models = {}
+    for name in COMPARED:
+        torch.manual_seed(options.seed)
+        models[name] = Recogniser().to(options.device)
+
+    def batch_loss(name: str, frames: Tensor, text: Tensor) -> Tensor:
+        return LOSSES[name](models[name](frames, text), text)
+
+    batches = utterances(options.steps, options)
+    with progress_bars(console) as bars:
+        on_step = bar(bars, "train", COMPARED, options.steps)
+        runs = fit(models, batches, batch_loss, on_step, LEARNING_RATE)
+    frames, text = next(utterances(1, options))
+    with torch.no_grad():
+        logits = models["torch"](frames, text)
+    with console.status("measuring the losses alone"):
+        return Comparison("label smoothing", runs, *measure(LOSSES, logits, text))
+
+
+def parse_options() -> Options:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device, help="where to train")
+    parser.add_argument("--steps", type=int, default=100, help="batches to train on")
+    parser.add_argument("--seed", type=int, default=0, help="of the models and the batches")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture"
+    )
+    options = parser.parse_args(namespace=Options())
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
+    return options
+
+
+def main() -> int:
+    """Returns 0 if fastdiv's curve and torch's agree, else 1."""
+    options, console = parse_options(), Console()
+    megabytes = ROWS * LENGTHS[-1] * CHARACTERS * 4 / 1e6
+    sizes = (
+        f"{ROWS} utterances × {LENGTHS[0]} to {LENGTHS[-1]} of {CHARACTERS:,} characters: at most "
+        f"{megabytes:.0f} MB of float32 logits per step, {machine(options.device)}"
+    )
+    console.print(sizes, soft_wrap=True)
+    comparison = compare(options, console)
+    report([comparison], console)
+    plot([comparison], sizes, options.output)
+    console.print(f"picture: {options.output}", soft_wrap=True)
+    return 0 if comparison.agrees else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

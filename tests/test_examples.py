@@ -1,0 +1,32 @@
+"""The examples run, and what they compare agrees: else they exit with 1."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    command = [sys.executable, "-W", "error", EXAMPLES / arguments[0], *arguments[1:]]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_identities() -> None:
+    done = run("identities.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "29 of 29 lines show the same digits" in done.stdout
+
+
+@pytest.mark.slow
+def test_label_smoothing(tmp_path: Path) -> None:
+    picture = tmp_path / "asr.png"
+    done = run("asr_label_smoothing.py", "--steps", "5", "--output", picture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same curve" in done.stdout and picture.stat().st_size > 10_000
