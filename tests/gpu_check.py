@@ -126,8 +126,7 @@ class Check:
         shapes = [f"{2**27 // c}x{c}" for c in SHAPES]
         compiled = ["--compile-classes", "32768", "131072"]
         limits = ["--seconds", "0.4", "--stop-after", str(STEPS["bench"].seconds - 40)]
-        losses = ["cross_entropy", "kl_div", "js_div", "entropy"]
-        return [*bench, *losses, "--dtypes", "bf16", "f32", "--shapes", *shapes, *compiled, *limits]
+        return [*bench, "--dtypes", "bf16", "f32", "--shapes", *shapes, *compiled, *limits]
 
     def _selected(self) -> list[str]:
         return ["-k", self.select] if self.select else []
