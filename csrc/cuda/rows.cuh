@@ -67,7 +67,8 @@ __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& 
         FD_UNROLL
         for (int u = 0; u < kPacks; ++u) {
           const unsigned at = unsigned(label - (i + u * step));
-          if (at < unsigned(kSize)) FD_UNROLL
+          if (at >= unsigned(kSize)) continue;
+          FD_UNROLL
           for (int k = 0; k < kSize; ++k)
             if (at == unsigned(k)) d[u * kSize + k] += reader.loss.grad_label(row, gx);
         }
