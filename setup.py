@@ -77,9 +77,8 @@ def architectures(nvcc: str) -> list[str]:
 class CudaObjects:
     """The objects of csrc/cuda, compiled by nvcc apart from everything of torch's."""
 
-    def __init__(self, nvcc: str, folder: Path) -> None:
+    def __init__(self, nvcc: str, archs: list[str], folder: Path) -> None:
         self.nvcc, self.folder = nvcc, folder
-        archs = architectures(nvcc)
         codes = [(a.removesuffix("+PTX"), "sm") for a in archs]
         codes += [(a.removesuffix("+PTX"), "compute") for a in archs if a.endswith("+PTX")]
         self.flags = [
@@ -157,9 +156,9 @@ if installed_torch():
     from torch.utils.cpp_extension import BuildExtension
 
     nvcc = find_nvcc()
-    if nvcc is not None and not architectures(nvcc):
+    archs = architectures(nvcc) if nvcc else []
+    if nvcc and not archs:
         print("fastdiv: no GPU of this machine is of sm_80 or later: building for CPU only")
-        nvcc = None
 
     class Build(BuildExtension):
         """Keeps the objects, so that an editable rebuild compiles only what changed."""
@@ -169,17 +168,17 @@ if installed_torch():
             self.build_temp = f"build/temp.{sys.implementation.cache_tag}"
 
         def build_extensions(self):
-            if nvcc is not None:
-                cuda = CudaObjects(nvcc, ROOT / self.build_temp / "cuda")
-                for extension in self.extensions:
-                    extension.extra_objects += cuda.build()
-                    extension.library_dirs += cuda.libraries()
-                    extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-                    # A CUDA torch's libtorch brings the one symbol of libtorch_cuda that we use.
-                    extension.extra_link_args += ["-Wl,--no-as-needed", "-ltorch"]
+            if archs:
+                cuda = CudaObjects(nvcc, archs, ROOT / self.build_temp / "cuda")
+                (module,) = self.extensions
+                module.extra_objects += cuda.build()
+                module.library_dirs += cuda.libraries()
+                module.libraries += ["cudart_static", "dl", "rt", "pthread"]
+                # A CUDA torch's libtorch brings the one symbol of libtorch_cuda that we use.
+                module.extra_link_args += ["-Wl,--no-as-needed", "-ltorch"]
             super().build_extensions()
 
-    setup(ext_modules=[extension(nvcc is not None)], cmdclass={"build_ext": Build})
+    setup(ext_modules=[extension(bool(archs))], cmdclass={"build_ext": Build})
 else:
     # Asked for its requirements before anything is built, setuptools reads them here.
     setup(setup_requires=["torch>=2.11", "numpy"])

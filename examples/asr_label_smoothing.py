@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastdiv.nn import LabelSmoothingLoss
 from measure import Loss, measure
 from report import Comparison, bar, plot, progress_bars, report
-from train_lm import fit, machine
+from train_lm import example_parser, fit, machine
 
 ROWS, CHARACTERS, PADDING, SMOOTHING = 16, 4233, -1, 0.1
 START = 0  # a character that is never spoken
@@ -143,16 +143,7 @@ def compare(options: Options, console: Console) -> Comparison:
 
 
 def parse_options() -> Options:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help="where to train")
-    parser.add_argument("--steps", type=int, default=100, help="batches to train on")
-    parser.add_argument("--seed", type=int, default=0, help="of the models and the batches")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture"
-    )
+    parser = example_parser(__doc__, 100, Path(__file__).with_suffix(".png"))
     options = parser.parse_args(namespace=Options())
     if options.steps < 1:
         parser.error("--steps must be at least 1")

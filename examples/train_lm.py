@@ -173,19 +173,24 @@ def compare(corpus: Corpus, options: Options, console: Console) -> list[Comparis
     ]
 
 
-def parse_options() -> Options:
+def example_parser(description: str, steps: int, output: Path) -> argparse.ArgumentParser:
+    """The options of every example that trains, with their defaults."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help="where to train")
-    parser.add_argument("--steps", type=int, default=300, help="batches to train on")
-    parser.add_argument("--distil-steps", type=int, default=50, help="batches to distil on")
+    parser.add_argument("--steps", type=int, default=steps, help="batches to train on")
     parser.add_argument("--seed", type=int, default=0, help="of the models and the batches")
+    parser.add_argument("--output", type=Path, default=output, help="the picture")
+    return parser
+
+
+def parse_options() -> Options:
+    parser = example_parser(__doc__, 300, Path(__file__).with_suffix(".png"))
+    parser.add_argument("--distil-steps", type=int, default=50, help="batches to distil on")
     parser.add_argument("--vocab", type=int, default=50_304, help="distinct words to keep")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture"
-    )
     options = parser.parse_args(namespace=Options())
     if min(options.steps, options.distil_steps) < 1:
         parser.error("--steps and --distil-steps must be at least 1")

@@ -182,14 +182,17 @@ def labels(x: Tensor, dim: int, y: Tensor, name: str, ignore_index: int | None) 
     y = row_vector(x, dim, y, name)
     if y.dtype is not torch.int64:
         y = y.to(torch.int64)
-    on_cpu = x.is_cpu
-    if on_cpu and use_kernel(x):  # which checks them itself
-        return y
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return y
-    if on_cpu or os.environ.get("FASTDIV_CHECK") == "1":
+    checked_by_kernel = x.is_cpu and use_kernel(x)
+    if not checked_by_kernel and values_may_be_read(x):
         check_labels(y, x.shape[dim], name, ignore_index)
     return y
+
+
+def values_may_be_read(v: Tensor) -> bool:
+    """Whether there are values, and reading them waits for no device, unless that is asked for."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return v.is_cpu or os.environ.get("FASTDIV_CHECK") == "1"
 
 
 def check_labels(y: Tensor, classes: int, name: str, ignore_index: int | None) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -273,11 +272,7 @@ def _as_tensor(v: Vector, name: str) -> Tensor:
 
 
 def _check_not_negative(v: Tensor, name: str) -> None:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    if not v.is_cpu and os.environ.get("FASTDIV_CHECK") != "1":  # it would wait for the device
-        return
-    if bool((v < 0).any()):
+    if _check.values_may_be_read(v) and bool((v < 0).any()):
         raise ValueError(
             f"{name} must hold probabilities, got {v.min().item()}: take the softmax of logits, "
             "or give them to the functions of fastdiv itself"

@@ -131,7 +131,7 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
     policies = len(rows) + 3 * len(divergences)
     for architecture in CUBINS:
         for dtype in DTYPES.values():
-            kernels = [k for k in resources() if k[0] == architecture and k.dtype == dtype]
+            kernels = [k for k in resources() if (k.architecture, k.dtype) == (architecture, dtype)]
             assert len({k.policy for k in kernels}) == policies
             plain = [k for k in kernels if not k.capped and "Stats" not in k.policy]
             assert len(plain) == 3 * len({k.policy for k in plain})
