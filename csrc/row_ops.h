@@ -46,7 +46,7 @@ struct Options {
         ignore_index(ignore_index),
         scale(scale),
         softcap(softcap),
-        params{shape, label_rate, spread, z_loss} {}
+        params{LossId(loss), shape, label_rate, spread, z_loss} {}
 };
 
 inline DType dtype_of(const Tensor& x) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -28,6 +29,18 @@ MODES = {
 # The CUDA kernels as C++.
 CUDA_FLAGS = ["-DFD_CUDA_ON_CPU", "-fno-strict-aliasing", f"-I{SHIM}"]
 CUDA_SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+
+REGISTRY = (ROOT / "csrc/common/registry.h").read_text()
+
+
+def policies_of(table: str) -> set[str]:
+    """The policies that a table of the registry names; losses may share one."""
+    entries = REGISTRY.split(f"#define {table}(X)")[1].split("\n\n")[0]
+    return set(re.findall(r"X\(\w+, ([^)]*)\)", entries))
+
+
+DIVERGENCE_POLICIES = policies_of("FD_DIVERGENCES")
+POLICY_COUNT = len(policies_of("FD_ROW_LOSSES")) + 3 * len(DIVERGENCE_POLICIES)
 
 needs_fibers = pytest.mark.skipif(
     platform.machine() != "x86_64" or platform.system() != "Linux",

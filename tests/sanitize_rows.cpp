@@ -118,6 +118,14 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
   const bool cross = loss.find("cross_entropy") != std::string::npos,
              hard = target == Target::kNone;
   const double omega = hard && cross ? weight[y] : 1;
+  // Of order alpha: the value, and the factor of p^alpha q^(1-alpha), are functions of its sum.
+  const bool renyi = loss == "renyi_div", hellinger = loss == "hellinger_distance";
+  const bool order = loss == "alpha_div" || renyi || hellinger;
+  double tilted = 0;
+  for (size_t i = 0; i < n; ++i) tilted += std::exp(b * lp[i] + (1 - b) * lq[i]);
+  const double slope_of_tilted = renyi       ? 1 / ((b - 1) * tilted)
+                                 : hellinger ? -1
+                                             : 1 / (b * (b - 1));
   for (size_t i = 0; i < n; ++i) {
     const double q = std::exp(lq[i]), m = std::log(b * p[i] + (1 - b) * q);
     const double forward = p[i] == 0 ? 0 : lp[i] - lq[i], reverse = q == 0 ? 0 : lq[i] - lp[i];
@@ -129,6 +137,25 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
       u[i] = (1 - b) * (q == 0 ? 0 : q * (lq[i] - m)),
       v[i] = b * (p[i] == 0 ? 0 : p[i] * (lp[i] - m));
       terms += u[i] + v[i];
+    }
+    if (loss == "skew_kl_div" || loss == "reverse_skew_kl_div") {
+      const bool reversed = loss[0] == 'r';
+      const double first = reversed ? q : p[i], second = reversed ? p[i] : q;
+      const double m_skew = b * first + (1 - b) * second;
+      if (m_skew == 0) continue;
+      const double log = first == 0 ? 0 : std::log(first / m_skew);
+      terms += first * log;
+      (reversed ? v : u)[i] = -(1 - b) * first * second / m_skew;
+      (reversed ? u : v)[i] = first * (log + (1 - b) * second / m_skew);
+    }
+    if (order) {
+      const double w = slope_of_tilted * std::exp(b * lp[i] + (1 - b) * lq[i]);
+      u[i] = (1 - b) * w, v[i] = b * w;
+      if (hellinger) terms += (q + p[i]) / 2 + w, v[i] += p[i] / 2;
+    }
+    if (loss == "tv_distance") {
+      const double sign = p[i] > q ? 0.5 : (p[i] < q ? -0.5 : 0);
+      terms += sign * (p[i] - q), u[i] = -sign * q, v[i] = sign * p[i];
     }
     if (cross) {
       const bool at = hard && int64_t(i) == y;
@@ -143,6 +170,8 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
     sum_u += u[i];
   }
   out.value = terms;
+  if (loss == "alpha_div") out.value = (tilted - 1) * slope_of_tilted;
+  if (renyi) out.value = std::log(tilted) / (b - 1);
   if (cross) out.value += a.params.z_loss * omega * lse * lse;
   if (loss == "entropy") out.value = entropy;
   if (loss == "log_prob_and_entropy") out.value = lq[y];
@@ -247,7 +276,7 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   if (o.weights) a.class_weight = weight.data();
   a.row_weight = row_weight.data();
   a.scale = o.scale, a.softcap = o.softcap;
-  a.params = {0.3, 1, 0, 0};
+  a.params = {loss, plain_name == "hellinger_distance" ? 0.5 : 0.3, 1, 0, 0};
   const bool cross = plain_name.find("cross_entropy") != std::string::npos;
   if (cross) a.params.z_loss = 1e-2;
   if (plain_name == "smoothed_cross_entropy" || plain_name == "soft_cross_entropy")

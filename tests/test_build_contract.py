@@ -20,10 +20,10 @@ import fastdiv
 import fastdiv._C as native
 from cases import LOSSES
 from fastdiv import reference
+from programs import POLICY_COUNT, ROOT
 
 pytestmark = pytest.mark.cpu_only("its machine code")
 
-ROOT = Path(__file__).parent.parent
 WIDTH = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 ARITHMETIC = re.compile(r"\bv?(?:add|sub|mul|div|max|min|fn?m(?:add|sub)\d+)(ps|ss)\b")
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
@@ -105,9 +105,7 @@ BUILT = Path(native.__file__)
 def test_every_kernel_is_vectorised(isa: str) -> None:
     counts = count_loops(BUILT, isa)
     policies = {policy for _, policy in counts if "Half" not in policy}
-    divergences = set(reference.DIVERGENCES)
-    expected = len(set(native.loss_names()) - divergences) + 3 * len(divergences)
-    assert len(policies) == expected, sorted(policies)
+    assert len(policies) == POLICY_COUNT, sorted(policies)
     for policy in policies:
         loops = {loop for loop, p in counts if p == policy}
         assert "first_sweep" in loops, policy

@@ -177,13 +177,13 @@ FD_FN float log_of(float v) {  // any v: log 0 = -inf, NaN below 0
 }
 FD_FN double log_of(double v) { return log(v); }
 
-// log(1 + u) and (1 + u) log(1 + u) - u = u^2/2 + ..., for u in [-1, 0].
+// log(1 + u) and (1 + u) log(1 + u) - u = u^2/2 + ..., for u in [-1, 0].  v = 1 + u, as accurately
+// as the caller has it: near u = -1 it has digits that u has lost.
 template <class real>
 struct Log1p {
   real value, psi;
 };
-FD_FN Log1p<float> log1p_gap(float u) {
-  const float v = 1.f + u;
+FD_FN Log1p<float> log1p_gap(float u, float v) {
   const LogParts l = log_parts(v);
   const bool near = l.k == 0.f;  // there 1 + m is v, and u has digits that v has lost
   const float m = near ? u : l.m;
@@ -191,9 +191,8 @@ FD_FN Log1p<float> log1p_gap(float u) {
   const float value = m + tail + l.k * 0.693359375f + (u - u);  // the bits of a NaN look finite
   return {value, near ? u * u + v * tail : v * value - u};
 }
-FD_FN Log1p<double> log1p_gap(double u) {
-  const double v = 1.0 + u;
-  const double value = log1p(u < -1.0 + 1e-300 ? -1.0 + 2.3e-16 : u);
+FD_FN Log1p<double> log1p_gap(double u, double v) {
+  const double value = u < -0.5 ? log(v < 1e-300 ? 1e-300 : v) : log1p(u);
   double tail = -1.0 / 12;  // log1p(u) - u = -u^2/2 + u^3/3 - ...
   const double inverse[] = {1.0 / 11, -1.0 / 10, 1.0 / 9,  -1.0 / 8, 1.0 / 7,
                             -1.0 / 6, 1.0 / 5,   -1.0 / 4, 1.0 / 3,  -1.0 / 2};

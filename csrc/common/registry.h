@@ -1,9 +1,6 @@
 // Which policy a loss is.  A new loss is one line here; every kernel table is made from these.
+// Losses may share a policy, which is told by LossParams::loss which of them it is.
 #pragma once
-
-#include "losses/cross_entropy.h"
-#include "losses/divergences.h"
-#include "losses/entropy.h"
 
 // name, policy of <real>
 #define FD_ROW_LOSSES(X)                                                 \
@@ -17,10 +14,16 @@
   X(log_prob_and_entropy, LogProbAndEntropy<real>)
 
 // name, policy of <real, target>
-#define FD_DIVERGENCES(X)         \
-  X(kl_div, KlDiv)                \
-  X(reverse_kl_div, ReverseKlDiv) \
-  X(js_div, JsDiv)
+#define FD_DIVERGENCES(X)           \
+  X(kl_div, KlDiv)                  \
+  X(reverse_kl_div, ReverseKlDiv)   \
+  X(js_div, JsDiv)                  \
+  X(skew_kl_div, SkewKlDiv)         \
+  X(reverse_skew_kl_div, SkewKlDiv) \
+  X(alpha_div, AlphaDiv)            \
+  X(renyi_div, AlphaDiv)            \
+  X(tv_distance, TvDistance)        \
+  X(hellinger_distance, AlphaDiv)
 
 namespace fastdiv {
 
@@ -36,27 +39,5 @@ constexpr const char* kLossNames[] = {
     FD_ROW_LOSSES(FD_NAME) FD_DIVERGENCES(FD_NAME)
 #undef FD_NAME
 };
-
-// Kernels::of<policy>() of a loss in `real`; null where the loss does not take such a target.
-template <class real, class Kernels>
-auto find_kernels(LossId loss, Target target) -> decltype(Kernels::template of<Entropy<real>>()) {
-  switch (loss) {
-#define FD_CASE(name, ...) \
-  case LossId::k_##name:   \
-    return target == __VA_ARGS__::kTarget ? Kernels::template of<__VA_ARGS__>() : nullptr;
-    FD_ROW_LOSSES(FD_CASE)
-#undef FD_CASE
-#define FD_CASE(name, policy)                                                                      \
-  case LossId::k_##name:                                                                           \
-    return target == Target::kLogits     ? Kernels::template of<policy<real, Target::kLogits>>()   \
-           : target == Target::kLogProbs ? Kernels::template of<policy<real, Target::kLogProbs>>() \
-           : target == Target::kProbs    ? Kernels::template of<policy<real, Target::kProbs>>()    \
-                                         : nullptr;
-    FD_DIVERGENCES(FD_CASE)
-#undef FD_CASE
-    default:
-      return nullptr;
-  }
-}
 
 }  // namespace fastdiv

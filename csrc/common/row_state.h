@@ -15,6 +15,7 @@ struct Tile {
   const real* t;        // target row, or null
   const real* weights;  // class weights, or null
   int n;
+  real* tilted = nullptr;  // room for n numbers, where the loss is kTilted
 };
 
 // One column, as the policies see it in the first sweep.
@@ -78,14 +79,15 @@ FD_FN real log_target(real t, real t_max, real t_logz, real scale) {
 }
 
 // P is a policy of csrc/losses.  It says which rows it reads (kTarget, kWeights), what it sums of
-// each column (partial, the first kSums of Sums) and how these sums follow new maxima (rebase).
+// each column (partial, the first kSums of Sums) and how these sums follow new maxima (rebase). One
+// that is kTilted mixes the logs of both rows (tilt), and gets a log-sum-exp of that too.
 template <class P>
 struct RowState {
   using real = typename P::real;
   static constexpr Target kTarget = P::kTarget;
   static constexpr bool kNormalise = kTarget == Target::kLogits;
 
-  LogSumExp<real> x, t;
+  LogSumExp<real> x, t, tilted;
   Sums<real> sums;
 
   // To new maxima, of which none is smaller.
@@ -94,6 +96,8 @@ struct RowState {
     const Shift<real> dx = x.rebase(x_max, scale);
     const Shift<real> dt = kNormalise ? t.rebase(t_max, scale) : Shift<real>{1, 0, t.sum};
     loss.rebase(sums, dx, dt);
+    if constexpr (P::kTilted)
+      if (tilted.sum != real(0)) tilted.max += loss.tilt(dx.delta, dt.delta);
   }
 
   FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
@@ -124,6 +128,7 @@ struct RowState {
     }
     x.sum += x_sum, t.sum += t_sum;
     sums.add({a, b, c, d});
+    if constexpr (P::kTilted) push_tilted(loss, tile, scale);
   }
 
   FD_FN void merge(const P& loss, RowState o, real scale) {
@@ -133,6 +138,11 @@ struct RowState {
     o.rebase(loss, x_max, t_max, scale);
     x.sum += o.x.sum, t.sum += o.t.sum;
     sums.add(o.sums);
+    if constexpr (P::kTilted) {
+      const real max = o.tilted.max > tilted.max ? o.tilted.max : tilted.max;
+      tilted.rebase(max, real(1)), o.tilted.rebase(max, real(1));
+      tilted.sum += o.tilted.sum;
+    }
   }
 
   // What is known of the row after the first sweep.
@@ -142,6 +152,27 @@ struct RowState {
     if constexpr (kNormalise) r.t_max = t.max, r.t_logz = log_of(t.sum);
     r.mass = kNormalise || kTarget == Target::kNone ? real(1) : t.sum;
     return r;
+  }
+
+ private:
+  FD_FN void push_tilted(const P& loss, const Tile<real>& tile, real scale) {
+    const real x_max = x.max, t_max = t.max, inf = Limits<real>::infinity;
+    real infinite = 0, sum = 0;
+    FD_SIMD(reduction(+ : infinite))
+    for (int i = 0; i < tile.n; ++i) {
+      const real lx = (tile.x[i] - x_max) * scale;
+      const real lt = log_target<kTarget>(tile.t[i], kNormalise ? t_max : real(0), real(0), scale);
+      const real v = loss.tilt(lx, lt);
+      const bool empty = lx == -inf && lt == -inf;  // there v is NaN for some
+      infinite += v == inf ? real(1) : real(0);
+      tile.tilted[i] = v == inf || empty ? -inf : v;
+    }
+    tilted.rebase(max_of(tile.tilted, tile.n, tilted.max), real(1));
+    const real max = tilted.max;
+    FD_SIMD(reduction(+ : sum))
+    for (int i = 0; i < tile.n; ++i) sum += exp_neg(tile.tilted[i] - max);
+    tilted.sum += sum;
+    sums.b += infinite;
   }
 };
 

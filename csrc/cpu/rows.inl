@@ -14,11 +14,11 @@ RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
         RowState<P> s;
-        Buffer<real> bx, bt;
+        Buffer<real> bx, bt, tilted;
         source.for_tiles(begin, end, [&](int64_t i, int n) {
           const Tile<real> tile{source.input(r).tile(i, n, bx),
                                 source.kTeacher ? source.target(r).tile(i, n, bt) : nullptr,
-                                P::kWeights ? source.weights(i) : nullptr, n};
+                                P::kWeights ? source.weights(i) : nullptr, n, tilted.data};
           s.push(source.loss, tile, scale);
         });
         return s;

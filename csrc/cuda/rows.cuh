@@ -3,6 +3,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/row_reader.cuh"
+#include "losses/find_kernels.h"
 
 namespace fastdiv {
 namespace cuda {
@@ -91,11 +92,12 @@ constexpr bool has_moment() {
   return true;
 }
 template <class P, bool kCapped, bool kGradient>
-constexpr int kBlocks = sizeof(typename P::real) == 8                           ? 1
-                        : kCapped || P::kStats || (P::kDivergence && kGradient) ? 2
-                        : !has_moment<P>()                                      ? 2
-                        : P::kDivergence || P::kWeights                         ? 3
-                                                                                : 4;
+constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1
+                        : kCapped || P::kStats || P::kTilted ? 2
+                        : P::kDivergence && kGradient        ? 2
+                        : !has_moment<P>()                   ? 2
+                        : P::kDivergence || P::kWeights      ? 3
+                                                             : 4;
 
 template <class P, class T, bool kCapped, bool kGradient>
 __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
@@ -118,7 +120,8 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
     RowState<P> state;
     ArgMax<real> largest;
     reader.template sweep<true>(team, [&](const auto& tile, int i, int step) {
-      state.push(reader.loss, {tile.x, tile.t, tile.weights, kColumns<P>}, reader.scale);
+      real tilted[kColumns<P>];
+      state.push(reader.loss, {tile.x, tile.t, tile.weights, kColumns<P>, tilted}, reader.scale);
       if constexpr (P::kStats)
         reader.for_columns([&](int c, int u, int k) { largest.push(tile.x[c], i + u * step + k); });
     });

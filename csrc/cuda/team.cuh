@@ -38,6 +38,12 @@ struct MergeStates {
     sum_lanes<2 + P::kSums>(sum, width);
     s.x.sum = sum[0], s.t.sum = sum[1];
     s.sums = {sum[2], sum[3], sum[4], sum[5]};
+    if constexpr (P::kTilted) {
+      real max_tilted[] = {s.tilted.max};
+      reduce_lanes<1>(max_tilted, width, [](real a, real b) { return larger_of(a, b); });
+      s.tilted.rebase(max_tilted[0], real(1));
+      sum_lanes<1>(&s.tilted.sum, width);
+    }
   }
 };
 template <class real>

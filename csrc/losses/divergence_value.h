@@ -3,6 +3,7 @@
 // of a loss.
 #pragma once
 
+#include "losses/alpha_div.h"
 #include "losses/divergences.h"
 
 namespace fastdiv {
@@ -37,6 +38,19 @@ FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossP
   return excess;
 }
 
+// E and the value of a loss of order alpha; row.a and row.b for the backward.
+template <class P, class real, class Sweep>
+FD_FN real tilted_value(const P& loss, const RowState<P>& s, Row<real>& row, Sweep sweep) {
+  const bool infinite = s.sums.b > real(0);
+  const real own = s.tilted.max + log_of(s.tilted.sum);
+  const real logs = loss.tilt(row.x_logz, row.t_logz);
+  real e = own - logs;
+  const real terms = real(1) + abs_of(own) + abs_of(logs);
+  if (!infinite && !is_infinite(e) && !(abs_of(e) > real(0.05) * terms))
+    e = log1p(loss.excess(sweep(loss, row).f, row.mass));
+  return loss.finish(e, infinite, row);
+}
+
 // The value; row.a = sum u and row.b = sum v for the backward.
 template <class P, class real, class Sweep>
 FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row, Sweep sweep,
@@ -48,6 +62,7 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
     kl = anchor(s, row, sweep, params);
   else
     kl = s.sums.a + mass_times(row.mass, row.x_logz);
+  if constexpr (P::kTilted) return tilted_value(loss, s, row, sweep);
   // u + v = f~ and one of them is q - p or its negative, so the value gives both sums.
   if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
     row.a = kl != kl ? kl : real(1) - row.mass;
@@ -65,7 +80,7 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
   }
   const Terms<real> sum = sweep(loss, row);
   row.a = sum.u, row.b = sum.v;
-  return sum.f - real(P::kShift) * (real(1) - row.mass);
+  return sum.f - loss.shift() * (real(1) - row.mass);
 }
 
 }  // namespace fastdiv

@@ -10,26 +10,30 @@ template <class real, Target target>
 struct KlDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
   using Base::Base;
-  static constexpr int kShift = 1;
   static constexpr auto kMoment = Base::Moment::kForward;
 
+  FD_FN real shift() const { return real(1); }
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     return {c.top * (c.student_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
             is_infinite(c.y) ? -c.p : -c.p * c.y};
   }
 };
 
-// KL(q || p): the same with the rows exchanged.
+// KL(q || p): the same with the rows exchanged; so is the sum b.
 template <class real, Target target>
 struct ReverseKlDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
   using Base::Base;
-  static constexpr int kShift = -1;
   static constexpr int kSums = 2;
   static constexpr auto kMoment = Base::Moment::kReverse;
 
+  FD_FN real shift() const { return real(-1); }
   FD_FN Sums<real> partial(const Column<real>& c) const {
     return {mass_times(c.et, c.ratio), mass_times(c.ex, -c.ratio)};
+  }
+  FD_FN void rebase(Sums<real>& s, Shift<real> dx, Shift<real> dt) const {
+    Base::rebase(s, dx, dt);
+    s.b = mass_times(dx.ratio, s.b + mass_times(dx.old_sum, dx.delta - dt.delta));
   }
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     return {c.top * (c.student_larger() ? c.gap.chi : c.gap.phi),
@@ -41,18 +45,64 @@ struct ReverseKlDiv : Divergence<real, target> {
 // With w the share in m of the smaller of p and q, m = top * (1 + w (e^z - 1)).
 template <class real, Target target>
 struct JsDiv : Divergence<real, target> {
-  real beta;
-  FD_FN explicit JsDiv(const LossParams& p) : Divergence<real, target>(p), beta(real(p.shape)) {}
+  real beta, rest;
+  FD_FN explicit JsDiv(const LossParams& p)
+      : Divergence<real, target>(p), beta(real(p.shape)), rest(real(1 - p.shape)) {}
 
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     const bool student = c.student_larger();
-    const real w = student ? beta : real(1) - beta;
-    const Log1p<real> log_m = log1p_gap(w * c.gap.em1);  // log(m / top)
+    const real w = student ? beta : rest;
+    // log(m / top)
+    const Log1p<real> log_m = log1p_gap(w * c.gap.em1, (student ? rest : beta) + w * c.gap.e);
     const real larger = -log_m.value,
                smaller = c.gap.z - log_m.value;  // log(top / m), log(min / m)
-    return {c.top * (w * c.gap.phi - log_m.psi),
-            (real(1) - beta) * c.q * (student ? larger : smaller),
+    return {c.top * (w * c.gap.phi - log_m.psi), rest * c.q * (student ? larger : smaller),
             beta * c.p * (student ? smaller : larger)};
+  }
+};
+
+// KL(p || m), m = skew p + (1 - skew) q; reversed, with the rows exchanged.
+// With r = p/m - 1, f~ = m ((1 + r) log(1 + r) - r): a function of r where p is the smaller, of
+// m/p - 1 where it is the larger, so that the argument is in [-1, 0].
+template <class real, Target target>
+struct SkewKlDiv : Divergence<real, target> {
+  real skew, rest;
+  real sign;  // -1: reversed.  (As a bool it would keep GCC from vectorising the loops.)
+  FD_FN explicit SkewKlDiv(const LossParams& p)
+      : Divergence<real, target>(p),
+        skew(real(p.shape)),
+        rest(real(1 - p.shape)),
+        sign(p.loss == LossId::k_reverse_skew_kl_div ? real(-1) : real(1)) {}
+
+  FD_FN real shift() const { return sign * rest; }
+  FD_FN Terms<real> terms(const Pair<real>& c) const {
+    const bool p_smaller = sign * c.y > real(0);
+    const bool reversed = sign < real(0);
+    const real p = reversed ? c.q : c.p;
+    const real apart = rest * c.gap.em1;                                       // -|p - m| / top
+    const real m = p_smaller ? rest + skew * c.gap.e : skew + rest * c.gap.e;  // m / top
+    // Only with a skew of 1 can m be without mass, where there is nothing to add.
+    const real inverse = m > real(0) ? real(1) / m : real(0);
+    // Of p/m, or of m/p.
+    const Log1p<real> log =
+        log1p_gap(p_smaller ? apart * inverse : apart, p_smaller ? c.gap.e * inverse : m);
+    const real r = p_smaller ? apart * inverse : -apart * inverse;
+    const real f = p_smaller ? m * log.psi : apart * log.value - log.psi;
+    const real u = rest * c.top * (p_smaller ? real(1) : c.gap.e) * -r;
+    const real v = mass_times(p, (p_smaller ? log.value : -log.value) - skew * r);
+    return {c.top * f, reversed ? v : u, reversed ? u : v};
+  }
+};
+
+// Total variation, |q - p| / 2.
+template <class real, Target target>
+struct TvDistance : Divergence<real, target> {
+  using Divergence<real, target>::Divergence;
+
+  FD_FN Terms<real> terms(const Pair<real>& c) const {
+    const real half = real(0.5);
+    const real slope = c.y > real(0) ? half : (c.y < real(0) ? -half : c.y);  // NaN stays
+    return {-half * c.top * c.gap.em1, slope * c.q, -slope * c.p};
   }
 };
 

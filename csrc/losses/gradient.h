@@ -10,7 +10,9 @@ namespace fastdiv {
 template <class P, class real>
 FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<real>& row,
                          Outputs<real> g, real scale) {
-  if constexpr (P::kDivergence) {
+  if constexpr (P::kTilted) {
+    return g.value * loss.grad_x(log_pair<P::kTarget>(x, t, scale, row), row);
+  } else if constexpr (P::kDivergence) {
     const Pair<real> pair = make_pair<P::kTarget>(x, t, scale, row);
     return g.value * (loss.terms(pair).u - pair.q * row.a);
   } else {
@@ -23,9 +25,11 @@ FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<r
 template <class P, class real>
 FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const Row<real>& row, real g,
                           real scale) {
-  if constexpr (P::kDivergence) {
+  if constexpr (P::kTilted) {
+    return g * loss.grad_t(log_pair<P::kTarget>(x, t, scale, row), t, scale, row);
+  } else if constexpr (P::kDivergence) {
     const Pair<real> pair = make_pair<P::kTarget>(x, t, scale, row);
-    const real v = loss.terms(pair).v, shift = real(P::kShift);
+    const real v = loss.terms(pair).v, shift = loss.shift();
     if constexpr (P::kTarget == Target::kLogits) return g * scale * (v - pair.p * row.b);
     if constexpr (P::kTarget == Target::kLogProbs) return g * (v + shift * pair.p);
     return t == real(0) ? real(0) : g * (v / t + shift);

@@ -1,12 +1,14 @@
 // What every loss is made of: its numbers, and the defaults a policy starts from.
 #pragma once
 
+#include "common/registry.h"
 #include "common/row_state.h"
 
 namespace fastdiv {
 
 // The options of a loss that are numbers; a policy keeps those it has a use for.
 struct LossParams {
+  LossId loss;
   double shape;   // beta, skew or alpha of a divergence
   double label;   // hard target: what the label weighs; soft target: factor of its probabilities
   double spread;  // what label smoothing gives to every class
@@ -35,6 +37,7 @@ struct Loss {
   static constexpr bool kTwoOutputs = false;  // the entropy too, with its own upstream gradient
   static constexpr bool kStats = false;
   static constexpr bool kSoftcap = false;  // takes softcapped logits
+  static constexpr bool kTilted = false;   // keeps a log-sum-exp of a mixture of both rows
   static constexpr int kSums = 0;          // how many of Sums it uses, the first ones
 
   FD_FN explicit Loss(const LossParams&) {}

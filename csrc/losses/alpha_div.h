@@ -1,0 +1,107 @@
+// The divergences of order alpha, all of them functions of E = log S, S = sum p^alpha q^(1 -
+// alpha):
+//   alpha_div            (S - 1) / (alpha (alpha - 1))
+//   renyi_div            E / (alpha - 1)
+//   hellinger_distance   (1 + sum p) / 2 - S, of order 1/2
+// With the tilted distribution w = p^alpha q^(1 - alpha) / S their gradients are those of E:
+//   dE/dx = (1 - alpha) (w - q),   dE/dt = alpha (w - p),   dE/dlog p = alpha w.
+// S is summed as a log-sum-exp of its own, so that it can neither overflow nor vanish.  Infinite
+// terms (of a class that only one side has, for alpha outside [0, 1]) are counted apart: they make
+// the value infinite, and the gradient is that of the others.
+#pragma once
+
+#include "losses/divergence.h"
+
+namespace fastdiv {
+
+// w - o from log w, log o and their difference, all of which may be -inf.
+template <class real>
+FD_FN real probability_difference(real lw, real lo, real log_w_less_log_o) {
+  const bool larger = log_w_less_log_o > real(0);
+  const real top = exp_neg(larger ? lw : lo);
+  const real em1 = exp_gap(larger ? -log_w_less_log_o : log_w_less_log_o).em1;
+  return mass_times(top, larger ? -em1 : em1);
+}
+
+// Row: a = E of the finite terms, b = d value / dE.
+template <class real, Target target>
+struct AlphaDiv : Divergence<real, target> {
+  using Base = Divergence<real, target>;
+  static constexpr bool kTilted = true;
+  static constexpr int kSums = 2;  // b: the infinite terms
+  static constexpr auto kMoment = Base::Moment::kTilted;
+
+  real alpha, rest;    // rest = 1 - alpha
+  real linear, power;  // value = linear E + power (e^E - 1) + mass (sum p - 1)
+  real mass;
+  FD_FN explicit AlphaDiv(const LossParams& p)
+      : Base(p), alpha(real(p.shape)), rest(real(1 - p.shape)), linear(0), power(0), mass(0) {
+    if (p.loss == LossId::k_alpha_div) power = real(-1 / (p.shape * (1 - p.shape)));
+    if (p.loss == LossId::k_renyi_div) linear = real(-1 / (1 - p.shape));
+    if (p.loss == LossId::k_hellinger_distance) power = -1, mass = real(0.5);
+  }
+
+  // log p^alpha q^(1 - alpha)
+  FD_FN real tilt(real lx, real lt) const { return alpha * lt + rest * lx; }
+
+  // S - 1, from the sum of the terms f~ of order alpha.
+  FD_FN real excess(real terms, real sum_p) const {
+    return alpha * (sum_p - real(1)) - alpha * rest * terms;
+  }
+  FD_FN real finish(real e, bool infinite, Row<real>& row) const {
+    const bool nothing = e == -Limits<real>::infinity;  // no class that both sides have
+    row.a = nothing ? real(0) : e;
+    row.b = nothing ? real(0) : linear + mass_times(power, exp(e));
+    if (infinite) return Limits<real>::infinity;
+    return mass_times(linear, e) + mass_times(power, expm1(e)) +
+           mass_times(mass, row.mass - real(1));
+  }
+
+  FD_FN real grad_x(const LogPair<real>& c, const Row<real>& row) const {
+    const real lw = log_w(c, row);
+    const real w_less_q =
+        probability_difference(lw, c.lq, is_infinite(lw) ? lw : -alpha * c.y - row.a);
+    return mass_times(w_less_q, row.b * rest);
+  }
+  FD_FN real grad_t(const LogPair<real>& c, real t, real scale, const Row<real>& row) const {
+    const real lw = log_w(c, row), slope = row.b * alpha;
+    if constexpr (target == Target::kLogits)
+      return mass_times(probability_difference(lw, c.lp, is_infinite(lw) ? lw : rest * c.y - row.a),
+                        slope * scale);
+    const real w = mass_times(exp_neg(lw), slope);
+    if constexpr (target == Target::kLogProbs) return w + mass * exp_neg(t);
+    return t == real(0) ? real(0) : w / t + mass;
+  }
+
+  // f~ = (p^alpha q^(1-alpha) - alpha p - (1-alpha) q) / (alpha (alpha - 1)), for any alpha but 0
+  // and 1, also next to these, and for p next to q.  With k = alpha where p is the smaller of the
+  // two and 1 - alpha where q is, and z <= 0 its log less that of the larger, f~ / top is
+  //   (chi(z) - chi(k z) / k) / (1 - k)   or   (phi(z) + e^z chi(c z) / c) / k,  c = k - 1,
+  // of which either cancels for some k; of a positive argument, chi(-a) = e^-a phi(a).
+  FD_FN Terms<real> terms(const Pair<real>& pair) const {
+    const real z = pair.y > real(0) ? -pair.y : pair.y;
+    const real k = pair.student_larger() ? alpha : rest;
+    const real other = pair.student_larger() ? rest : alpha;  // 1 - k
+    const bool by_phi = k >= real(0.5) && k < real(2);
+    const real c = by_phi ? -other : k;
+    const ExpGap<real> g = exp_gap(z), h = exp_gap(abs_of(c) * z);
+    const real mixed = mass_times(h.phi, exp_neg(tilt(pair.lq, pair.lp)));
+    const real chi = c < real(0) ? mixed : (by_phi ? pair.top * g.e : pair.top) * h.chi;
+    // Far from 0, chi grows like its argument and its parts cancel, which those of e^z - 1 do not.
+    const bool far = z < real(-2) && c > real(0) && !by_phi;
+    const real f = by_phi ? (pair.top * g.phi + chi / c) / k
+                   : far  ? pair.top * (g.em1 - h.em1 / c) / other
+                          : (pair.top * g.chi - chi / c) / other;
+    return {f, real(0), real(0)};
+  }
+
+ private:
+  // Of a class without mass, and of one whose term is infinite, -inf.
+  FD_FN real log_w(const LogPair<real>& c, const Row<real>& row) const {
+    const real inf = Limits<real>::infinity, v = tilt(c.lq, c.lp) - row.a;
+    const real finite = v == inf ? -inf : v;
+    return (c.lq > c.lp ? c.lq : c.lp) == -inf ? -inf : finite;
+  }
+};
+
+}  // namespace fastdiv

@@ -1,0 +1,52 @@
+// One class seen from both rows.
+#pragma once
+
+#include "common/row_state.h"
+
+namespace fastdiv {
+
+template <class real>
+struct LogPair {
+  real lq, lp;
+  real y;  // log q - log p; 0 of a class without mass on either side
+};
+
+template <Target kTarget, class real>
+FD_FN LogPair<real> log_pair(real x, real t, real scale, const Row<real>& row) {
+  const real lq = (x - row.x_max) * scale - row.x_logz;
+  const real lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale);
+  const real y = kTarget == Target::kLogits
+                     ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.gap
+                     : lq - lp;
+  const bool empty = (lq > lp ? lq : lp) == -Limits<real>::infinity;
+  return {lq, lp, empty ? real(0) : y};
+}
+
+template <class real>
+struct Pair {
+  real lq, lp, y;    // as above
+  real q, p, top;    // top = max(p, q)
+  ExpGap<real> gap;  // of z = -|y|: min(p, q) = top * gap.e
+
+  FD_FN bool student_larger() const { return y > real(0); }
+  FD_FN real q_minus_p() const { return student_larger() ? -top * gap.em1 : top * gap.em1; }
+};
+
+template <Target kTarget, class real>
+FD_FN Pair<real> make_pair(real x, real t, real scale, const Row<real>& row) {
+  const LogPair<real> logs = log_pair<kTarget>(x, t, scale, row);
+  Pair<real> c;
+  c.lq = logs.lq, c.lp = logs.lp, c.y = logs.y;
+  c.top = exp_neg(c.lq > c.lp ? c.lq : c.lp);
+  if constexpr (kTarget == Target::kProbs) c.top = c.student_larger() ? c.top : t;
+  // What has no mass adds nothing, not even where the logs are infinitely apart; NaNs stay.
+  const real y = c.top == real(0) ? real(0) : c.y;
+  c.gap = exp_gap(y > real(0) ? -y : y);
+  const real smaller = c.top * c.gap.e;
+  c.q = c.student_larger() ? c.top : smaller;
+  // A given probability is itself: the one found from its logarithm lacks the last digits.
+  c.p = kTarget == Target::kProbs ? t : (c.student_larger() ? smaller : c.top);
+  return c;
+}
+
+}  // namespace fastdiv
