@@ -79,9 +79,13 @@ struct AlphaDiv : Divergence<real, target> {
   //   (chi(z) - chi(k z) / k) / (1 - k)   or   (phi(z) + e^z chi(c z) / c) / k,  c = k - 1,
   // of which either cancels for some k; of a positive argument, chi(-a) = e^-a phi(a).
   FD_FN Terms<real> terms(const Pair<real>& pair) const {
-    const real z = pair.y > real(0) ? -pair.y : pair.y;
-    const real k = pair.student_larger() ? alpha : rest;
-    const real other = pair.student_larger() ? rest : alpha;  // 1 - k
+    // Of two masses that are no normal numbers, the mixture may yet be one.
+    const real larger = pair.lq > pair.lp ? pair.lq : pair.lp;
+    const real tiny = larger > -Limits<real>::infinity ? pair.lq - pair.lp : pair.y;
+    const real y = pair.top == real(0) ? tiny : pair.y;
+    const real z = y > real(0) ? -y : y;
+    const real k = y > real(0) ? alpha : rest;
+    const real other = y > real(0) ? rest : alpha;  // 1 - k
     const bool by_phi = k >= real(0.5) && k < real(2);
     const real c = by_phi ? -other : k;
     const ExpGap<real> g = exp_gap(z), h = exp_gap(abs_of(c) * z);

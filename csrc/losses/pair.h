@@ -8,7 +8,7 @@ namespace fastdiv {
 template <class real>
 struct LogPair {
   real lq, lp;
-  real y;  // log q - log p; 0 of a class without mass on either side
+  real y;  // log q - log p; NaN of a class without mass on either side
 };
 
 template <Target kTarget, class real>
@@ -18,13 +18,12 @@ FD_FN LogPair<real> log_pair(real x, real t, real scale, const Row<real>& row) {
   const real y = kTarget == Target::kLogits
                      ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.gap
                      : lq - lp;
-  const bool empty = (lq > lp ? lq : lp) == -Limits<real>::infinity;
-  return {lq, lp, empty ? real(0) : y};
+  return {lq, lp, y};
 }
 
 template <class real>
 struct Pair {
-  real lq, lp, y;    // as above
+  real lq, lp, y;    // as above, but y = 0 where there is no mass
   real q, p, top;    // top = max(p, q)
   ExpGap<real> gap;  // of z = -|y|: min(p, q) = top * gap.e
 
@@ -39,9 +38,9 @@ FD_FN Pair<real> make_pair(real x, real t, real scale, const Row<real>& row) {
   c.lq = logs.lq, c.lp = logs.lp, c.y = logs.y;
   c.top = exp_neg(c.lq > c.lp ? c.lq : c.lp);
   if constexpr (kTarget == Target::kProbs) c.top = c.student_larger() ? c.top : t;
-  // What has no mass adds nothing, not even where the logs are infinitely apart; NaNs stay.
-  const real y = c.top == real(0) ? real(0) : c.y;
-  c.gap = exp_gap(y > real(0) ? -y : y);
+  // A class without mass on either side (-inf less -inf) adds nothing; other NaNs stay.
+  c.y = c.top == real(0) ? real(0) : c.y;
+  c.gap = exp_gap(c.y > real(0) ? -c.y : c.y);
   const real smaller = c.top * c.gap.e;
   c.q = c.student_larger() ? c.top : smaller;
   // A given probability is itself: the one found from its logarithm lacks the last digits.
