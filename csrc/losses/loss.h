@@ -21,7 +21,7 @@ struct Label {
 
 template <class real>
 struct Outputs {
-  real value, entropy;
+  real value, entropy;  // where a loss has two outputs, `entropy` is the second, whatever it holds
 };
 
 // A loss of one row of logits, with a label or a soft target: cross entropy, entropy.
@@ -32,7 +32,7 @@ struct Loss {
   static constexpr bool kDivergence = false;
   static constexpr bool kLabel = false;       // reads the class index
   static constexpr bool kWeights = false;     // reads a weight for every class
-  static constexpr bool kTwoOutputs = false;  // the entropy too, with its own upstream gradient
+  static constexpr bool kTwoOutputs = false;  // a second one, with its own upstream gradient
   static constexpr bool kStats = false;
   static constexpr bool kSoftcap = false;  // takes softcapped logits
   static constexpr int kSums = 0;          // how many of Sums it uses, the first ones
