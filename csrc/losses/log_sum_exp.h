@@ -18,7 +18,7 @@ struct LogSumExpAndSum : Loss<real> {
 
   FD_FN Sums<real> partial(const Column<real>& c) const {
     const bool finite = !is_infinite(c.lx);
-    return {finite ? c.lx : real(0), real(finite)};
+    return {finite ? c.lx : real(0), finite ? real(1) : real(0)};
   }
   FD_FN void rebase(Sums<real>& s, Shift<real> dx, Shift<real>) const {
     s.a += mass_times(s.b, dx.delta);
