@@ -162,20 +162,25 @@ def _gradients(
     others = x.shape[-1] - indices.shape[-1]
     if spec.reduction != "none":
         grad = (grad / reference_topk.divisor(spec, log_q, weight)).expand(x.shape[0])
-    # Nothing comes from upstream, nothing goes down, whatever the row holds.
-    alive = torch.where(grad != 0, 1.0 if weight is None else weight, 0.0)
+    if weight is not None:
+        grad = torch.where(weight != 0, grad, 0.0)
+    # The derivatives of every row; where nothing comes from upstream, nothing goes down, whatever
+    # they are.
     with torch.enable_grad():
-        log_q, values = (v.detach().requires_grad_() for v in (log_q, values))
+        log_q, v = (w.detach().to(log_q.dtype).requires_grad_() for w in (log_q, values))
         mean = None if mean is None else mean.detach().requires_grad_()
-        value = reference_topk.rows(spec, log_q, mean, values, alive, others)
-        wanted = [v for v in (log_q, mean) if v is not None] if need_x else []
-        wanted += [values] if need_values else []
-        found = list(torch.autograd.grad(value, wanted, grad))
-    dv = found.pop() if need_values else values.new_empty(0)
+        rows = reference_topk.rows(spec, log_q, mean, v, weight, others)
+        wanted = [w for w in (log_q, mean) if w is not None] if need_x else []
+        wanted += [v] if need_values else []
+        found = list(torch.autograd.grad(rows, wanted, torch.ones_like(rows)))
+    column = grad.unsqueeze(-1)
+    dv = values.new_empty(0)
+    if need_values:
+        dv = masked_product(column, found.pop()).to(values.dtype)
     if not need_x:
         return x.new_empty(0), dv
-    of_k = found[0]
-    of_mean = found[1] if mean is not None else torch.zeros_like(log_q[:, 0])
+    of_k = masked_product(column, found[0])
+    of_mean = torch.zeros_like(grad) if mean is None else masked_product(grad, found[1])
     mass = row_sums(of_k) + of_mean  # less the probability mass that has a price
     upstream = torch.stack((-mass, of_mean / max(others, 1)))
     call = (x, None, None, None, counts, record, total, *_kernel_options(spec))

@@ -66,10 +66,9 @@ def teacher(spec: TopKSpec, values: Tensor) -> tuple[Tensor, Tensor]:
     """``log p`` and ``p`` at the indices; a probability of 0 gets no gradient."""
     if spec.values_type == "probs":
         p = torch.where(values == 0, values.detach(), values)
-        if spec.missing != "renormalize":
-            return log_of(p), p
-        total = row_sums(p).unsqueeze(-1)
-        return log_of(p) - torch.log(total), p / total
+        if spec.missing == "renormalize":
+            p = p / row_sums(p).unsqueeze(-1)
+        return log_of(p), p
     log_p = values
     if spec.values_type == "logits":
         log_p = torch.log_softmax(values * spec.scale, -1)
