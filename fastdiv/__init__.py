@@ -13,6 +13,7 @@ from .cross_entropy import cross_entropy
 from .divergence import js_div, kl_div, reverse_kl_div
 from .entropy import entropy, log_prob, log_prob_and_entropy
 from .reference import Stats
+from .topk import topk_kl_div
 
 __version__ = _version("fastdiv")
 
@@ -29,4 +30,5 @@ __all__ = [
     "nn",
     "reverse_kl_div",
     "stats",
+    "topk_kl_div",
 ]

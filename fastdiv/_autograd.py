@@ -7,7 +7,7 @@ those of ``reference.loss``, which is what the kernels compute.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -224,14 +224,19 @@ class _RowLossBackward(torch.autograd.Function):
         )
 
 
+def refuse_second_derivative() -> NoReturn:
+    """Raises, where a gradient in place may be differentiated in turn."""
+    raise RuntimeError(
+        "inplace_backward=True overwrites the logits, of which a second derivative "
+        "(create_graph=True, torch.func) has need: call the loss with inplace_backward=False"
+    )
+
+
 def _backward_in_place(
     spec: Spec, grad: Tensor, saved: tuple[Tensor | None, ...], need_t: bool
 ) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "inplace_backward=True overwrites the logits, of which a second derivative "
-            "(create_graph=True, torch.func) has need: call the loss with inplace_backward=False"
-        )
+        refuse_second_derivative()
     x = saved[0]
     assert x is not None
     dt = _ops.backward_in_place(grad.contiguous(), *saved, *_ops.options(spec), need_t)

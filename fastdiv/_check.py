@@ -7,6 +7,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._backend import use_kernel
 from .reference import value_dtype
@@ -171,14 +172,21 @@ def class_weights(x: Tensor, classes: int, v: Tensor | None) -> Tensor | None:
     return v.contiguous()
 
 
+def check_label_type(y: Tensor, name: str) -> None:
+    """A tensor of class indices."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(y).__name__}")
+    if y.dtype not in LABELS:
+        raise TypeError(f"{name} must hold int64, int32 or uint8 class indices, got {y.dtype}")
+
+
 def labels(x: Tensor, dim: int, y: Tensor, name: str, ignore_index: int | None) -> Tensor:
     """Class indices as an int64 vector.
 
     The CPU kernels check the range.  Where there is none of them, a label outside the classes makes
     its row NaN, or with ``FASTDIV_CHECK=1`` raises at the price of a synchronisation.
     """
-    if y.dtype not in LABELS:
-        raise TypeError(f"{name} must hold int64, int32 or uint8 class indices, got {y.dtype}")
+    check_label_type(y, name)
     y = row_vector(x, dim, y, name)
     if y.dtype is not torch.int64:
         y = y.to(torch.int64)
@@ -191,6 +199,8 @@ def labels(x: Tensor, dim: int, y: Tensor, name: str, ignore_index: int | None) 
 def values_may_be_read(v: Tensor) -> bool:
     """Whether there are values, and reading them waits for no device, unless that is asked for."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if isinstance(v, FakeTensor):
         return False
     return v.is_cpu or os.environ.get("FASTDIV_CHECK") == "1"
 

@@ -11,6 +11,7 @@ from . import _backend, reference
 from .reference import Spec, value_dtype
 
 RECORD_SIZE = 8  # numbers a row that the forward leaves for the backward: Row in row_state.h
+LOG_SUM_EXP_AND_SUM = (0, 1, 5, 6)  # x_max, x_logz, a and b of it: log_sum_exp.h
 
 _LOSS_IDS = (
     {} if _backend._C is None else {name: i for i, name in enumerate(_backend._C.loss_names())}
@@ -42,7 +43,7 @@ def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
 def _fake_forward(x: Tensor, options: tuple[Any, ...], stats: bool) -> tuple[Tensor, ...]:
     rows, dtype = x.shape[0], value_dtype(x.dtype)
     none = options[2] == _REDUCTIONS["none"]
-    two = options[0] == _LOSS_IDS["log_prob_and_entropy"]
+    two = options[0] in (_LOSS_IDS["log_prob_and_entropy"], _LOSS_IDS["log_sum_exp_and_sum"])
     value = x.new_empty(((2, rows) if two else (rows,)) if none else (), dtype=dtype)
     out = (value, x.new_empty((rows, RECORD_SIZE), dtype=dtype), x.new_empty((), dtype=dtype))
     if not stats:

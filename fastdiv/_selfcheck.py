@@ -83,6 +83,12 @@ def checked_losses(names: Sequence[str] = ()) -> list[CheckedLoss]:
     cross_entropy = partial(fastdiv.cross_entropy, reduction="none")
     smoothed = partial(cross_entropy, label_smoothing=0.1, z_loss=1e-3)
 
+    def topk(x: Tensor, t: Tensor, **options: Any) -> Tensor:
+        values, indices = t.topk(min(64, t.shape[-1] - 1))
+        return fastdiv.topk_kl_div(x, values, indices, reduction="none", **options)
+
+    uniform = partial(topk, values_type="probs", missing="uniform")
+
     def log_prob_and_entropy(x: Tensor, y: Tensor) -> Tensor:
         return torch.stack(fastdiv.log_prob_and_entropy(x, y))
 
@@ -98,6 +104,8 @@ def checked_losses(names: Sequence[str] = ()) -> list[CheckedLoss]:
             for name in reference.DIVERGENCES
             for target_type in TARGET_TYPES
         ),
+        *(CheckedLoss("topk_kl_div", v, partial(topk, values_type=v)) for v in TARGET_TYPES),
+        CheckedLoss("topk_kl_div", "probs, uniform", uniform),
     ]
     return [loss for loss in losses if not names or loss.name in names]
 

@@ -115,8 +115,6 @@ def log_prob_and_entropy(
 def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: float) -> Tensor:
     _check.check_logits(input)
     dim = _check.class_dim(input, dim)
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index must be a Tensor, got {type(index).__name__}")
     label = _check.labels(input, dim, index, "index", NO_LABEL_IGNORED)
     spec = Spec(loss, ignore_index=NO_LABEL_IGNORED, scale=_scale(temperature))
     value = row_loss(spec, _check.as_rows(input, dim), label=label)

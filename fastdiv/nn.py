@@ -12,6 +12,7 @@ from . import divergence as _divergence
 from . import entropy as _entropy
 from ._combined import DistillationLoss, LabelSmoothingLoss
 from .reference import Stats
+from .topk import TopKKLDivLoss
 
 __all__ = [
     "CrossEntropyLoss",
@@ -21,6 +22,7 @@ __all__ = [
     "KLDivLoss",
     "LabelSmoothingLoss",
     "ReverseKLDivLoss",
+    "TopKKLDivLoss",
 ]
 
 

@@ -34,7 +34,8 @@ class Case:
 
     @property
     def divergence(self) -> bool:
-        return self.target in ("logits", "log_probs", "probs") and self.name != "cross_entropy"
+        dense = self.name not in ("cross_entropy", "topk_kl_div")
+        return dense and self.target in ("logits", "log_probs", "probs")
 
     def call(self, x: Tensor, t: Tensor | None, **options: Any) -> Tensor:
         """The public function; ``t`` is the target as ``make_target`` made it."""
@@ -76,6 +77,43 @@ class Case:
                 "probs": t.log,
             }[self.target]()
         return self.eager(x, t)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TopKCase(Case):
+    """topk_kl_div of the largest entries of a dense target, which stands in the table as others'.
+
+    At most five, and fewer than there are classes where there are several.
+    """
+
+    @staticmethod
+    def largest(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        values, indices = t.topk(min(5, max(1, t.shape[dim] - 1)), dim)
+        return values, indices
+
+    def call(self, x: Tensor, t: Tensor | None, **options: Any) -> Tensor:
+        assert t is not None
+        options = {**self.options, **options}
+        values, indices = self.largest(t, options.get("dim", -1))
+        return fastdiv.topk_kl_div(x, values, indices, values_type=self.target, **options)
+
+    def eager_rows(self, x: Tensor, t: Tensor | None) -> Tensor:
+        assert t is not None
+        temperature, missing = self.options.get("temperature", 1.0), self.options.get("missing")
+        values, indices = self.largest(t, -1)
+        if self.target == "logits":
+            values = torch.log_softmax(values / temperature, -1)
+        log_p = values.log() if self.target == "probs" else values
+        if missing == "renormalize":
+            log_p = log_p - torch.logsumexp(log_p, -1, keepdim=True)
+        lq = torch.log_softmax(x / temperature, -1)
+        value = (log_p.exp() * (log_p - lq.gather(-1, indices))).sum(-1)
+        others = x.shape[-1] - indices.shape[-1]
+        if missing != "uniform" or not others:
+            return value
+        rest = (1 - log_p.exp().sum(-1)).clamp(min=1e-30)  # of 0 the gradient would be NaN
+        mean = lq.scatter(-1, indices, 0.0).sum(-1) / others
+        return value + rest * ((rest / others).log() - mean)
 
 
 def _divergence(terms: Callable[[Tensor, Tensor], Tensor]) -> Eager:
@@ -154,6 +192,18 @@ LOSSES: list[Case] = [
     ],
     Case("kl_div", "logits", _kl, {"temperature": 2.0}),
     Case("js_div", "logits", _js(0.5), {"temperature": 2.0}),
+    *[
+        TopKCase("topk_kl_div", target, _kl, options)
+        for target, options in (
+            ("logits", {}),
+            ("log_probs", {}),
+            ("probs", {}),
+            ("logits", {"temperature": 2.0}),
+            ("probs", {"missing": "renormalize"}),
+            ("log_probs", {"missing": "uniform"}),
+            ("probs", {"missing": "uniform"}),
+        )
+    ],
 ]
 
 # 1 and 7: less than a vector; 511, 512, 513: the tile; 4099: prime; 8191, 8192, 8193: the segment;

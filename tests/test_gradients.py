@@ -173,7 +173,7 @@ def test_one_side_only(case: Case, create_graph: bool) -> None:
 
 # --- inplace_backward -----------------------------------------------------------------------------
 
-CAN = [c for c in LOSSES if c.name == "cross_entropy" or c.divergence]
+CAN = [c for c in LOSSES if c.name in ("cross_entropy", "topk_kl_div") or c.divergence]
 INPLACE = pytest.mark.parametrize("case", CAN, ids=str)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,19 +48,21 @@ NUMBERS = {
     "z_loss": st.floats(1e-4, 0.1),
     "label_smoothing": st.sampled_from([0.0, 0.01, 0.3, 1.0]),
     "beta": st.sampled_from([0.0, 0.02, 0.3, 0.5, 0.97, 1.0]),
+    "missing": st.sampled_from(["ignore", "renormalize", "uniform"]),
 }
 ACCEPTS = {
     "cross_entropy": ["temperature", "softcap", "z_loss", "label_smoothing"],
     "js_div": ["temperature", "beta"],
     "log_prob": ["temperature"],
     "log_prob_and_entropy": ["temperature"],
+    "topk_kl_div": ["temperature", "missing"],
 }
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Case, Tensor, Tensor | None, dict[str, Any]]:
     case = draw(st.sampled_from(LOSSES))
-    case = Case(case.name, case.target, case.eager)  # with options of our own
+    case = replace(case, options={})  # ours instead
     rows = draw(st.lists(st.integers(0, 5), min_size=1, max_size=2))
     # Whole and broken tiles and vectors are drawn as often as all other sizes.
     classes = draw(st.one_of(st.integers(1, 600), st.sampled_from([1, 2, 7, 31, 511, 512, 513])))

@@ -11,7 +11,8 @@
   X(soft_cross_entropy, SoftCrossEntropy<real>)                          \
   X(soft_cross_entropy_stats, WithStats<SoftCrossEntropy<real>>)         \
   X(entropy, Entropy<real>)                                              \
-  X(log_prob_and_entropy, LogProbAndEntropy<real>)
+  X(log_prob_and_entropy, LogProbAndEntropy<real>)                       \
+  X(log_sum_exp_and_sum, LogSumExpAndSum<real>)
 
 // name, policy of <real, target>
 #define FD_DIVERGENCES(X)           \

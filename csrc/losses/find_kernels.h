@@ -5,6 +5,7 @@
 #include "losses/cross_entropy.h"
 #include "losses/divergences.h"
 #include "losses/entropy.h"
+#include "losses/log_sum_exp.h"
 
 namespace fastdiv {
 

@@ -23,7 +23,7 @@ struct Label {
 
 template <class real>
 struct Outputs {
-  real value, entropy;
+  real value, entropy;  // where a loss has two outputs, `entropy` is the second, whatever it holds
 };
 
 // A loss of one row of logits, with a label or a soft target: cross entropy, entropy.
@@ -34,7 +34,7 @@ struct Loss {
   static constexpr bool kDivergence = false;
   static constexpr bool kLabel = false;       // reads the class index
   static constexpr bool kWeights = false;     // reads a weight for every class
-  static constexpr bool kTwoOutputs = false;  // the entropy too, with its own upstream gradient
+  static constexpr bool kTwoOutputs = false;  // a second one, with its own upstream gradient
   static constexpr bool kStats = false;
   static constexpr bool kSoftcap = false;  // takes softcapped logits
   static constexpr bool kTilted = false;   // keeps a log-sum-exp of a mixture of both rows

@@ -1,0 +1,258 @@
+"""KL divergence from a teacher that is known at k classes only: the function and its module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import _check
+from ._topk_autograd import topk_loss
+from .reference_topk import TopKSpec
+
+MISSING = ("ignore", "renormalize", "uniform")
+
+
+def topk_kl_div(
+    input: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    *,
+    values_type: str,
+    missing: str = "ignore",
+    dim: int = -1,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""KL divergence of the input's distribution from a teacher known at :math:`k` classes.
+
+    .. math::
+        \mathrm{KL}_K(p \,\|\, q) = \sum_{c \in K} p_c \,(\log p_c - \log q_c), \qquad
+        q = \mathrm{softmax}(x / T)
+
+    A teacher of 64 log-probabilities and indices a token, stored beforehand, takes a few hundred
+    bytes in the place of a row of logits.  :math:`q` stays normalised over all :math:`C` classes.
+    What becomes of the teacher's mass outside of :math:`K`, :math:`\rho = \max(0, 1 - \sum_K p)`,
+    is chosen by ``missing``:
+
+    * ``"ignore"``: nothing; the sum above, which may be negative where :math:`\rho > 0`.
+    * ``"renormalize"``: the sum above with :math:`p_c / \sum_K p` for :math:`p_c`; NaN of a teacher
+      without mass.
+    * ``"uniform"``: the :math:`C - k` other classes share it evenly, which adds
+      :math:`\sum_{c \notin K} p_0 (\log p_0 - \log q_c)` with :math:`p_0 = \rho / (C - k)`.
+
+    The logits are read once in the forward and once in the backward; beyond their gradient, memory
+    is of the size of ``values``.
+
+    Args:
+        input: Logits :math:`x` of any shape with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64, strided as it comes.
+        values: The teacher at the :math:`k` classes: the shape of ``input`` with :math:`k` in place
+            of :math:`C` on ``dim``, any of those dtypes.  Gets a gradient where it requires one.
+        indices: Which classes these are (int64, int32, uint8), of the shape of ``values``; in any
+            order, each once in a row.
+        values_type: ``"logits"``, whose softmax over the :math:`k` at the same temperature is
+            :math:`p` (so that :math:`\rho = 0`), or ``"log_probs"`` or ``"probs"``, which are taken
+            as they are.  Required.
+        missing: ``"ignore"``, ``"renormalize"`` or ``"uniform"``, see above.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value a row), ``"sum"``, ``"mean"`` (over the rows that count, by
+            token weight) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`; divides the input, and ``values`` where they are logits.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  A row of
+            weight 0 does not count: loss and gradient 0, whatever it holds in input, values and
+            indices.
+        inplace_backward: The backward writes the gradient over the logits' own memory; autograd
+            notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
+
+    Returns:
+        The divergence in nats, float32 (float64 for float64 input).  A class with :math:`p_c = 0`
+        adds nothing.  Mass where the student has none, one of the :math:`k` or with ``"uniform"``
+        any class, gives :math:`+\infty` with a finite gradient.
+
+    Raises:
+        TypeError: a dtype that is not one of the above.
+        ValueError: shapes that do not fit, an option out of its range, an index that is twice in a
+            row (off the CPU such a row is NaN).
+        IndexError: an index outside ``[0, C)`` (off the CPU such a row is NaN), a dimension that
+            ``input`` does not have.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> x = torch.zeros(1, 4)
+        >>> p, classes = torch.tensor([[0.5, 0.3]]), torch.tensor([[2, 0]])
+        >>> fastdiv.topk_kl_div(x, p, classes, values_type="probs")
+        tensor(0.4013)
+        >>> fastdiv.topk_kl_div(x, p, classes, values_type="probs", missing="uniform")
+        tensor(0.2180)
+
+    Source: :func:`fastdiv.kl_div` of the dense teacher that each policy stands for; on what a
+    teacher of k classes leaves out: Anshumann et al., *Sparse Logit Sampling* (2025).
+    """
+    _check.check_logits(input)
+    _check.check_logits(values, "values")
+    _check.check_label_type(indices, "indices")
+    if values_type not in _check.TARGET_TYPES:
+        raise ValueError(f"values_type must be one of {_check.TARGET_TYPES}, got {values_type!r}")
+    if missing not in MISSING:
+        raise ValueError(f"missing must be one of {MISSING}, got {missing!r}")
+    if reduction == "pointwise":
+        raise ValueError(
+            "reduction 'pointwise' is not for topk_kl_div, whose terms are not of the shape of "
+            f"input: take one of {_check.REDUCTIONS}"
+        )
+    _check.check_reduction(reduction)
+    dim = _check.class_dim(input, dim)
+    if inplace_backward:
+        _check.check_in_place(input)
+    row_weight = _check.token_weights(input, dim, token_weight)
+    _check_shapes(input, values, indices, dim)
+    y = _check.as_rows(indices, dim).to(torch.int64)
+    v = _check.as_rows(values, dim)
+    if _check.values_may_be_read(y):
+        _check_indices(y, input.shape[dim], row_weight)
+    else:
+        y, v = _mark_wrong_rows(y, v, input.shape[dim])
+    if row_weight is not None:  # whose rows of weight 0 may hold any indices
+        y = y.clamp(0, input.shape[dim] - 1)
+    spec = TopKSpec(
+        values_type=values_type,
+        missing=missing,
+        reduction=reduction,
+        batch=input.shape[0],
+        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        inplace=inplace_backward,
+    )
+    value = topk_loss(spec, _check.as_rows(input, dim), v, y, row_weight)
+    return _check.as_input(value, input, dim) if reduction == "none" else value
+
+
+def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
+    shape = tuple(values.shape)
+    expected = (*x.shape[:dim], "k", *x.shape[dim + 1 :])
+    if (
+        len(shape) != x.dim()
+        or shape[:dim] != x.shape[:dim]
+        or shape[dim + 1 :] != expected[dim + 1 :]
+    ):
+        raise ValueError(
+            f"values must have the shape of input, {tuple(x.shape)}, with any k classes on "
+            f"dim {dim}, got {shape}"
+        )
+    if not 1 <= shape[dim] <= x.shape[dim]:
+        raise ValueError(
+            f"values of shape {shape} has {shape[dim]} classes on dim {dim}, which must be between "
+            f"1 and the {x.shape[dim]} of input"
+        )
+    if indices.shape != values.shape:
+        raise ValueError(
+            f"indices must have the shape of values, {shape}, got {tuple(indices.shape)}"
+        )
+    _check.same_device(x, values, "values")
+    _check.same_device(x, indices, "indices")
+
+
+def _out_of_range(y: Tensor, classes: int) -> Tensor:
+    return (y < 0) | (y >= classes)
+
+
+def _repeated(y: Tensor) -> Tensor:
+    """Of sorted rows, where an index is the one before it again."""
+    return y[:, 1:] == y[:, :-1]
+
+
+def _check_indices(y: Tensor, classes: int, row_weight: Tensor | None) -> None:
+    """Raises for an index that is no class, or twice in a row, where the row counts."""
+    counts = None if row_weight is None else (row_weight != 0).unsqueeze(-1)
+    if y.numel() == 0:
+        return
+    ordered = y.sort(-1).values
+    wrong = _out_of_range(ordered, classes)
+    again = _repeated(ordered)
+    if counts is not None:
+        wrong, again = wrong & counts, again & counts
+    if bool(wrong.any()):
+        row, i = wrong.nonzero()[0].tolist()
+        raise IndexError(
+            f"indices has {int(ordered[row, i])} in row {row}, out of range for {classes} classes"
+        )
+    if bool(again.any()):
+        row, i = again.nonzero()[0].tolist()
+        raise ValueError(f"indices has {int(ordered[row, i])} twice in row {row}")
+
+
+def _mark_wrong_rows(y: Tensor, values: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Indices that are safe to use, and values whose wrong rows are NaN, as will be all made of it.
+
+    That is what can be done where no value may be read.
+    """
+    ordered = y.sort(-1).values
+    wrong = _out_of_range(y, classes).any(-1) | _repeated(ordered).any(-1)
+    nan = torch.where(wrong, torch.nan, 0.0).to(values.dtype).unsqueeze(-1)
+    return y.clamp(0, classes - 1), values + nan
+
+
+class TopKKLDivLoss(nn.Module):
+    """Module form of :func:`fastdiv.topk_kl_div`.
+
+    Args:
+        values_type: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+        missing: ``"ignore"``, ``"renormalize"`` or ``"uniform"``.
+        dim: Dimension of the classes.
+        reduction: As for the function.
+        temperature: T.
+        scale_by_temperature: Multiply the value by T squared, see :class:`fastdiv.nn.KLDivLoss`.
+        inplace_backward: Write the gradient over the logits.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> loss = fastdiv.nn.TopKKLDivLoss(values_type="logits")
+        >>> loss(torch.zeros(1, 4), torch.zeros(1, 2), torch.tensor([[3, 0]]))  # ln 4 - ln 2
+        tensor(0.6931)
+    """
+
+    def __init__(
+        self,
+        *,
+        values_type: str,
+        missing: str = "ignore",
+        dim: int = -1,
+        reduction: str = "batchmean",
+        temperature: float = 1.0,
+        scale_by_temperature: bool = False,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        self.values_type = values_type
+        self.missing = missing
+        self.dim = dim
+        self.reduction = reduction
+        self.temperature = temperature
+        self.scale_by_temperature = scale_by_temperature
+        self.inplace_backward = inplace_backward
+
+    def forward(
+        self, input: Tensor, values: Tensor, indices: Tensor, token_weight: Tensor | None = None
+    ) -> Tensor:
+        """The divergence of these logits from the teacher."""
+        value = topk_kl_div(
+            input,
+            values,
+            indices,
+            values_type=self.values_type,
+            missing=self.missing,
+            dim=self.dim,
+            reduction=self.reduction,
+            temperature=self.temperature,
+            token_weight=token_weight,
+            inplace_backward=self.inplace_backward,
+        )
+        return value * self.temperature**2 if self.scale_by_temperature else value
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return (
+            f"values_type={self.values_type!r}, missing={self.missing!r}, dim={self.dim}, "
+            f"reduction={self.reduction!r}, temperature={self.temperature}"
+        )
