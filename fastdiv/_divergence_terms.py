@@ -39,12 +39,10 @@ def log_of(p: Tensor) -> Tensor:
 
 def log_mixture(lp: Tensor, lq: Tensor, share: float) -> Tensor:
     """``log(share p + (1 - share) q)``, which exists also where either product underflows."""
-    empty = torch.isinf(lp) & torch.isinf(lq)
-    sides = [
-        torch.where(empty, 0.0, log) + (math.log(part) if part else -math.inf)
-        for log, part in ((lp, share), (lq, 1 - share))
-    ]
-    return torch.where(empty, -torch.inf, torch.logsumexp(torch.stack(sides), 0))
+    log_share, log_rest = (math.log(part) if part else -math.inf for part in (share, 1 - share))
+    parts = torch.stack([lp + log_share, lq + log_rest])
+    empty = torch.isinf(parts).all(0)
+    return torch.where(empty, -torch.inf, torch.logsumexp(torch.where(empty, 0.0, parts), 0))
 
 
 def kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
@@ -118,7 +116,10 @@ def log_of_sum(log_w: Tensor, alpha: float) -> Tensor:
 
 def tv_distance(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
     """``|p - q| / 2``."""
-    return (p - q).abs() / 2
+    difference = p - q
+    # What abs() has for a slope, but that is 0 also of NaN.
+    slope = torch.where(difference.isnan(), torch.nan, difference.sign())
+    return slope * difference / 2
 
 
 def hellinger_distance(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
