@@ -103,6 +103,9 @@ def renyi_div(
     Divergence and Kullback-Leibler Divergence* (2014).
     """
     alpha = _check.check_positive(alpha, "alpha")
+    if reduction == "pointwise":
+        raise ValueError("reduction must not be 'pointwise': renyi_div is no sum over the classes")
+    _check.check_reduction(reduction)
     loss = "kl_div" if alpha == 1 else "renyi_div"
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
     return of_rows(loss, input, target, *how, shape=alpha)

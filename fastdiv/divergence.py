@@ -10,7 +10,6 @@ from torch import Tensor
 
 from . import _check
 from ._autograd import row_loss
-from ._divergence_terms import OUTER
 from .reference import Spec
 
 
@@ -32,9 +31,7 @@ def of_rows(
     if target_type not in _check.TARGET_TYPES:
         raise ValueError(f"target_type must be one of {_check.TARGET_TYPES}, got {target_type!r}")
     dim = _check.class_dim(input, dim)
-    if reduction == "pointwise" and loss in OUTER:
-        raise ValueError(f"reduction must not be 'pointwise': {loss} is no sum over the classes")
-    _check.check_reduction(reduction, pointwise=loss not in OUTER)
+    _check.check_reduction(reduction, pointwise=True)
     if inplace_backward:
         _check.check_in_place(input)
     row_weight = None if token_weight is None else _check.token_weights(input, dim, token_weight)

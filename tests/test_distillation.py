@@ -77,7 +77,7 @@ def test_distillation_is_the_formula(
         same(value[KEPT] if reduction == "none" else value, want, 1e-12)
         for grad, want_grad in zip(grads, want_grads, strict=True):
             assert (grad[~KEPT] == 0).all()
-            same(grad[KEPT], want_grad, 1e-12)
+            same(grad[KEPT], want_grad, 1e-11)
         # A teacher that needs no gradient gets none, and changes nothing.
         value, dx = gradients(lambda x, m=module: m(x, t, Y), x)
         assert dx.equal(grads[0]) and not t.requires_grad
