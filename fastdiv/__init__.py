@@ -9,8 +9,10 @@ from importlib.metadata import version as _version
 from . import nn, stats
 from ._backend import backend
 from ._info import build_info
+from .alpha import alpha_div, renyi_div
 from .cross_entropy import cross_entropy
-from .divergence import js_div, kl_div, reverse_kl_div
+from .distance import hellinger_distance, tv_distance
+from .divergence import js_div, kl_div, reverse_kl_div, skew_kl_div
 from .entropy import entropy, log_prob, log_prob_and_entropy
 from .reference import Stats
 from .topk import topk_kl_div
@@ -19,16 +21,21 @@ __version__ = _version("fastdiv")
 
 __all__ = [
     "Stats",
+    "alpha_div",
     "backend",
     "build_info",
     "cross_entropy",
     "entropy",
+    "hellinger_distance",
     "js_div",
     "kl_div",
     "log_prob",
     "log_prob_and_entropy",
     "nn",
+    "renyi_div",
     "reverse_kl_div",
+    "skew_kl_div",
     "stats",
     "topk_kl_div",
+    "tv_distance",
 ]

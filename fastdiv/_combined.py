@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _check, reference, stats
-from . import divergence as _divergence
+from . import _check, stats
+from ._divergence_modules import FUNCTIONS
 from .cross_entropy import cross_entropy
 
 
@@ -162,8 +162,8 @@ class DistillationLoss(nn.Module):
         divergence_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if divergence not in reference.DIVERGENCES:
-            names = ", ".join(map(repr, reference.DIVERGENCES))
+        if divergence not in FUNCTIONS:
+            names = ", ".join(map(repr, FUNCTIONS))
             raise ValueError(f"divergence must be one of {names}, got {divergence!r}")
         if target_type not in _check.TARGET_TYPES:
             raise ValueError(
@@ -198,9 +198,8 @@ class DistillationLoss(nn.Module):
             )
             parts.append((1 - self.alpha) * hard)
         if self.alpha > 0:
-            function: Callable[..., Tensor] = getattr(_divergence, self.divergence)
             counts: Tensor = labels != self.ignore_index
-            soft = function(
+            soft = FUNCTIONS[self.divergence](
                 input,
                 target,
                 target_type=self.target_type,

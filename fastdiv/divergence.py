@@ -1,4 +1,4 @@
-r"""Divergences between the distribution of the logits and a target distribution.
+r"""Kullback-Leibler divergences, skewed and averaged, and what every divergence does with its rows.
 
 Throughout :math:`q = \mathrm{softmax}(x / T)` is the input's distribution (the student's) and
 :math:`p` the target's (the teacher's).
@@ -13,7 +13,7 @@ from ._autograd import row_loss
 from .reference import Spec
 
 
-def _divergence(
+def of_rows(
     loss: str,
     input: Tensor,
     target: Tensor,
@@ -25,6 +25,7 @@ def _divergence(
     inplace_backward: bool,
     shape: float = 0.0,
 ) -> Tensor:
+    """The divergence called ``loss``, with the arguments that all divergences have."""
     _check.check_logits(input)
     _check.check_logits(target, "target")
     if target_type not in _check.TARGET_TYPES:
@@ -109,17 +110,8 @@ def kl_div(
     Source: :func:`torch.nn.functional.kl_div`; Kullback and Leibler, *On Information and
     Sufficiency* (1951); as a distillation loss: Hinton et al. (2015).
     """
-    return _divergence(
-        "kl_div",
-        input,
-        target,
-        target_type,
-        dim,
-        reduction,
-        temperature,
-        token_weight,
-        inplace_backward,
-    )
+    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
+    return of_rows("kl_div", input, target, *how)
 
 
 def reverse_kl_div(
@@ -150,17 +142,8 @@ def reverse_kl_div(
 
     Source: Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models* (2024).
     """
-    return _divergence(
-        "reverse_kl_div",
-        input,
-        target,
-        target_type,
-        dim,
-        reduction,
-        temperature,
-        token_weight,
-        inplace_backward,
-    )
+    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
+    return of_rows("reverse_kl_div", input, target, *how)
 
 
 def js_div(
@@ -199,15 +182,49 @@ def js_div(
     """
     beta = _check.check_share(beta, "beta")
     loss = {0.0: "kl_div", 1.0: "reverse_kl_div"}.get(beta, "js_div")
-    return _divergence(
-        loss,
-        input,
-        target,
-        target_type,
-        dim,
-        reduction,
-        temperature,
-        token_weight,
-        inplace_backward,
-        beta,
-    )
+    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
+    return of_rows(loss, input, target, *how, shape=beta)
+
+
+def skew_kl_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    target_type: str,
+    skew: float = 0.1,
+    reverse: bool = False,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence from a mixture of both distributions.
+
+    .. math::
+        \mathrm{KL}(p \,\|\, \lambda p + (1 - \lambda) q), \qquad
+        \text{reversed: } \mathrm{KL}(q \,\|\, \lambda q + (1 - \lambda) p)
+
+    It is in :math:`[0, -\ln\lambda]`: some mass is everywhere, which bounds the gradient, too.
+    ``skew=0`` is :func:`kl_div`, or :func:`reverse_kl_div`, to which values and gradients tend
+    where those are finite; ``skew=1`` is 0.
+
+    :math:`\lambda`, the ``skew``, is in [0, 1]; all other arguments, result and errors are those of
+    :func:`kl_div`.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
+        >>> t = torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
+        >>> fastdiv.skew_kl_div(x, t, target_type="logits")
+        tensor(0.0314)
+        >>> fastdiv.skew_kl_div(x, t, target_type="logits", reverse=True)
+        tensor(0.0314)
+
+    Source: Ko et al., *DistiLLM: Towards Streamlined Distillation for Large Language Models*
+    (2024); Lee, *Measures of Distributional Similarity* (1999).
+    """
+    skew = _check.check_share(skew, "skew")
+    loss = ("reverse_" if reverse else "") + ("skew_kl_div" if skew else "kl_div")
+    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
+    return of_rows(loss, input, target, *how, shape=skew)

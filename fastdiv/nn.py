@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from . import cross_entropy as _cross_entropy
-from . import divergence as _divergence
 from . import entropy as _entropy
 from ._combined import DistillationLoss, LabelSmoothingLoss
+from ._divergence_modules import (
+    AlphaDivLoss,
+    HellingerDistanceLoss,
+    JSDivLoss,
+    KLDivLoss,
+    RenyiDivLoss,
+    ReverseKLDivLoss,
+    SkewKLDivLoss,
+    TVDistanceLoss,
+)
 from .reference import Stats
 from .topk import TopKKLDivLoss
 
 __all__ = [
+    "AlphaDivLoss",
     "CrossEntropyLoss",
     "DistillationLoss",
     "EntropyLoss",
+    "HellingerDistanceLoss",
     "JSDivLoss",
     "KLDivLoss",
     "LabelSmoothingLoss",
+    "RenyiDivLoss",
     "ReverseKLDivLoss",
+    "SkewKLDivLoss",
+    "TVDistanceLoss",
     "TopKKLDivLoss",
 ]
 
@@ -107,120 +118,6 @@ class CrossEntropyLoss(nn.Module):
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing}"
         )
-
-
-class _DivergenceLoss(nn.Module):
-    """Options that every divergence has."""
-
-    function: ClassVar[Callable[..., Tensor]]
-
-    def __init__(
-        self,
-        *,
-        target_type: str,
-        dim: int = -1,
-        reduction: str = "batchmean",
-        temperature: float = 1.0,
-        scale_by_temperature: bool = False,
-        inplace_backward: bool = False,
-    ) -> None:
-        super().__init__()
-        self.target_type = target_type
-        self.dim = dim
-        self.reduction = reduction
-        self.temperature = temperature
-        self.scale_by_temperature = scale_by_temperature
-        self.inplace_backward = inplace_backward
-
-    def _options(self) -> dict[str, object]:
-        return {
-            "target_type": self.target_type,
-            "dim": self.dim,
-            "reduction": self.reduction,
-            "temperature": self.temperature,
-            "inplace_backward": self.inplace_backward,
-        }
-
-    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
-        """The divergence of these logits from the target."""
-        value = type(self).function(input, target, token_weight=token_weight, **self._options())
-        return value * self.temperature**2 if self.scale_by_temperature else value
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
-
-
-class KLDivLoss(_DivergenceLoss):
-    """Module form of :func:`fastdiv.kl_div`: KL(p || q) with q from the input.
-
-    Args:
-        target_type: ``"logits"``, ``"log_probs"`` or ``"probs"``.
-        dim: Dimension of the classes.
-        reduction: As for the function.
-        temperature: T.
-        scale_by_temperature: Multiply the value by T squared, which keeps the size of the gradient
-            about the same for every temperature (Hinton et al., 2015).
-        inplace_backward: Write the gradient over the logits.
-
-    Example:
-        >>> import torch, fastdiv
-        >>> kl = fastdiv.nn.KLDivLoss(target_type="probs")
-        >>> kl(torch.zeros(1, 3), torch.tensor([[9 / 25, 12 / 25, 4 / 25]]))
-        tensor(0.0853)
-    """
-
-    function = staticmethod(_divergence.kl_div)
-
-
-class ReverseKLDivLoss(_DivergenceLoss):
-    """Module form of :func:`fastdiv.reverse_kl_div`: KL(q || p); arguments of :class:`KLDivLoss`.
-
-    Example:
-        >>> import torch, fastdiv
-        >>> kl = fastdiv.nn.ReverseKLDivLoss(target_type="probs")
-        >>> kl(torch.zeros(1, 3), torch.tensor([[9 / 25, 12 / 25, 4 / 25]]))
-        tensor(0.0975)
-    """
-
-    function = staticmethod(_divergence.reverse_kl_div)
-
-
-class JSDivLoss(_DivergenceLoss):
-    """Module form of :func:`fastdiv.js_div`; arguments of :class:`KLDivLoss`, and ``beta``.
-
-    Example:
-        >>> import torch, fastdiv
-        >>> js = fastdiv.nn.JSDivLoss(target_type="logits", beta=0.5)
-        >>> js(torch.tensor([[0.0, torch.inf * -1]]), torch.tensor([[-torch.inf, 0.0]]))  # ln 2
-        tensor(0.6931)
-    """
-
-    function = staticmethod(_divergence.js_div)
-
-    def __init__(
-        self,
-        *,
-        target_type: str,
-        beta: float = 0.5,
-        dim: int = -1,
-        reduction: str = "batchmean",
-        temperature: float = 1.0,
-        scale_by_temperature: bool = False,
-        inplace_backward: bool = False,
-    ) -> None:
-        super().__init__(
-            target_type=target_type,
-            dim=dim,
-            reduction=reduction,
-            temperature=temperature,
-            scale_by_temperature=scale_by_temperature,
-            inplace_backward=inplace_backward,
-        )
-        self.beta = beta
-
-    def _options(self) -> dict[str, object]:
-        return super()._options() | {"beta": self.beta}
 
 
 class EntropyLoss(nn.Module):

@@ -1,12 +1,13 @@
 r"""Every loss in plain torch operations: specification, fallback and oracle of the tests.
 
-This module imports torch only.  It works on rows: ``x`` and ``t`` are matrices ``[R, C]`` of input
-logits and targets, ``label`` and ``row_weight`` have one entry for each row.  What it defines, and
-the kernels repeat:
+It and the formulas of the divergences, which stand in a module of their own, import torch only.  It
+works on rows: ``x`` and ``t`` are matrices ``[R, C]`` of input logits and targets, ``label`` and
+``row_weight`` have one entry for each row.  What it defines, and the kernels repeat:
 
 * A class without mass adds nothing: :math:`0 \cdot \infty = 0`, in values and gradients.
 * An infinite term (mass of one distribution where the other has none) makes the value infinite and
-  is otherwise a constant: it gives no gradient to the mass that multiplies it.
+  is otherwise a constant: it gives no gradient to the mass that multiplies it.  So is an infinite
+  power of the alpha divergences, whose gradients are those of the finite ones.
 * A probability target of exactly 0 receives no gradient from a divergence.
 * A row that does not count (``ignore_index``, ``row_weight`` 0) is 0, whatever it holds.
 
@@ -16,12 +17,14 @@ kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .reference_divergences import DIVERGENCES as DIVERGENCES
+from .reference_divergences import OUTER, log_of, masked_product
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Spec:
     ignore_index: int = -100
     scale: float = 1.0  # 1 / temperature
     softcap: float = 0.0  # 0: none
-    shape: float = 0.0  # beta of js_div
+    shape: float = 0.0  # beta, skew or alpha of a divergence
     label: float = 1.0  # see cross_entropy
     spread: float = 0.0
     z_loss: float = 0.0
@@ -47,57 +50,11 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def masked_product(mass: Tensor, factor: Tensor) -> Tensor:
-    """``mass * factor`` where a mass of 0 gives 0, also as gradient, whatever the factor."""
-    empty = mass == 0
-    return torch.where(empty, 0.0, mass * torch.where(empty, 0.0, factor))
+# --- divergences -------------------------------------------------------------------------------
 
 
-def log_ratio_term(mass: Tensor, log_mass: Tensor, log_other: Tensor) -> Tensor:
-    """``mass * (log_mass - log_other)``; where infinite, only ``log_other`` gets gradient."""
-    infinite = (mass != 0) & torch.isinf(log_other)
-    mass = torch.where(infinite, mass.detach(), mass)
-    log_mass = torch.where(infinite, log_mass.detach(), log_mass)
-    empty = mass == 0
-    return masked_product(
-        mass, torch.where(empty, 0.0, log_mass) - torch.where(empty, 0.0, log_other)
-    )
-
-
-def log_of(p: Tensor) -> Tensor:
-    """Logarithm with ``log 0 = -inf`` and no gradient there."""
-    empty = p == 0
-    return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, p)))
-
-
-# --- divergences: terms of D = sum f(q, p) ----------------------------------------------------
-
-
-def kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
-    """KL(p || q): ``p (log p - log q)``."""
-    return log_ratio_term(p, lp, lq)
-
-
-def reverse_kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
-    """KL(q || p): ``q (log q - log p)``."""
-    return log_ratio_term(q, lq, lp)
-
-
-def js_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, beta: float) -> Tensor:
-    """``beta p log(p / m) + (1 - beta) q log(q / m)``, ``m = beta p + (1 - beta) q``."""
-    lm = log_of(beta * p + (1 - beta) * q)
-    return beta * log_ratio_term(p, lp, lm) + (1 - beta) * log_ratio_term(q, lq, lm)
-
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
-    "kl_div": kl_div,
-    "reverse_kl_div": reverse_kl_div,
-    "js_div": js_div,
-}
-
-
-def divergence_terms(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
-    """Every term of the divergence of the rows with log-probabilities ``lq`` from the targets."""
+def divergence(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
+    """Divergence of the rows with log-probabilities ``lq`` from the targets, or all its terms."""
     if spec.target_type == "logits":
         lp = torch.log_softmax(t * spec.scale, -1)
         p = lp.exp()
@@ -106,7 +63,10 @@ def divergence_terms(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
     else:
         p = torch.where(t == 0, t.detach(), t)
         lp = log_of(p)
-    return DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.shape)
+    terms = DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.shape)
+    if spec.reduction == "pointwise":
+        return terms
+    return OUTER[spec.loss](terms, spec.shape) if spec.loss in OUTER else terms.sum(-1)
 
 
 # --- losses of one row of logits --------------------------------------------------------------
@@ -203,8 +163,7 @@ def rows(
     lq = torch.log_softmax(x, -1)
     if spec.loss in DIVERGENCES:
         assert t is not None
-        terms = divergence_terms(spec, lq, t)
-        value = terms if spec.reduction == "pointwise" else terms.sum(-1)
+        value = divergence(spec, lq, t)
     elif spec.loss == "entropy":
         value = entropy(lq)
     elif label is None:

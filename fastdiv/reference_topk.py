@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .reference import log_of, log_ratio_term, value_dtype
+from .reference import value_dtype
+from .reference_divergences import log_of, log_ratio_term
 
 
 @dataclass

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _check, reference
+from .reference_divergences import log_of, masked_product
 
 __all__ = [
     "cross_entropy",
@@ -98,7 +99,7 @@ def entropy(
         return kl_div(pk, qk, base, axis)
     unit = _check.log_of_base(base)
     (p,) = _distributions(axis, pk=pk)
-    return _like(pk, reference.masked_product(p, _information(p)).sum(axis) / unit)
+    return _like(pk, masked_product(p, _information(p)).sum(axis) / unit)
 
 
 def cross_entropy(pk: Vector, qk: Vector, base: float | None = None, axis: int | None = -1) -> Any:
@@ -193,7 +194,7 @@ def jensenshannon(p: Vector, q: Vector, base: float | None = None, axis: int | N
 
 def _information(p: Tensor) -> Tensor:
     """-log p; subtracted from 0, since the negative of log 1 is -0."""
-    return 0.0 - reference.log_of(p)
+    return 0.0 - log_of(p)
 
 
 def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:

@@ -128,6 +128,30 @@ def _js(beta: float) -> Eager:
     return _divergence(terms)
 
 
+def _skew(skew: float, reverse: bool = False) -> Eager:
+    def terms(lq: Tensor, lp: Tensor) -> Tensor:
+        of, other = (lq, lp) if reverse else (lp, lq)
+        return of.exp() * (of - (skew * of.exp() + (1 - skew) * other.exp()).log())
+
+    return _divergence(terms)
+
+
+def _alpha(alpha: float) -> Eager:
+    def rows(x: Tensor, lp: Tensor) -> Tensor:
+        powers = lp.exp() ** alpha * x.softmax(-1) ** (1 - alpha)
+        return (powers.sum(-1) - 1) / (alpha * (alpha - 1))
+
+    return rows
+
+
+def _renyi(alpha: float) -> Eager:
+    def rows(x: Tensor, lp: Tensor) -> Tensor:
+        powers = alpha * lp + (1 - alpha) * torch.log_softmax(x, -1)
+        return torch.logsumexp(powers, -1) / (alpha - 1)
+
+    return rows
+
+
 def _cross_entropy(**options: Any) -> Eager:
     def rows(x: Tensor, y: Tensor) -> Tensor:
         z_loss = options.get("z_loss", 0.0)
@@ -160,12 +184,22 @@ def _log_prob(x: Tensor, y: Tensor) -> Tensor:
 
 _kl = _divergence(lambda lq, lp: lp.exp() * (lp - lq))
 _reverse_kl = _divergence(lambda lq, lp: lq.exp() * (lq - lp))
+_tv = _divergence(lambda lq, lp: (lp.exp() - lq.exp()).abs() / 2)
+_hellinger = _divergence(lambda lq, lp: (lp.exp().sqrt() - lq.exp().sqrt()) ** 2 / 2)
 
 DIVERGENCES: list[tuple[str, Eager, dict[str, Any]]] = [
     ("kl_div", _kl, {}),
     ("reverse_kl_div", _reverse_kl, {}),
     ("js_div", _js(0.5), {}),
     ("js_div", _js(0.1), {"beta": 0.1}),
+    ("skew_kl_div", _skew(0.1), {}),
+    ("skew_kl_div", _skew(0.5, reverse=True), {"skew": 0.5, "reverse": True}),
+    ("alpha_div", _alpha(0.3), {"alpha": 0.3}),
+    ("alpha_div", _alpha(2.0), {"alpha": 2.0}),
+    ("renyi_div", _renyi(0.5), {"alpha": 0.5}),
+    ("renyi_div", _renyi(2.0), {"alpha": 2.0}),
+    ("tv_distance", _tv, {}),
+    ("hellinger_distance", _hellinger, {}),
 ]
 
 LOSSES: list[Case] = [

@@ -77,15 +77,19 @@ def test_distillation_is_the_formula(
         same(value[KEPT] if reduction == "none" else value, want, 1e-12)
         for grad, want_grad in zip(grads, want_grads, strict=True):
             assert (grad[~KEPT] == 0).all()
-            same(grad[KEPT], want_grad, 1e-12)
+            same(grad[KEPT], want_grad, 1e-11)
         # A teacher that needs no gradient gets none, and changes nothing.
         value, dx = gradients(lambda x, m=module: m(x, t, Y), x)
         assert dx.equal(grads[0]) and not t.requires_grad
 
 
+NAMES = {c.name: c.options for c in DIVERGENCES}
+
+
 def test_every_divergence_has_its_name() -> None:
-    assert {c.name for c in DIVERGENCES} == set(reference.DIVERGENCES)
-    for name in reference.DIVERGENCES:
+    through_an_option = {"reverse_skew_kl_div"}
+    assert set(NAMES) == set(reference.DIVERGENCES) - through_an_option
+    for name in NAMES:
         assert callable(getattr(fastdiv, name)) and DistillationLoss(name).divergence == name
 
 
@@ -118,10 +122,12 @@ def test_another_dimension_and_label_of_padding() -> None:
     same(module(x.mT, t.mT, labels), DistillationLoss()(x, t, Y))
 
 
-@pytest.mark.parametrize("name", reference.DIVERGENCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_in_one_graph(name: str) -> None:
     x, t = make_inputs((2, 3, 9), torch.float32)
-    module = DistillationLoss(name, temperature=2.0, scale_by_temperature=True)
+    module = DistillationLoss(
+        name, temperature=2.0, scale_by_temperature=True, divergence_options=NAMES[name]
+    )
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(

@@ -76,7 +76,10 @@ def test_gradgradcheck(case: Case) -> None:
         assert gradgradcheck(loss, inputs, fast_mode=options.get("reduction", "none") != "none")
 
 
-@pytest.mark.parametrize("case", [c for c in LOSSES if c.divergence], ids=str)
+SUMS = [c for c in LOSSES if c.divergence and c.name != "renyi_div"]
+
+
+@pytest.mark.parametrize("case", SUMS, ids=str)
 def test_pointwise(case: Case) -> None:
     """Every term of the divergence; computed by the reference, so not under "native"."""
     weight = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)

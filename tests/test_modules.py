@@ -23,11 +23,16 @@ close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
 
 
 MODULES = {
+    "alpha_div": fastdiv.nn.AlphaDivLoss,
     "cross_entropy": fastdiv.nn.CrossEntropyLoss,
     "entropy": fastdiv.nn.EntropyLoss,
+    "hellinger_distance": fastdiv.nn.HellingerDistanceLoss,
     "js_div": fastdiv.nn.JSDivLoss,
     "kl_div": fastdiv.nn.KLDivLoss,
+    "renyi_div": fastdiv.nn.RenyiDivLoss,
     "reverse_kl_div": fastdiv.nn.ReverseKLDivLoss,
+    "skew_kl_div": fastdiv.nn.SkewKLDivLoss,
+    "tv_distance": fastdiv.nn.TVDistanceLoss,
 }
 
 

@@ -48,13 +48,18 @@ NUMBERS = {
     "z_loss": st.floats(1e-4, 0.1),
     "label_smoothing": st.sampled_from([0.0, 0.01, 0.3, 1.0]),
     "beta": st.sampled_from([0.0, 0.02, 0.3, 0.5, 0.97, 1.0]),
+    "skew": st.sampled_from([0.0, 0.02, 0.1, 0.5, 0.97, 1.0]),
+    "reverse": st.booleans(),
+    "alpha": st.sampled_from([0.02, 0.3, 0.5, 0.97, 1.0]),  # others overflow where rows differ
     "missing": st.sampled_from(["ignore", "renormalize", "uniform"]),
 }
+REQUIRES = {"alpha_div": ["alpha"], "renyi_div": ["alpha"]}
 ACCEPTS = {
     "cross_entropy": ["temperature", "softcap", "z_loss", "label_smoothing"],
     "js_div": ["temperature", "beta"],
     "log_prob": ["temperature"],
     "log_prob_and_entropy": ["temperature"],
+    "skew_kl_div": ["temperature", "skew", "reverse"],
     "topk_kl_div": ["temperature", "missing"],
 }
 
@@ -86,7 +91,8 @@ def problems(draw: st.DrawFn) -> tuple[Case, Tensor, Tensor | None, dict[str, An
     if t is not None:
         t = strided(t, draw(LAYOUTS)) if t.dim() else t
     names = ACCEPTS.get(case.name, ["temperature"])
-    options = {n: draw(NUMBERS[n]) for n in draw(st.sets(st.sampled_from(names)))}
+    chosen = [*sorted(draw(st.sets(st.sampled_from(names)))), *REQUIRES.get(case.name, [])]
+    options = {n: draw(NUMBERS[n]) for n in chosen}
     if case.target == "labels" and case.name == "cross_entropy":
         if t.numel() and draw(st.booleans()):
             t = t.contiguous()

@@ -1,0 +1,143 @@
+"""The formulas of the divergences in plain torch, the part of :mod:`fastdiv.reference` about them.
+
+A divergence gives one term for every class from log-probabilities and probabilities of both sides,
+and its value is their sum, or what ``OUTER`` has for it.  Masses of 0 and infinite terms are as the
+reference defines them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def masked_product(mass: Tensor, factor: Tensor) -> Tensor:
+    """``mass * factor`` where a mass of 0 gives 0, also as gradient, whatever the factor."""
+    empty = mass == 0
+    return torch.where(empty, 0.0, mass * torch.where(empty, 0.0, factor))
+
+
+def log_ratio_term(mass: Tensor, log_mass: Tensor, log_other: Tensor) -> Tensor:
+    """``mass * (log_mass - log_other)``; where infinite, only ``log_other`` gets gradient."""
+    infinite = (mass != 0) & torch.isinf(log_other)
+    mass = torch.where(infinite, mass.detach(), mass)
+    log_mass = torch.where(infinite, log_mass.detach(), log_mass)
+    empty = mass == 0
+    return masked_product(
+        mass, torch.where(empty, 0.0, log_mass) - torch.where(empty, 0.0, log_other)
+    )
+
+
+def log_of(p: Tensor) -> Tensor:
+    """Logarithm with ``log 0 = -inf`` and no gradient there."""
+    empty = p == 0
+    return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, p)))
+
+
+def log_mixture(lp: Tensor, lq: Tensor, share: float) -> Tensor:
+    """``log(share p + (1 - share) q)``, which exists also where either product underflows."""
+    log_share, log_rest = (math.log(part) if part else -math.inf for part in (share, 1 - share))
+    parts = torch.stack([lp + log_share, lq + log_rest])
+    empty = torch.isinf(parts).all(0)
+    return torch.where(empty, -torch.inf, torch.logsumexp(torch.where(empty, 0.0, parts), 0))
+
+
+def kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
+    """KL(p || q): ``p (log p - log q)``."""
+    return log_ratio_term(p, lp, lq)
+
+
+def reverse_kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
+    """KL(q || p): ``q (log q - log p)``."""
+    return log_ratio_term(q, lq, lp)
+
+
+def js_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, beta: float) -> Tensor:
+    """``beta p log(p / m) + (1 - beta) q log(q / m)``, ``m = beta p + (1 - beta) q``."""
+    lm = log_mixture(lp, lq, beta)
+    return beta * log_ratio_term(p, lp, lm) + (1 - beta) * log_ratio_term(q, lq, lm)
+
+
+def skew_kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, skew: float) -> Tensor:
+    """KL(p || m): ``p log(p / m)``, ``m = skew p + (1 - skew) q``."""
+    return log_ratio_term(p, lp, log_mixture(lp, lq, skew))
+
+
+def reverse_skew_kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, skew: float) -> Tensor:
+    """KL(q || m): ``q log(q / m)``, ``m = skew q + (1 - skew) p``."""
+    return log_ratio_term(q, lq, log_mixture(lq, lp, skew))
+
+
+def log_powers(
+    lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``log w`` and ``log(w / q)`` of ``w = p^alpha q^(1 - alpha)``, and where ``w`` is infinite.
+
+    Where it is, as where it is 0, both logs are -inf and have no gradient.
+    """
+    apart = torch.isinf(lq + lp)  # one side has no mass; a NaN stays one
+    log_ratio = torch.where(apart, 0.0, lp) - torch.where(apart, 0.0, lq)
+    above_q = torch.where(apart, -torch.inf, alpha * log_ratio)
+    log_w = torch.where(apart, -torch.inf, alpha * log_ratio + torch.where(apart, 0.0, lq))
+    mass = q if alpha < 0 else p
+    infinite = apart & (mass != 0) & (not 0 <= alpha <= 1)
+    return log_w, above_q, infinite
+
+
+def alpha_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, alpha: float) -> Tensor:
+    """``(w - q) / (alpha (alpha - 1))``, ``w = p^alpha q^(1 - alpha)``; the q add up to 1."""
+    log_w, above_q, infinite = log_powers(lq, lp, q, p, alpha)
+    infinite = infinite | (log_w.exp() == torch.inf)
+    log_w, above_q = (torch.where(infinite, -torch.inf, v) for v in (log_w, above_q))
+    # The larger of the two times an expm1 that is in [-1, 0]: no overflow, no cancellation.
+    larger, smaller = above_q.clamp(min=0.0), above_q.clamp(max=0.0)
+    excess = torch.where(above_q > 0, -log_w.exp() * torch.expm1(-larger), q * torch.expm1(smaller))
+    return (excess + torch.where(infinite, torch.inf, 0.0)) / (alpha * (alpha - 1))
+
+
+def renyi_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, alpha: float) -> Tensor:
+    """``log(p^alpha q^(1 - alpha))``, of which :func:`log_of_sum` makes the divergence."""
+    log_w, _, infinite = log_powers(lq, lp, q, p, alpha)
+    return torch.where(infinite, torch.inf, log_w)
+
+
+def log_of_sum(log_w: Tensor, alpha: float) -> Tensor:
+    """``log(sum w) / (alpha - 1)``; infinite ``w`` make it infinite and have no gradient."""
+    infinite = log_w == torch.inf
+    finite = torch.where(infinite, -torch.inf, log_w)
+    empty = (finite == -torch.inf).all(-1)
+    total = torch.logsumexp(torch.where(empty.unsqueeze(-1), 0.0, finite), -1)
+    beyond = torch.where(infinite.any(-1), torch.inf, torch.where(empty, -torch.inf, 0.0))
+    return (total + beyond) / (alpha - 1)
+
+
+def tv_distance(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
+    """``|p - q| / 2``."""
+    difference = p - q
+    # What abs() has for a slope, but that is 0 also of NaN.
+    slope = torch.where(difference.isnan(), torch.nan, difference.sign())
+    return slope * difference / 2
+
+
+def hellinger_distance(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
+    """``(sqrt p - sqrt q)^2 / 2``; by the logs, for a root has no slope at 0."""
+    return ((lp / 2).exp() - (lq / 2).exp()) ** 2 / 2
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+    "kl_div": kl_div,
+    "reverse_kl_div": reverse_kl_div,
+    "js_div": js_div,
+    "skew_kl_div": skew_kl_div,
+    "reverse_skew_kl_div": reverse_skew_kl_div,
+    "alpha_div": alpha_div,
+    "renyi_div": renyi_div,
+    "tv_distance": tv_distance,
+    "hellinger_distance": hellinger_distance,
+}
+
+# The value from the terms and the shape parameter, where that is not the sum of the terms.
+OUTER: dict[str, Callable[[Tensor, float], Tensor]] = {"renyi_div": log_of_sum}
