@@ -1,8 +1,13 @@
 r"""Alpha and Rényi divergences, two functions of :math:`\sum_c p_c^\alpha q_c^{1 - \alpha}`.
 
-Where p and q of :mod:`fastdiv.divergence` lie apart, a power is infinite: for :math:`\alpha > 1`
-that of a class with teacher mass only, for :math:`\alpha < 0` that of one with student mass only.
-The value is then :math:`+\infty`, the gradient that of the sum of the other powers.
+:math:`p` and :math:`q` are those of :mod:`fastdiv.divergence`.  Where one of them has a class to
+itself, its power may be infinite: for :math:`\alpha > 1` where that is the teacher, for
+:math:`\alpha < 0` where it is the student.  The value is then :math:`+\infty`, and the gradient
+that of the formula with the other powers.
+
+Of probabilities that do not add up to 1 the formulas are taken literally.  So the gradient for
+(log-)probabilities has a part along :math:`p` itself, which grows without bound as
+:math:`\alpha \to 1`; logits do not see it.
 """
 
 from __future__ import annotations
@@ -36,10 +41,10 @@ def alpha_div(
     insists on covering all that the teacher holds likely.
 
     It is at least 0, and for :math:`0 < \alpha < 1` at most :math:`1 / (\alpha (1 - \alpha))`, of
-    distributions that share no class.  Otherwise it is :math:`+\infty` with a finite gradient where
-    a power is: that of a class that only the teacher (:math:`\alpha > 1`) or only the student
-    (:math:`\alpha < 0`) knows.  Of probabilities that do not add up to 1 the formula is taken
-    literally.  ``reduction="pointwise"`` gives
+    distributions that share no class.  Otherwise it may be :math:`+\infty`, with a finite gradient:
+    for :math:`\alpha > 1` where the teacher has a class to itself, for :math:`\alpha < 0` where the
+    student has.  Of probabilities that do not add up to 1 the formula is taken literally.
+    ``reduction="pointwise"`` gives
     :math:`(p_c^\alpha q_c^{1 - \alpha} - q_c) / (\alpha (\alpha - 1))`.
 
     :math:`\alpha` is any finite number; all other arguments, result and errors are those of

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from decimal import Decimal, localcontext
+from decimal import Context, Decimal, localcontext
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,6 @@ from edges import gradients, same
 from test_edge_rows import TYPES, as_type
 
 INF, NAN = torch.inf, torch.nan
-LN2 = math.log(2)
 NEW = [
     ("skew_kl_div", {}),
     ("skew_kl_div", {"skew": 0.5, "reverse": True}),
@@ -49,8 +48,7 @@ def rows(name: str, x: Tensor, t: Tensor, kind: str = "logits", **options: Any) 
     return getattr(fastdiv, name)(x, t, target_type=kind, reduction="none", **options)
 
 
-def inputs(scale: float = 1.0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return make_inputs((6, 40), dtype, scale=scale)
+inputs = partial(make_inputs, (6, 40), torch.float64, scale=1.0)
 
 
 # --- limits ---------------------------------------------------------------------------------------
@@ -63,7 +61,7 @@ def test_digits_next_to_the_limits(alpha: float, backend: None) -> None:
     names = ["alpha_div", "renyi_div"] if alpha > 0 else ["alpha_div"]
     values = torch.stack([rows(name, x, t, alpha=alpha) for name in names], -1).tolist()
     for logits, of_row in zip(zip(x.tolist(), t.tolist(), strict=True), values, strict=True):
-        with localcontext(prec=50):
+        with localcontext(Context(prec=50)):
             a = Decimal(alpha)
             masses = [[Decimal(v).exp() for v in side] for side in logits]
             lq, lp = ([(v / sum(side)).ln() for v in side] for side in masses)
@@ -112,12 +110,10 @@ def test_js_jumps_at_the_ends_of_beta(backend: None) -> None:
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_all_skew_is_zero(kind: str, reverse: bool, backend: None) -> None:
-    x, t = inputs(5.0, torch.float32)
+    x, t = inputs(scale=5.0)
     x[0, 1] = t[0, 2] = x[0, 3] = t[0, 3] = -INF
-    for result in gradients(
-        lambda x, t: rows("skew_kl_div", x, t, kind, skew=1, reverse=reverse), x, as_type(t, kind)
-    ):
-        assert (result == 0).all()
+    all_skew = partial(rows, "skew_kl_div", kind=kind, skew=1, reverse=reverse)
+    assert all((result == 0).all() for result in gradients(all_skew, x, as_type(t, kind)))
 
 
 # --- identities -----------------------------------------------------------------------------------
@@ -125,7 +121,7 @@ def test_all_skew_is_zero(kind: str, reverse: bool, backend: None) -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_identities(kind: str, backend: None) -> None:
-    x, logits = inputs(2.0)
+    x, logits = inputs(scale=2.0)
     t = as_type(logits, kind)
     of = partial(rows, x=x, t=t, kind=kind)
     close = partial(same, tolerance=1e-12)
@@ -175,8 +171,7 @@ def test_probabilities_that_do_not_add_up_to_one(backend: None) -> None:
             same(of("renyi_div", alpha=alpha), powers.log() / (alpha - 1), 1e-9)
     same(of("tv_distance"), (p - q).abs().sum(-1) / 2, 1e-12)
     same(of("hellinger_distance"), ((p.sqrt() - q.sqrt()) ** 2).sum(-1) / 2, 1e-12)
-    mixture = 0.1 * p + 0.9 * q
-    same(of("skew_kl_div"), (p * (p / mixture).log()).sum(-1), 1e-12)
+    same(of("skew_kl_div"), (p * (p / (0.1 * p + 0.9 * q)).log()).sum(-1), 1e-12)
 
 
 # --- edges ----------------------------------------------------------------------------------------
@@ -220,7 +215,7 @@ def test_an_infinite_power_is_a_constant(
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("skew_kl_div", {"skew": 0.5}, LN2),
+        ("skew_kl_div", {"skew": 0.5}, math.log(2)),
         ("skew_kl_div", {"skew": 0.1, "reverse": True}, math.log(10)),
         ("alpha_div", {"alpha": 0.2}, 1 / 0.16),
         ("alpha_div", {"alpha": 2}, INF),
@@ -248,7 +243,7 @@ def test_nothing_shared(
 @EVERY
 def test_equal_classes(name: str, options: dict[str, Any], backend: None) -> None:
     """Total variation has a kink at p = q: no slope there, nor anywhere else for equal rows."""
-    x, _ = inputs(3.0)
+    x, _ = inputs(scale=3.0)
     for result in gradients(lambda x, t: rows(name, x, t, **options), x, x.clone()):
         same(result, torch.zeros_like(result), 1e-14)
     if name == "tv_distance":
@@ -263,7 +258,7 @@ def test_equal_classes(name: str, options: dict[str, Any], backend: None) -> Non
 def test_renyi_does_not_overflow(alpha: float, backend: None) -> None:
     x = torch.tensor([[200.0, -200, 0, 3], [-200, 200, 200, 0], [200, 199, -200, -200]])
     t = torch.tensor([[-200.0, 200, 1, 3], [200, 200, -200, 0], [199, 200, 200, -200]])
-    actual = gradients(lambda x, t: rows("renyi_div", x, t, alpha=alpha), x, t)
+    actual = gradients(partial(rows, "renyi_div", alpha=alpha), x, t)
     with fastdiv.backend("reference"):
         exact = gradients(lambda x, t: rows("renyi_div", x, t, alpha=alpha), x.double(), t.double())
     for got, want in zip(actual, exact, strict=True):
@@ -282,8 +277,8 @@ def test_next_to_zero(name: str, options: dict[str, Any]) -> None:
         truth = gradients(function, x.double(), t.double())
     results = zip(gradients(function, x, t), truth, strict=True)
     for got, want in list(results)[: 1 if name == "tv_distance" else 3]:  # whose slope is a sign
-        error = (got - want).norm(dim=-1) if got.dim() > 1 else (got - want).abs()
-        assert (error <= 1e-5 * (want.norm(dim=-1) if got.dim() > 1 else want)).all()
+        error, size = (v.reshape(len(x), -1).norm(dim=-1) for v in (got - want, want))
+        assert (error <= 1e-5 * size).all()
 
 
 def test_bad_options() -> None:
@@ -301,7 +296,5 @@ def test_bad_options() -> None:
     for alpha in (0.5, 1.0):
         with pytest.raises(ValueError, match="'pointwise': renyi_div is no sum over the classes"):
             fastdiv.renyi_div(x, t, target_type="logits", alpha=alpha, reduction="pointwise")
-    with pytest.raises(TypeError, match="alpha"):
-        fastdiv.nn.AlphaDivLoss(target_type="logits")
     with pytest.raises(TypeError, match="temprature"):
         fastdiv.nn.AlphaDivLoss(target_type="logits", alpha=2, temprature=2.0)
