@@ -114,7 +114,7 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
   for (size_t i = 0; i < n; ++i) lse = std::fmax(lse, x[i] * a.scale - lq[i]);
   for (size_t i = 0; i < n; ++i) entropy -= times(std::exp(lq[i]), lq[i]);
   Plain out{0, entropy, std::vector<double>(n), std::vector<double>(n)};
-  const double b = a.params.shape;
+  const double b = loss == "hellinger_distance" ? 0.5 : a.params.shape;
   const bool cross = loss.find("cross_entropy") != std::string::npos,
              hard = target == Target::kNone;
   const double omega = hard && cross ? weight[y] : 1;
@@ -276,7 +276,7 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   if (o.weights) a.class_weight = weight.data();
   a.row_weight = row_weight.data();
   a.scale = o.scale, a.softcap = o.softcap;
-  a.params = {loss, plain_name == "hellinger_distance" ? 0.5 : 0.3, 1, 0, 0};
+  a.params = {loss, 0.3, 1, 0, 0};
   const bool cross = plain_name.find("cross_entropy") != std::string::npos;
   if (cross) a.params.z_loss = 1e-2;
   if (plain_name == "smoothed_cross_entropy" || plain_name == "soft_cross_entropy")

@@ -28,11 +28,13 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr float lowest = -3.40282347e38f, highest = 3.40282347e38f;
+  static constexpr float log_smallest = -87.3f;  // e^z is subnormal below: 0 here
   static constexpr float infinity = __builtin_huge_valf(), nan = __builtin_nanf("");
 };
 template <>
 struct Limits<double> {
   static constexpr double lowest = -1.7976931348623157e308, highest = 1.7976931348623157e308;
+  static constexpr double log_smallest = -708.3;
   static constexpr double infinity = __builtin_huge_val(), nan = __builtin_nan("");
 };
 
@@ -69,8 +71,6 @@ FD_FN real difference_of_differences(real a, real b, real c, real d) {
 
 // --- exponentials of z <= 0 -------------------------------------------------------------------
 
-constexpr float kExpFloor = -87.3f;  // e^z is subnormal below: 0 there
-
 // e^z = scale * (1 + r + tail), tail = O(r^2); scale is 2^n exactly and n = 0 for z > -0.34.
 struct ExpParts {
   float scale, r, tail;
@@ -93,9 +93,9 @@ FD_FN float exp_neg(float z) {
 #if defined(__CUDA_ARCH__)
   return expf(z);  // seven instructions, and exact to two ulps
 #else
-  const ExpParts e = exp_parts(z < kExpFloor ? kExpFloor : z);
+  const ExpParts e = exp_parts(z < Limits<float>::log_smallest ? Limits<float>::log_smallest : z);
   const float value = e.scale * (e.tail + e.r + 1.f);
-  return z < kExpFloor ? 0.f : value;
+  return z < Limits<float>::log_smallest ? 0.f : value;
 #endif
 }
 FD_FN double exp_neg(double z) { return exp(z); }
@@ -112,8 +112,8 @@ struct ExpGap {
 };
 
 FD_FN ExpGap<float> exp_gap(float z) {
-  const bool gone = z < kExpFloor;
-  const float c = gone ? kExpFloor : z;
+  const bool gone = z < Limits<float>::log_smallest;
+  const float c = gone ? Limits<float>::log_smallest : z;
   const ExpParts x = exp_parts(c);
   ExpGap<float> g;
   g.z = c;

@@ -33,8 +33,7 @@ struct Row {
   real x_max, x_logz;  // log q = (x - x_max) * scale - x_logz
   real t_max, t_logz;  // log p likewise where the target is logits; else 0
   real gap;            // log q - log p = ((x - t) - (x_max - t_max)) * scale - gap, for logits
-  real a, b;           // the loss's own, see the policies
-  real mass;           // sum of p: 1, unless the target is given as probabilities
+  real a, b, c;        // the loss's own, see the policies
 };
 
 // Of a change of the running maximum: e^d, d = old maximum - new maximum, and the old sum.
@@ -150,9 +149,10 @@ struct RowState {
     Row<real> r{};
     r.x_max = x.max, r.x_logz = log_of(x.sum);
     if constexpr (kNormalise) r.t_max = t.max, r.t_logz = log_of(t.sum);
-    r.mass = kNormalise || kTarget == Target::kNone ? real(1) : t.sum;
     return r;
   }
+  // Sum of p: 1, unless the target is given as probabilities.
+  FD_FN real mass() const { return kNormalise || kTarget == Target::kNone ? real(1) : t.sum; }
 
  private:
   FD_FN void push_tilted(const P& loss, const Tile<real>& tile, real scale) {
@@ -163,9 +163,12 @@ struct RowState {
       const real lx = (tile.x[i] - x_max) * scale;
       const real lt = log_target<kTarget>(tile.t[i], kNormalise ? t_max : real(0), real(0), scale);
       const real v = loss.tilt(lx, lt);
-      const bool empty = lx == -inf && lt == -inf;  // there v is NaN for some
-      infinite += v == inf ? real(1) : real(0);
-      tile.tilted[i] = v == inf || empty ? -inf : v;
+      // Of a class that only one side has; without mass there, too, it adds nothing.
+      const real larger = lx > lt ? lx : lt;
+      const real once = larger > Limits<real>::log_smallest ? real(1) : real(0);
+      infinite += v == inf ? once : real(0);
+      const real finite = v == inf ? -inf : v;
+      tile.tilted[i] = larger == -inf ? -inf : finite;
     }
     tilted.rebase(max_of(tile.tilted, tile.n, tilted.max), real(1));
     const real max = tilted.max;

@@ -14,16 +14,8 @@
 
 namespace fastdiv {
 
-// w - o from log w, log o and their difference, all of which may be -inf.
-template <class real>
-FD_FN real probability_difference(real lw, real lo, real log_w_less_log_o) {
-  const bool larger = log_w_less_log_o > real(0);
-  const real top = exp_neg(larger ? lw : lo);
-  const real em1 = exp_gap(larger ? -log_w_less_log_o : log_w_less_log_o).em1;
-  return mass_times(top, larger ? -em1 : em1);
-}
-
-// Row: a = E of the finite terms, b = d value / dE.
+// Row, of the finite terms: a = E where it is next to zero, else NaN; b = d value / dE; c =
+// log-sum-exp of the tilt of the logits, as they are before normalisation.
 template <class real, Target target>
 struct AlphaDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
@@ -34,40 +26,43 @@ struct AlphaDiv : Divergence<real, target> {
   real alpha, rest;    // rest = 1 - alpha
   real linear, power;  // value = linear E + power (e^E - 1) + mass (sum p - 1)
   real mass;
-  FD_FN explicit AlphaDiv(const LossParams& p)
-      : Base(p), alpha(real(p.shape)), rest(real(1 - p.shape)), linear(0), power(0), mass(0) {
-    if (p.loss == LossId::k_alpha_div) power = real(-1 / (p.shape * (1 - p.shape)));
-    if (p.loss == LossId::k_renyi_div) linear = real(-1 / (1 - p.shape));
-    if (p.loss == LossId::k_hellinger_distance) power = -1, mass = real(0.5);
+  FD_FN explicit AlphaDiv(const LossParams& p) : Base(p), linear(0), power(0), mass(0) {
+    const bool hellinger = p.loss == LossId::k_hellinger_distance;
+    const double order = hellinger ? 0.5 : p.shape;
+    alpha = real(order), rest = real(1 - order);
+    if (p.loss == LossId::k_alpha_div) power = real(-1 / (order * (1 - order)));
+    if (p.loss == LossId::k_renyi_div) linear = real(-1 / (1 - order));
+    if (hellinger) power = real(-1), mass = real(0.5);
   }
 
-  // log p^alpha q^(1 - alpha)
-  FD_FN real tilt(real lx, real lt) const { return alpha * lt + rest * lx; }
+  // log p^alpha q^(1 - alpha), by way of the difference, which is the smallest of the three numbers
+  // where both are much the same.  (A p and q of 0 give anything but a finite number.)
+  FD_FN real tilt(real lx, real lt) const {
+    return lx == -Limits<real>::infinity ? rest * lx : lx + alpha * (lt - lx);
+  }
 
   // S - 1, from the sum of the terms f~ of order alpha.
   FD_FN real excess(real terms, real sum_p) const {
     return alpha * (sum_p - real(1)) - alpha * rest * terms;
   }
-  FD_FN real finish(real e, bool infinite, Row<real>& row) const {
+  FD_FN real finish(real e, real near, real tilted, bool infinite, real sum_p,
+                    Row<real>& row) const {
     const bool nothing = e == -Limits<real>::infinity;  // no class that both sides have
-    row.a = nothing ? real(0) : e;
+    row.a = near;
     row.b = nothing ? real(0) : linear + mass_times(power, exp(e));
+    row.c = nothing ? real(0) : tilted;
     if (infinite) return Limits<real>::infinity;
-    return mass_times(linear, e) + mass_times(power, expm1(e)) +
-           mass_times(mass, row.mass - real(1));
+    return mass_times(linear, e) + mass_times(power, expm1(e)) + mass_times(mass, sum_p - real(1));
   }
 
   FD_FN real grad_x(const LogPair<real>& c, const Row<real>& row) const {
     const real lw = log_w(c, row);
-    const real w_less_q =
-        probability_difference(lw, c.lq, is_infinite(lw) ? lw : -alpha * c.y - row.a);
-    return mass_times(w_less_q, row.b * rest);
+    return mass_times(less(lw, c.lq, -alpha * c.y - row.a, row), row.b * rest);
   }
   FD_FN real grad_t(const LogPair<real>& c, real t, real scale, const Row<real>& row) const {
     const real lw = log_w(c, row), slope = row.b * alpha;
     if constexpr (target == Target::kLogits)
-      return mass_times(probability_difference(lw, c.lp, is_infinite(lw) ? lw : rest * c.y - row.a),
-                        slope * scale);
+      return mass_times(less(lw, c.lp, rest * c.y - row.a, row), slope * scale);
     const real w = mass_times(exp_neg(lw), slope);
     if constexpr (target == Target::kLogProbs) return w + mass * exp_neg(t);
     return t == real(0) ? real(0) : w / t + mass;
@@ -102,9 +97,18 @@ struct AlphaDiv : Divergence<real, target> {
  private:
   // Of a class without mass, and of one whose term is infinite, -inf.
   FD_FN real log_w(const LogPair<real>& c, const Row<real>& row) const {
-    const real inf = Limits<real>::infinity, v = tilt(c.lq, c.lp) - row.a;
-    const real finite = v == inf ? -inf : v;
-    return (c.lq > c.lp ? c.lq : c.lp) == -inf ? -inf : finite;
+    const real inf = Limits<real>::infinity, v = tilt(c.lx, c.lt);
+    const real finite = v == inf ? -inf : v - row.c;
+    return (c.lx > c.lt ? c.lx : c.lt) == -inf ? -inf : finite;
+  }
+  // w - o, for o = q or p, from the logs.  `near` is log w - log o, good to the last digit where
+  // the rows are close.
+  FD_FN real less(real lw, real lo, real near, const Row<real>& row) const {
+    const real apart = row.a == row.a ? near : lw - lo;
+    const real ratio = is_infinite(lw) ? lw : apart;
+    const bool larger = ratio > real(0);
+    const real em1 = exp_gap(larger ? -ratio : ratio).em1;
+    return mass_times(exp_neg(larger ? lw : lo), larger ? -em1 : em1);
   }
 };
 

@@ -38,17 +38,17 @@ FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossP
   return excess;
 }
 
-// E and the value of a loss of order alpha; row.a and row.b for the backward.
+// The value of a loss of order alpha.  Where E is small, of rows that are close or of an order
+// close to 0 or 1, it comes from the terms of a second sweep.
 template <class P, class real, class Sweep>
 FD_FN real tilted_value(const P& loss, const RowState<P>& s, Row<real>& row, Sweep sweep) {
   const bool infinite = s.sums.b > real(0);
-  const real own = s.tilted.max + log_of(s.tilted.sum);
+  const real tilted = s.tilted.max + log_of(s.tilted.sum);
   const real logs = loss.tilt(row.x_logz, row.t_logz);
-  real e = own - logs;
-  const real terms = real(1) + abs_of(own) + abs_of(logs);
-  if (!infinite && !is_infinite(e) && !(abs_of(e) > real(0.05) * terms))
-    e = log1p(loss.excess(sweep(loss, row).f, row.mass));
-  return loss.finish(e, infinite, row);
+  const real e = tilted - logs, terms = real(1) + abs_of(tilted) + abs_of(logs);
+  const bool sound = infinite || is_infinite(e) || abs_of(e) > real(0.05) * terms;
+  const real near = sound ? Limits<real>::nan : log1p(loss.excess(sweep(loss, row).f, s.mass()));
+  return loss.finish(sound ? e : near, near, tilted, infinite, s.mass(), row);
 }
 
 // The value; row.a = sum u and row.b = sum v for the backward.
@@ -61,11 +61,11 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
   if constexpr (kLogits)
     kl = anchor(s, row, sweep, params);
   else
-    kl = s.sums.a + mass_times(row.mass, row.x_logz);
+    kl = s.sums.a + mass_times(s.mass(), row.x_logz);
   if constexpr (P::kTilted) return tilted_value(loss, s, row, sweep);
   // u + v = f~ and one of them is q - p or its negative, so the value gives both sums.
   if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
-    row.a = kl != kl ? kl : real(1) - row.mass;
+    row.a = kl != kl ? kl : real(1) - s.mass();
     row.b = kl;
     return kl;
   }
@@ -74,13 +74,13 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
     const Difference<real> reverse = sum_of(s.sums.b / s.x.sum, -logs);
     if (reverse.sound || (!kLogits && !is_infinite(reverse.value))) {
       row.a = reverse.value;
-      row.b = row.mass - real(1);
+      row.b = s.mass() - real(1);
       return reverse.value;
     }
   }
   const Terms<real> sum = sweep(loss, row);
   row.a = sum.u, row.b = sum.v;
-  return sum.f - loss.shift() * (real(1) - row.mass);
+  return sum.f - loss.shift() * (real(1) - s.mass());
 }
 
 }  // namespace fastdiv

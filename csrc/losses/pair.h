@@ -7,18 +7,19 @@ namespace fastdiv {
 
 template <class real>
 struct LogPair {
+  real lx, lt;  // before normalisation
   real lq, lp;
   real y;  // log q - log p; NaN of a class without mass on either side
 };
 
 template <Target kTarget, class real>
 FD_FN LogPair<real> log_pair(real x, real t, real scale, const Row<real>& row) {
-  const real lq = (x - row.x_max) * scale - row.x_logz;
-  const real lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale);
+  const real lx = (x - row.x_max) * scale, lq = lx - row.x_logz;
+  const real lt = log_target<kTarget>(t, row.t_max, real(0), scale), lp = lt - row.t_logz;
   const real y = kTarget == Target::kLogits
                      ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.gap
                      : lq - lp;
-  return {lq, lp, y};
+  return {lx, lt, lq, lp, y};
 }
 
 template <class real>

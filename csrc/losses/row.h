@@ -56,7 +56,7 @@ struct RowOf {
       result.log_prob = y.lx - row.x_logz;
     }
     if constexpr (P::kStats && !P::kLabel)
-      result.log_prob = s.sums.d - mass_times(row.mass, row.x_logz);
+      result.log_prob = s.sums.d - mass_times(s.mass(), row.x_logz);
     if (weight() != real(0)) {
       if constexpr (P::kDivergence)
         result.out.value = divergence_value(loss, s, row, sweep, a.params);
