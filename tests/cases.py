@@ -138,8 +138,8 @@ def _skew(skew: float, reverse: bool = False) -> Eager:
 
 def _alpha(alpha: float) -> Eager:
     def rows(x: Tensor, lp: Tensor) -> Tensor:
-        powers = lp.exp() ** alpha * x.softmax(-1) ** (1 - alpha)
-        return (powers.sum(-1) - 1) / (alpha * (alpha - 1))
+        powers = alpha * lp + (1 - alpha) * torch.log_softmax(x, -1)
+        return (powers.exp().sum(-1) - 1) / (alpha * (alpha - 1))
 
     return rows
 

@@ -167,11 +167,16 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
     if (loss == "entropy") u[i] = -1.5 * times(q, lq[i] + entropy);
     if (loss == "log_prob_and_entropy")
       u[i] = 1.5 * ((int64_t(i) == y) - q) + 0.5 * times(q, lq[i] + entropy);
+    if (loss == "log_sum_exp_and_sum") u[i] = 1.5 * q - 0.5;
     sum_u += u[i];
   }
   out.value = terms;
   if (loss == "alpha_div") out.value = (tilted - 1) * slope_of_tilted;
   if (renyi) out.value = std::log(tilted) / (b - 1);
+  if (loss == "log_sum_exp_and_sum") {
+    out.value = lse, out.entropy = 0;
+    for (double v : x) out.entropy += std::isinf(v) ? 0 : v * a.scale;
+  }
   if (cross) out.value += a.params.z_loss * omega * lse * lse;
   if (loss == "entropy") out.value = entropy;
   if (loss == "log_prob_and_entropy") out.value = lq[y];
@@ -181,8 +186,8 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
     const double q = std::exp(lq[i]),
                  slope = a.softcap ? 1 - std::pow(std::tanh(raw[i] / a.softcap), 2) : 1;
     const double pull = cross ? mass + 2 * a.params.z_loss * omega * lse : -sum_u;
-    out.dx[i] = (loss.find("entropy") + 1 && !cross ? u[i] : 1.5 * (u[i] + times(q, pull))) *
-                a.scale * slope;
+    const bool complete = !cross && target == Target::kNone;
+    out.dx[i] = (complete ? u[i] : 1.5 * (u[i] + times(q, pull))) * a.scale * slope;
     if (target == Target::kLogits) out.dt[i] = 1.5 * a.scale * (v[i] - p[i] * sum_v);
     if (target == Target::kLogProbs) out.dt[i] = 1.5 * v[i];
     if (target == Target::kProbs) out.dt[i] = 1.5 * (cross ? v[i] : p[i] == 0 ? 0 : v[i] / p[i]);
@@ -318,7 +323,10 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
     if (r == 4) e = {0, 0, std::vector<double>(classes, 0.0), std::vector<double>(classes, 0.0)};
     if (r == 3) e.value = e.entropy = NAN;
     expect("value", value[r], e.value, digits * (10 + std::abs(e.value)));
-    if (traits.two_outputs) expect("entropy", entropy[r], e.entropy, digits * 20);
+    // A sum of all logits has the digits of the sum of their sizes.
+    const bool sum = plain_name == "log_sum_exp_and_sum";
+    const double size = 20 * (sum ? double(classes) : 1);
+    if (traits.two_outputs) expect("second output", entropy[r], e.entropy, digits * size);
     if (traits.stats && r < 3) expect("entropy", stats[kRows + r], e.entropy, digits * 20);
     if (traits.stats && r < 3)
       for (int64_t i = 0; i < classes; ++i)

@@ -4,7 +4,7 @@ Truth is the reference in float64 of the very numbers that the kernel reads; `ea
 of torch would write.  For half inputs eager computes in float32 here: in half it is so far off that
 nothing could fail.  The rule is applied to the root mean square over many rows, where it is sharp:
 the largest of a few rounding errors is a lottery, of which eager wins half.  The largest error may
-be three times eager's, so that no class goes astray.
+be three times eager's and six ulp, so that no class goes astray.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def accept(name: str, x: Tensor, ours: Tensor, eager: Tensor, unit: Tensor, trut
     a, b, u = (v.square().mean(dim).sqrt() for v in (ours, eager, unit))
     assert (a <= b + 2 * u).all(), f"{where}: {a} > {b} (eager) + 2 * {u} (ulp)"
     a, b, u = (v.max() for v in (ours, eager, unit))
-    assert a <= 3 * b + 2 * u, f"{where}, largest: {a} > 3 * {b} (eager) + 2 * {u} (ulp)"
+    assert a <= 3 * b + 6 * u, f"{where}, largest: {a} > 3 * {b} (eager) + 6 * {u} (ulp)"
 
 
 @pytest.mark.parametrize("case", LOSSES, ids=str)
@@ -120,7 +120,8 @@ def test_truth_is_what_torch_computes(case: Case) -> None:
     # Else an option that both backends misunderstand goes unnoticed.
     _, _, truth, eager = expected(case, torch.float64, (5, 33))
     for a, b in zip(truth, eager, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        size = max(1.0, float(b.abs().max()))  # eager cancels
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12 * size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

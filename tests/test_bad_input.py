@@ -124,6 +124,10 @@ for f in (kl, js):
     bad(f, X, T[:, :4], raises=ValueError, says="target|(3, 5)|(3, 4)")
     bad(f, X, T.to("meta"), raises=RuntimeError, says=f"target|meta|{X.device}")
 bad(ce, X, [0, 1, 2], raises=TypeError, says="target|Tensor|list")
+bad(
+    lambda: fastdiv.nn.DistillationLoss()(X, T, [0, 1, 2]),
+    raises=TypeError, says="labels|Tensor|list",
+)  # fmt: skip
 bad(ce, X, labels(0, 1), raises=ValueError, says="target|(3,)|(2,)")
 bad(ce, X, Y[:, None], raises=ValueError, says="target|(3,)|(3, 1)")
 bad(

@@ -30,3 +30,12 @@ def test_label_smoothing(tmp_path: Path) -> None:
     done = run("asr_label_smoothing.py", "--steps", "5", "--output", picture)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "same curve" in done.stdout and picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_distillation(tmp_path: Path) -> None:
+    picture = tmp_path / "distill.png"
+    steps = ("--steps", "3", "--teacher-steps", "3", "--vocab", "5000")
+    done = run("distill.py", *steps, "--output", picture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("same curve") == 2 and picture.stat().st_size > 10_000

@@ -28,13 +28,14 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr float lowest = -3.40282347e38f, highest = 3.40282347e38f;
+  static constexpr float log_largest = 88;
   static constexpr float log_smallest = -87.3f;  // e^z is subnormal below: 0 here
   static constexpr float infinity = __builtin_huge_valf(), nan = __builtin_nanf("");
 };
 template <>
 struct Limits<double> {
   static constexpr double lowest = -1.7976931348623157e308, highest = 1.7976931348623157e308;
-  static constexpr double log_smallest = -708.3;
+  static constexpr double log_largest = 709, log_smallest = -708.3;
   static constexpr double infinity = __builtin_huge_val(), nan = __builtin_nan("");
 };
 
@@ -89,7 +90,7 @@ FD_FN ExpParts exp_parts(float z) {
   return {scale, r, p * (r * r)};
 }
 
-FD_FN float exp_neg(float z) {
+FD_FN float exp_neg(float z) {  // right for positive numbers, too, up to log_largest
 #if defined(__CUDA_ARCH__)
   return expf(z);  // seven instructions, and exact to two ulps
 #else

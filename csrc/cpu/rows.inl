@@ -28,10 +28,11 @@ RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
 
 // The terms of a divergence: the second sweep, over a row which is in the cache.
 template <class P, class L, class real>
-Terms<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r, const Row<real>& row) {
+TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
+                         const Row<real>& row) {
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
-        Terms<real> total{};
+        TermSums<real> total;
         Buffer<real> bx, bt;
         source.for_tiles(begin, end, [&](int64_t i, int n) {
           const real *x = source.input(r).tile(i, n, bx), *t = source.target(r).tile(i, n, bt);
@@ -39,17 +40,23 @@ Terms<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r, cons
           const Row<real> k = row;
           const L policy = loss;
           const real scale = source.scale;
-          real f = 0, u = 0, v = 0;
-          FD_SIMD(reduction(+ : f, u, v))
-          for (int j = 0; j < n; ++j) {
-            const Terms<real> term = policy.terms(make_pair<P::kTarget>(x[j], t[j], scale, k));
-            f += term.f, u += term.u, v += term.v;
+          // In short runs, for the rounding errors of a sum grow with the number of its terms.
+          constexpr int kRun = 64;
+          for (int begin = 0; begin < n; begin += kRun) {
+            const int end = begin + kRun < n ? begin + kRun : n;
+            real f = 0, u = 0, v = 0, q = 0, p = 0;
+            FD_SIMD(reduction(+ : f, u, v, q, p))
+            for (int j = begin; j < end; ++j) {
+              const Pair<real> pair = make_pair<P::kTarget>(x[j], t[j], scale, k);
+              const Terms<real> term = policy.terms(pair);
+              f += term.f, u += term.u, v += term.v, q += pair.q, p += pair.p;
+            }
+            total.add({f, u, v, q, p});
           }
-          total.add({f, u, v});
         });
         return total;
       },
-      [](Terms<real>& total, const Terms<real>& part) { total.add(part); });
+      [](TermSums<real>& total, const TermSums<real>& part) { total.add(part); });
 }
 
 // The first column that holds the maximum, or NaN.

@@ -129,10 +129,12 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
     const real x_label = self.label_is_read() ? reader.logit(a.label[r]) : real(0);
     state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
     const auto second_sweep = [&](const auto& loss, const Row<real>& row) {
-      Terms<real> sum{};
+      TermSums<real> sum;
       reader.template sweep<false>(team, [&](const auto& tile, int, int) {
         reader.for_columns([&](int c, int, int) {
-          sum.add(loss.terms(make_pair<P::kTarget>(tile.x[c], tile.t[c], reader.scale, row)));
+          const Pair<real> pair = make_pair<P::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
+          const Terms<real> term = loss.terms(pair);
+          sum.add({term.f, term.u, term.v, pair.q, pair.p});
         });
       });
       return team.all(sum, MergeTerms<real>());

@@ -48,10 +48,10 @@ struct MergeStates {
 };
 template <class real>
 struct MergeTerms {
-  __device__ __forceinline__ void operator()(Terms<real>& s, int width) const {
-    real sum[] = {s.f, s.u, s.v};
-    sum_lanes<3>(sum, width);
-    s = {sum[0], sum[1], sum[2]};
+  __device__ __forceinline__ void operator()(TermSums<real>& s, int width) const {
+    real sum[] = {s.f, s.u, s.v, s.q, s.p};
+    sum_lanes<5>(sum, width);
+    s = {sum[0], sum[1], sum[2], sum[3], sum[4]};
   }
 };
 

@@ -35,24 +35,24 @@ struct AlphaDiv : Divergence<real, target> {
     if (hellinger) power = real(-1), mass = real(0.5);
   }
 
-  // log p^alpha q^(1 - alpha), by way of the difference, which is the smallest of the three numbers
-  // where both are much the same.  (A p and q of 0 give anything but a finite number.)
-  FD_FN real tilt(real lx, real lt) const {
-    return lx == -Limits<real>::infinity ? rest * lx : lx + alpha * (lt - lx);
-  }
+  // log p^alpha q^(1 - alpha).  A p and q of 0 give anything but a finite number.
+  FD_FN real tilt(real lx, real lt) const { return alpha * lt + rest * lx; }
 
   // S - 1, from the sum of the terms f~ of order alpha.
   FD_FN real excess(real terms, real sum_p) const {
     return alpha * (sum_p - real(1)) - alpha * rest * terms;
   }
-  FD_FN real finish(real e, real near, real tilted, bool infinite, real sum_p,
+  // E comes with what its rounding has left off, which e^E would magnify.
+  FD_FN real finish(real e, real rounding, real near, real tilted, bool infinite, real sum_p,
                     Row<real>& row) const {
     const bool nothing = e == -Limits<real>::infinity;  // no class that both sides have
+    const real s = exp(e), more = mass_times(s, rounding);
     row.a = near;
-    row.b = nothing ? real(0) : linear + mass_times(power, exp(e));
+    row.b = nothing ? real(0) : linear + mass_times(power, s + more);
     row.c = nothing ? real(0) : tilted;
     if (infinite) return Limits<real>::infinity;
-    return mass_times(linear, e) + mass_times(power, expm1(e)) + mass_times(mass, sum_p - real(1));
+    return mass_times(linear, e) + mass_times(power, expm1(e) + more) +
+           mass_times(mass, sum_p - real(1));
   }
 
   FD_FN real grad_x(const LogPair<real>& c, const Row<real>& row) const {
@@ -63,9 +63,16 @@ struct AlphaDiv : Divergence<real, target> {
     const real lw = log_w(c, row), slope = row.b * alpha;
     if constexpr (target == Target::kLogits)
       return mass_times(less(lw, c.lp, rest * c.y - row.a, row), slope * scale);
-    const real w = mass_times(exp_neg(lw), slope);
-    if constexpr (target == Target::kLogProbs) return w + mass * exp_neg(t);
-    return t == real(0) ? real(0) : w / t + mass;
+    if constexpr (target == Target::kLogProbs)
+      return mass_times(exp_neg(lw), slope) + mass * exp_neg(t);
+    // w / p is largest where p is small, and log p least accurate: it goes in with the smaller of
+    // the powers alpha and alpha - 1.  What rounding leaves off comes back as a factor.
+    const real half = real(0.5), most = Limits<real>::log_largest;
+    const real log_ratio = rest * (c.lx - c.lt) - row.c;
+    const real power_of_p = alpha < half ? lw : (log_ratio > most ? most : log_ratio);
+    const real v = exp_neg(is_infinite(lw) ? lw : power_of_p);
+    const real ratio = alpha < half ? v / t : v + v * rest * rounding_of(c.lx, c.lt);
+    return t == real(0) ? real(0) : mass_times(ratio, slope) + mass;
   }
 
   // f~ = (p^alpha q^(1-alpha) - alpha p - (1-alpha) q) / (alpha (alpha - 1)), for any alpha but 0

@@ -19,6 +19,15 @@ struct Terms {
   FD_FN void add(const Terms& o) { f += o.f, u += o.u, v += o.v; }
 };
 
+// What a second sweep adds up.  The probabilities too: as they come, from rounded logarithms, they
+// add up to 1 only nearly, which the gradients, differences of u and q * sum u, can do without.
+template <class real>
+struct TermSums {
+  real f = 0, u = 0, v = 0, q = 0, p = 0;
+
+  FD_FN void add(const TermSums& o) { f += o.f, u += o.u, v += o.v, q += o.q, p += o.p; }
+};
+
 template <class Real, Target target>
 struct Divergence : Loss<Real, target> {
   using real = Real;

@@ -1,6 +1,6 @@
 // The divergence of two rows: what the moments of the first sweep give where they are sound, else a
-// second sweep over the row, which is still near.  `sweep(loss, row)` returns the sum of the terms
-// of a loss.
+// second sweep over the row, which is still near.  `sweep(loss, row)` returns the TermSums of a
+// loss.
 #pragma once
 
 #include "losses/alpha_div.h"
@@ -43,12 +43,14 @@ FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossP
 template <class P, class real, class Sweep>
 FD_FN real tilted_value(const P& loss, const RowState<P>& s, Row<real>& row, Sweep sweep) {
   const bool infinite = s.sums.b > real(0);
-  const real tilted = s.tilted.max + log_of(s.tilted.sum);
-  const real logs = loss.tilt(row.x_logz, row.t_logz);
-  const real e = tilted - logs, terms = real(1) + abs_of(tilted) + abs_of(logs);
+  const real max = s.tilted.max, log_sum = log_of(s.tilted.sum), tilted = max + log_sum;
+  const real logs = loss.tilt(row.x_logz, row.t_logz), less = logs - log_sum;
+  const real e = max - less, terms = real(1) + abs_of(tilted) + abs_of(logs);
+  const real rounding = rounding_of(max, less) - rounding_of(logs, log_sum);
   const bool sound = infinite || is_infinite(e) || abs_of(e) > real(0.05) * terms;
   const real near = sound ? Limits<real>::nan : log1p(loss.excess(sweep(loss, row).f, s.mass()));
-  return loss.finish(sound ? e : near, near, tilted, infinite, s.mass(), row);
+  return loss.finish(sound ? e : near, sound ? rounding : real(0), near, tilted, infinite, s.mass(),
+                     row);
 }
 
 // The value; row.a = sum u and row.b = sum v for the backward.
@@ -78,8 +80,8 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
       return reverse.value;
     }
   }
-  const Terms<real> sum = sweep(loss, row);
-  row.a = sum.u, row.b = sum.v;
+  const TermSums<real> sum = sweep(loss, row);
+  row.a = sum.u / sum.q, row.b = kLogits ? sum.v / sum.p : sum.v;
   return sum.f - loss.shift() * (real(1) - s.mass());
 }
 
