@@ -12,6 +12,8 @@ from ._info import build_info
 from .cross_entropy import cross_entropy
 from .divergence import js_div, kl_div, reverse_kl_div
 from .entropy import entropy, log_prob, log_prob_and_entropy
+from .linear import linear_cross_entropy, linear_log_prob_and_entropy
+from .linear_divergence import linear_js_div, linear_kl_div, linear_reverse_kl_div
 from .reference import Stats
 
 __version__ = _version("fastdiv")
@@ -24,6 +26,11 @@ __all__ = [
     "entropy",
     "js_div",
     "kl_div",
+    "linear_cross_entropy",
+    "linear_js_div",
+    "linear_kl_div",
+    "linear_log_prob_and_entropy",
+    "linear_reverse_kl_div",
     "log_prob",
     "log_prob_and_entropy",
     "nn",

@@ -11,6 +11,7 @@ from . import _backend, reference
 from .reference import Spec, value_dtype
 
 RECORD_SIZE = 8  # numbers a row that the forward leaves for the backward: Row in row_state.h
+REDUCTION, BATCH, IGNORE_INDEX = 2, 3, 4  # their places among the options
 
 _LOSS_IDS = (
     {} if _backend._C is None else {name: i for i, name in enumerate(_backend._C.loss_names())}
@@ -137,6 +138,7 @@ if _backend._C is not None:
     forward_stats = torch.ops.fastdiv._row_forward_stats.default
     backward = torch.ops.fastdiv._row_backward.default
     backward_in_place = torch.ops.fastdiv._row_backward_.default
+    forward_grad = torch.ops.fastdiv._row_forward_grad.default
 
     _register = torch.library.register_fake
     _register("fastdiv::_row_forward")(lambda x, *a: _fake_forward(x, a[4:], False))

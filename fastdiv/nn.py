@@ -11,6 +11,13 @@ from . import cross_entropy as _cross_entropy
 from . import divergence as _divergence
 from . import entropy as _entropy
 from ._combined import DistillationLoss, LabelSmoothingLoss
+from ._linear_modules import (
+    LinearCrossEntropyLoss,
+    LinearJSDivLoss,
+    LinearKLDivLoss,
+    LinearLogProbAndEntropy,
+    LinearReverseKLDivLoss,
+)
 from .reference import Stats
 
 __all__ = [
@@ -20,6 +27,11 @@ __all__ = [
     "JSDivLoss",
     "KLDivLoss",
     "LabelSmoothingLoss",
+    "LinearCrossEntropyLoss",
+    "LinearJSDivLoss",
+    "LinearKLDivLoss",
+    "LinearLogProbAndEntropy",
+    "LinearReverseKLDivLoss",
     "ReverseKLDivLoss",
 ]
 
