@@ -62,9 +62,10 @@ def make_layer(
 
 
 def _as_autocast(v: Tensor) -> Tensor:
-    if v.dtype == torch.float64 or not torch.is_autocast_enabled(v.device.type):
+    device = v.device.type
+    if v.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return v
-    return v.to(torch.get_autocast_dtype(v.device.type))
+    return v.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else v
 
 
 def as_rows(v: Tensor) -> Tensor:

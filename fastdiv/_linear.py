@@ -22,9 +22,9 @@ from .reference import value_dtype
 
 Rows = slice | Tensor  # a range of rows, or the indices of some
 
-SHARE = 11  # tiles take at most this part of the input's logits,
+SHARE = 12  # tiles take at most this part of the input's logits,
 LARGEST = {"cpu": 1 << 26, "cuda": 1 << 29}  # and no more bytes, however many rows there are,
-FEWEST_ROWS = {"cpu": 32, "cuda": 256}  # but are this large, or products would take much longer
+FEWEST_ROWS = {"cpu": 16, "cuda": 256}  # but are this large, or products would take much longer
 FEWEST_CLASSES = {"cpu": 256, "cuda": 2048}
 ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}
 CONVERTED = 256  # classes whose weights are converted at a time
@@ -158,11 +158,11 @@ def _store(total: Tensor | None, gradient: Tensor | None) -> None:
 
 
 def ranges(whole: slice, most: int) -> Iterator[slice]:
-    """Pieces of at most so many, of nearly equal size."""
+    """Pieces of at most so many, of one size but for the last: memory of one fits the next."""
     length = whole.stop - whole.start
-    count = -(-length // most)
-    for i in range(count):
-        yield slice(whole.start + length * i // count, whole.start + length * (i + 1) // count)
+    size = -(-length // -(-length // most)) if length else 1
+    for begin in range(whole.start, whole.stop, size):
+        yield slice(begin, min(begin + size, whole.stop))
 
 
 def within(block: slice, outer: slice) -> slice:
@@ -207,12 +207,14 @@ class Problem:
         logits = self.rows * self.classes * self.student.input.element_size()
         return min(logits // SHARE, LARGEST[self.device])
 
-    def rows_of_chunk(self) -> int:
+    def rows_of_chunk(self, with_gradients: bool) -> int:
         """How many rows ``by_rows`` takes at a time."""
         if self.chunk_size:
             return self.chunk_size
         converted = 8 * CONVERTED * self.hidden if self.student.converts else 0
-        rows = (self.budget() - converted) // (self.classes * self.dtype.itemsize)
+        # A forward alone leaves room for what its backward adds to memory that is not given back.
+        budget = self.budget() if with_gradients else self.budget() // 2
+        rows = (budget - converted) // (self.classes * self.dtype.itemsize)
         return max(rows, FEWEST_ROWS[self.device])
 
     def tile_of_block(self) -> tuple[int, int]:
@@ -222,7 +224,7 @@ class Problem:
             return rows, max(1, self.chunk_size * self.classes // rows)
         of_input = 4 * self.hidden * (rows + self.rows)  # a tile's rows, and their gradient's sum
         of_class = self.dtype.itemsize * rows + 8 * self.hidden  # logits; a weight, its gradient's
-        classes = (self.budget() - of_input) // of_class
+        classes = (self.budget() // 2 - of_input) // of_class
         return rows, max(classes, FEWEST_CLASSES[self.device])
 
     def pieces(self, most: int, every: bool = False) -> list[Rows]:
@@ -267,29 +269,35 @@ def by_rows(
     )
     whole = slice(0, p.classes)
     options = [loss_with_stats, *p.options[1:]] if stats else p.options
-    for g in gradients:
-        g.begin(whole)
-    for rows in p.pieces(p.rows_of_chunk(), every=stats):
+
+    def chunk(rows: Rows) -> None:  # a function, so that nothing of a chunk outlives it
         tiles = p.tiles(rows, whole)
-        need_t = len(gradients) > 1
-        record = dt = None
+        dt = None
         if grad is not None and not stats:
             upstream = grad[..., rows].contiguous()
-            value, dt = _ops.forward_grad(upstream, *tiles, *p.options, need_t)
-        elif stats:
-            value, record, total, of_rows, argmax = _ops.forward_stats(*tiles, *options)
-            out.stats[:, rows], out.argmax[rows] = of_rows, argmax
-            if grad is not None:
-                upstream = grad[..., rows].contiguous()
-                dt = _ops.backward_in_place(upstream, *tiles, record, total, *p.options, need_t)
+            out.value[..., rows], dt = _ops.forward_grad(
+                upstream, *tiles, *p.options, len(gradients) > 1
+            )
         else:
-            value, record, _ = _ops.forward(*tiles, *options)
-        out.value[..., rows] = value
-        if record is not None and not gradients:
-            out.record[rows] = record
+            op = _ops.forward_stats if stats else _ops.forward
+            value, record, total, *of_rows = op(*tiles, *options)
+            out.value[..., rows] = value
+            if stats:
+                out.stats[:, rows], out.argmax[rows] = of_rows
+            if grad is None:
+                out.record[rows] = record
+            else:
+                upstream = grad[..., rows].contiguous()
+                dt = _ops.backward_in_place(
+                    upstream, *tiles, record, total, *p.options, len(gradients) > 1
+                )
         for g, d in zip(gradients, (tiles[0], dt), strict=False):
             g.add(d, rows, whole)
-        del tiles, dt
+
+    for g in gradients:
+        g.begin(whole)
+    for rows in p.pieces(p.rows_of_chunk(bool(gradients)), every=stats):
+        chunk(rows)
     for g in gradients:
         g.end(whole)
     return out
@@ -300,16 +308,20 @@ def by_classes(p: Problem, grad: Tensor, record: Tensor, gradients: list[Gradien
     most_rows, most_classes = p.tile_of_block()
     pieces = p.pieces(most_rows)
     one = p.weight.new_ones(())
+
+    def tile(rows: Rows, classes: slice) -> None:
+        tiles = p.tiles(rows, classes)
+        upstream = grad[..., rows].contiguous()
+        dt = _ops.backward_in_place(
+            upstream, *tiles, record[rows], one, *p.options, len(gradients) > 1
+        )
+        for g, d in zip(gradients, (tiles[0], dt), strict=False):
+            g.add(d, rows, classes)
+
     for classes in ranges(slice(0, p.classes), most_classes):
         for g in gradients:
             g.begin(classes)
         for rows in pieces:
-            tiles = p.tiles(rows, classes)
-            upstream = grad[..., rows].contiguous()
-            dt = _ops.backward_in_place(
-                upstream, *tiles, record[rows], one, *p.options, len(gradients) > 1
-            )
-            for g, d in zip(gradients, (tiles[0], dt), strict=False):
-                g.add(d, rows, classes)
+            tile(rows, classes)
         for g in gradients:
             g.end(classes)

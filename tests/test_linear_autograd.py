@@ -257,13 +257,20 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.cpu_only("the system counts the memory of the CPU")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_memory(dtype: str, reduction: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "dtype", "size"),
+    [
+        ("fused", "f32", (1024, 512, 32000)),
+        ("fused", "f32", (4096, 128, 16000)),
+        ("per_row", "f32", (4096, 128, 16000)),
+        ("fused", "bf16", (4096, 128, 16000)),
+    ],
+)
+def test_memory(variant: str, dtype: str, size: tuple[int, int, int]) -> None:
     """Forward and backward take a tenth of the logits beyond arguments and gradients."""
     from fastdiv._bench.linear import LinearJob, extra_memory
 
-    job = LinearJob("fused" if reduction == "mean" else "per_row", dtype, 1024, 512, 32000)
+    job = LinearJob(variant, dtype, *size)
     extra = next(iter(extra_memory([job])))
     if extra is None:
         pytest.skip("the system does not tell")
