@@ -10,8 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastdiv._bench.linear import LinearJob, extra_memory
+
 STATUS = Path("/proc/self/status")  # Linux' account of this process
 Loss = Callable[[Tensor, Tensor], Tensor]  #: (logits `[rows, classes]`, target) -> scalar
+LinearLoss = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  #: (hidden states, weight, target) -> scalar
 
 
 def measure(
@@ -20,6 +25,37 @@ def measure(
     """Returns the seconds (`time_loss`) and the bytes (`peak_memory`) of each loss."""
     seconds = time_loss(losses, logits, target)
     return seconds, {name: peak_memory(loss, logits, target) for name, loss in losses.items()}
+
+
+def measure_linear(
+    losses: Mapping[str, LinearLoss], hidden: Tensor, weight: Tensor, target: Tensor
+) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Returns the same of a layer with its loss; the bytes are those beyond both gradients."""
+    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    leaves = [v.detach().clone().requires_grad_() for v in (hidden, weight)]
+    for round_ in range(8):
+        for name, loss in losses.items():
+            start = time.perf_counter()
+            torch.autograd.grad(loss(*leaves, target), leaves)
+            _synchronize(hidden.device)
+            if round_ > 0:  # the first one warms up
+                seconds[name].append(time.perf_counter() - start)
+    return (
+        {name: statistics.median(values) for name, values in seconds.items()},
+        {name: _linear_peak(name, leaves, target, loss) for name, loss in losses.items()},
+    )
+
+
+def _linear_peak(name: str, leaves: list[Tensor], target: Tensor, loss: LinearLoss) -> float | None:
+    kept = sum(leaf.nbytes for leaf in leaves)
+    if target.is_cuda:
+        torch.cuda.reset_peak_memory_stats(target.device)
+        before = torch.cuda.memory_allocated(target.device)
+        torch.autograd.grad(loss(*leaves, target), leaves)
+        return torch.cuda.max_memory_allocated(target.device) - before - kept
+    variant = "eager" if name == "torch" else "fused"
+    (rows, width), classes = leaves[0].shape, len(leaves[1])
+    return next(iter(extra_memory([LinearJob(variant, "f32", rows, width, classes)])))
 
 
 def forward_backward(loss: Loss, leaf: Tensor, target: Tensor) -> tuple[float, Tensor]:

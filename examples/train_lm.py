@@ -9,6 +9,9 @@ Nothing is downloaded: the text is Python's own manual and standard library. Wit
 a loss, in the place of torch's. The rest shows what that changes, which is speed and memory, and
 what it does not: same model, same batches, same curve. If the curves are apart by more than float32
 noise, the script exits with 1.
+
+With `--fused-linear` the model's last layer and the loss are one call, which never holds the
+logits; the table then has the time and memory of both together, from the hidden states on.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 
 import fastdiv
 from corpus import Corpus, read_corpus
-from measure import Loss, measure
+from measure import LinearLoss, Loss, measure, measure_linear
 from report import Comparison, Run, bar, plot, progress_bars, report
 
 ROWS, LENGTH, WIDTH = 16, 32, 64
@@ -56,6 +59,12 @@ DISTILLATION: dict[str, Loss] = {
     "fastdiv": fastdiv_kl_div,
     "fastdiv in place": partial(fastdiv_kl_div, inplace_backward=True),
 }
+# From hidden states and the layer's weight instead: no logits at all.
+FUSED_LINEAR = "fastdiv, fused linear"
+LINEAR: dict[str, LinearLoss] = {
+    "torch": lambda hidden, weight, target: F.cross_entropy(F.linear(hidden, weight), target),
+    FUSED_LINEAR: fastdiv.linear_cross_entropy,
+}
 COMPARED = ("torch", "fastdiv in place")  # what the models are trained with
 
 
@@ -67,6 +76,7 @@ class Options(argparse.Namespace):
     distil_steps: int
     seed: int
     vocab: int
+    fused_linear: bool
     output: Path
 
 
@@ -84,19 +94,26 @@ class LanguageModel(nn.Module):
 
     def forward(self, words: Tensor) -> Tensor:
         """Maps words `[rows, length]` to the next words' logits `[rows * length, vocabulary]`."""
+        return self.head(self.hidden(words))
+
+    def hidden(self, words: Tensor) -> Tensor:
+        """What the head makes logits of, `[rows * length, width]`."""
         hidden, _ = self.gru(self.embedding(words))
-        return self.head(hidden.flatten(0, 1))
+        return hidden.flatten(0, 1)
 
 
 def train(
     corpus: Corpus, options: Options, on_step: Callable[[str, Run], None]
 ) -> tuple[dict[str, LanguageModel], dict[str, Run]]:
-    """Trains a model with each of `COMPARED` to predict the next word."""
-    models = {name: new_model(corpus, WIDTH, options) for name in COMPARED}
+    """Trains a model in torch and one in fastdiv to predict the next word."""
+    models = {name: new_model(corpus, WIDTH, options) for name in compared(options)}
 
     def batch_loss(name: str, words: Tensor, next_words: Tensor) -> Tensor:
-        logits = models[name](words)
-        return CROSS_ENTROPY[name](logits, next_words.flatten())
+        model, target = models[name], next_words.flatten()
+        if name == FUSED_LINEAR:
+            hidden, head = model.hidden(words), model.head
+            return fastdiv.linear_cross_entropy(hidden, head.weight, target, linear_bias=head.bias)
+        return CROSS_ENTROPY[name](model(words), target)
 
     batches = corpus.batches(options.steps, ROWS, LENGTH, options.seed, options.device)
     return models, fit(models, batches, batch_loss, on_step)
@@ -115,6 +132,11 @@ def distil(
 
     batches = corpus.batches(options.distil_steps, ROWS, LENGTH, options.seed + 1, options.device)
     return students, fit(students, batches, batch_loss, on_step)
+
+
+def compared(options: Options) -> tuple[str, str]:
+    """What the language models are trained with."""
+    return ("torch", FUSED_LINEAR) if options.fused_linear else COMPARED
 
 
 def new_model(corpus: Corpus, width: int, options: Options) -> LanguageModel:
@@ -155,8 +177,9 @@ def fit(
 def compare(corpus: Corpus, options: Options, console: Console) -> list[Comparison]:
     """Does both tasks with each of `COMPARED`, then measures the losses alone."""
     with progress_bars(console) as bars:
-        models, training = train(corpus, options, bar(bars, "train", COMPARED, options.steps))
-        teacher = models["fastdiv in place"]
+        on_step = bar(bars, "train", compared(options), options.steps)
+        models, training = train(corpus, options, on_step)
+        teacher = models[compared(options)[1]]
         students, distillation = distil(
             teacher, corpus, options, bar(bars, "distil", COMPARED, options.distil_steps)
         )
@@ -164,11 +187,17 @@ def compare(corpus: Corpus, options: Options, console: Console) -> list[Comparis
     words, next_words = next(corpus.batches(1, ROWS, LENGTH, options.seed, options.device))
     with torch.no_grad():
         logits, student_logits = teacher(words), students["fastdiv in place"](words)
+        hidden = teacher.hidden(words)
     with console.status("measuring the losses alone"):
-        of_training = measure(CROSS_ENTROPY, logits, next_words.flatten())
+        if options.fused_linear:
+            weight, target = teacher.head.weight.detach(), next_words.flatten()
+            of_training = measure_linear(LINEAR, hidden, weight, target)
+        else:
+            of_training = measure(CROSS_ENTROPY, logits, next_words.flatten())
         of_distillation = measure(DISTILLATION, student_logits, logits)
+    task = "linear_cross_entropy" if options.fused_linear else "cross_entropy"
     return [
-        Comparison("training, cross_entropy", training, *of_training),
+        Comparison(f"training, {task}", training, *of_training),
         Comparison("distillation, kl_div", distillation, *of_distillation),
     ]
 
@@ -191,6 +220,9 @@ def parse_options() -> Options:
     parser = example_parser(__doc__, 300, Path(__file__).with_suffix(".png"))
     parser.add_argument("--distil-steps", type=int, default=50, help="batches to distil on")
     parser.add_argument("--vocab", type=int, default=50_304, help="distinct words to keep")
+    parser.add_argument(
+        "--fused-linear", action="store_true", help="train with linear_cross_entropy: no logits"
+    )
     options = parser.parse_args(namespace=Options())
     if min(options.steps, options.distil_steps) < 1:
         parser.error("--steps and --distil-steps must be at least 1")

@@ -14,6 +14,8 @@ from .cross_entropy import cross_entropy
 from .distance import hellinger_distance, tv_distance
 from .divergence import js_div, kl_div, reverse_kl_div, skew_kl_div
 from .entropy import entropy, log_prob, log_prob_and_entropy
+from .linear import linear_cross_entropy, linear_log_prob_and_entropy
+from .linear_divergence import linear_js_div, linear_kl_div, linear_reverse_kl_div
 from .reference import Stats
 from .topk import topk_kl_div
 
@@ -29,6 +31,11 @@ __all__ = [
     "hellinger_distance",
     "js_div",
     "kl_div",
+    "linear_cross_entropy",
+    "linear_js_div",
+    "linear_kl_div",
+    "linear_log_prob_and_entropy",
+    "linear_reverse_kl_div",
     "log_prob",
     "log_prob_and_entropy",
     "nn",

@@ -77,6 +77,8 @@ def bench(options: argparse.Namespace) -> int:
     from ._bench.run import Plan, run
     from ._bench.timing import Budget
 
+    if options.linear:
+        return bench_linear(options)
     names, on_gpu = options.losses or list(LOSSES), options.device == "cuda"
     seconds = (
         (1.0 if options.quick or on_gpu else 6.0) if options.seconds is None else options.seconds
@@ -111,6 +113,43 @@ def bench(options: argparse.Namespace) -> int:
         options.json.write_text(text + "\n")
     if options.plot:
         (plots.plot_bandwidths if by_phase else plots.plot_copies)(results, machine, options.plot)
+    return 0
+
+
+def bench_linear(options: argparse.Namespace) -> int:
+    """Times linear cross entropy and measures its memory; shapes are of the logits."""
+    from ._bench import linear
+    from ._bench.console import progress
+    from ._bench.machine import describe_machine
+    from ._bench.timing import Budget
+
+    machine = describe_machine(options.device)
+    budget = Budget(6.0 if options.seconds is None else options.seconds, options.rounds)
+    sizes = [
+        linear.LinearJob("fused", dtype, rows, options.hidden, classes, options.device)
+        for rows, classes in options.shapes or [(1024, 32000)]
+        for dtype in options.dtypes
+    ]
+    compiled, points = options.compile and not options.quick, []
+    with progress(
+        "bench", 2 * len(sizes) + (6 * len(options.dtypes) if options.plot else 0)
+    ) as step:
+        results = linear.run_linear(sizes, budget, compiled, step)
+        if options.plot:
+            for size in sizes[: len(options.dtypes)]:
+                points += linear.memory_by_rows(size, step)
+    linear.print_linear(results, machine)
+    for file in filter(None, (options.json, options.plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if options.json:
+        measured = {
+            "machine": machine,
+            "linear": [result.to_json() for result in results],
+            "memory": [{**job._asdict(), "extra_bytes": extra} for job, extra in points],
+        }
+        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+    if options.plot:
+        linear.plot_memory(points, machine, options.plot)
     return 0
 
 
@@ -164,6 +203,12 @@ def parser() -> argparse.ArgumentParser:
         "--phases",
         action="store_true",
         help="GB/s of the forward, the backward, both, and both in one pass; always on a GPU",
+    )
+    timing.add_argument(
+        "--linear", action="store_true", help="cross entropy of a linear layer instead"
+    )
+    timing.add_argument(
+        "--hidden", type=_positive, default=512, metavar="N", help="features of that layer"
     )
     timing.add_argument("--overhead", action="store_true", help="calls on tiny inputs instead")
     timing.add_argument("--seconds", type=float, help="time for each loss, dtype and shape")

@@ -16,6 +16,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32, torch.uint8)
 TARGET_TYPES = ("logits", "log_probs", "probs")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
+NO_LABEL_IGNORED = -(2**63)  # an ignore_index that no label has
 
 
 def check_logits(x: Tensor, name: str = "input") -> None:

@@ -12,6 +12,7 @@ from .reference import Spec, value_dtype
 
 RECORD_SIZE = 8  # numbers a row that the forward leaves for the backward: Row in row_state.h
 LOG_SUM_EXP_AND_SUM = (0, 1, 5, 6)  # x_max, x_logz, a and b of it: log_sum_exp.h
+REDUCTION, BATCH, IGNORE_INDEX = 2, 3, 4  # their places among the options
 
 _LOSS_IDS = (
     {} if _backend._C is None else {name: i for i, name in enumerate(_backend._C.loss_names())}
@@ -138,6 +139,7 @@ if _backend._C is not None:
     forward_stats = torch.ops.fastdiv._row_forward_stats.default
     backward = torch.ops.fastdiv._row_backward.default
     backward_in_place = torch.ops.fastdiv._row_backward_.default
+    forward_grad = torch.ops.fastdiv._row_forward_grad.default
 
     _register = torch.library.register_fake
     _register("fastdiv::_row_forward")(lambda x, *a: _fake_forward(x, a[4:], False))

@@ -106,8 +106,35 @@ def checked_losses(names: Sequence[str] = ()) -> list[CheckedLoss]:
         ),
         *(CheckedLoss("topk_kl_div", v, partial(topk, values_type=v)) for v in TARGET_TYPES),
         CheckedLoss("topk_kl_div", "probs, uniform", uniform),
+        CheckedLoss("linear_cross_entropy", "labels", _of_layer(fastdiv.linear_cross_entropy)),
+        CheckedLoss("linear_cross_entropy", "probs", _of_layer(fastdiv.linear_cross_entropy)),
+        CheckedLoss("linear_log_prob_and_entropy", "labels", _of_layer(_linear_policy)),
+        *(
+            CheckedLoss(
+                name,
+                target_type,
+                _of_layer(partial(getattr(fastdiv, name), target_type=target_type)),
+            )
+            for name in ("linear_kl_div", "linear_reverse_kl_div", "linear_js_div")
+            for target_type in TARGET_TYPES
+        ),
     ]
     return [loss for loss in losses if not names or loss.name in names]
+
+
+def _of_layer(function: Callable[..., Tensor]) -> RowLoss:
+    """A linear loss as one of logits: the hidden states are rows of one, the weight is logits."""
+
+    def rows(x: Tensor, t: Tensor) -> Tensor:
+        x = x.where(x.isfinite(), -60.0)  # 0 times infinity is no logit
+        hidden = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
+        return function(hidden, x.t(), t, reduction="none")
+
+    return rows
+
+
+def _linear_policy(hidden: Tensor, weight: Tensor, y: Tensor, reduction: str) -> Tensor:
+    return torch.stack(fastdiv.linear_log_prob_and_entropy(hidden, weight, y))
 
 
 def _divergence(name: str, target_type: str) -> RowLoss:

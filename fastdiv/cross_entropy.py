@@ -28,6 +28,41 @@ def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tup
     return 1.0 - epsilon - spread, spread
 
 
+def cross_entropy_spec(
+    target: Tensor,
+    classes: int,
+    *,
+    batch: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    smoothing: str,
+    temperature: float,
+    softcap: float | None,
+    z_loss: float,
+    inplace: bool = False,
+) -> Spec:
+    """The options of a cross entropy, checked; a floating target holds probabilities."""
+    label, spread = smoothing_rates(label_smoothing, smoothing, classes)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    soft = target.is_floating_point()
+    hard = "smoothed_cross_entropy" if spread else "cross_entropy"
+    return Spec(
+        loss="soft_cross_entropy" if soft else hard,
+        target_type="probs" if soft else "none",
+        reduction=reduction,
+        batch=batch,
+        ignore_index=ignore_index,
+        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        softcap=0.0 if softcap is None else _check.check_positive(softcap, "softcap"),
+        label=label,
+        spread=spread,
+        z_loss=_check.check_finite(z_loss, "z_loss"),
+        inplace=inplace,
+    )
+
+
 @overload
 def cross_entropy(
     input: Tensor,
@@ -156,32 +191,27 @@ def cross_entropy(
     if inplace_backward:
         _check.check_in_place(input)
     classes = input.shape[dim]
-    label, spread = smoothing_rates(label_smoothing, smoothing, classes)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    spec = cross_entropy_spec(
+        target,
+        classes,
+        batch=input.shape[0],
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        temperature=temperature,
+        softcap=softcap,
+        z_loss=z_loss,
+        inplace=inplace_backward,
+    )
     class_weight = _check.class_weights(input, classes, weight)
     row_weight = _check.token_weights(input, dim, token_weight)
     x, t, y = input, None, None
     if target.is_floating_point():
         _check.check_logits(target, "target")
         x, t = _check.same_rows(input, target, dim)
-        loss = "soft_cross_entropy"
     else:
         x, y = _check.as_rows(input, dim), _check.labels(input, dim, target, "target", ignore_index)
-        loss = "smoothed_cross_entropy" if spread else "cross_entropy"
-    spec = Spec(
-        loss=loss,
-        target_type="none" if t is None else "probs",
-        reduction=reduction,
-        batch=input.shape[0],
-        ignore_index=ignore_index,
-        scale=1.0 / _check.check_positive(temperature, "temperature"),
-        softcap=0.0 if softcap is None else _check.check_positive(softcap, "softcap"),
-        label=label,
-        spread=spread,
-        z_loss=_check.check_finite(z_loss, "z_loss"),
-        inplace=inplace_backward,
-    )
     if return_stats:
         value, stats = row_loss_and_stats(spec, x, t, y, class_weight, row_weight)
         stats = Stats(*(_check.as_input(s, input, dim) for s in stats))

@@ -52,6 +52,12 @@ def of_rows(
     return _check.as_input(value, input, dim) if reduction == "none" else value
 
 
+def js_loss(beta: float) -> tuple[str, float]:
+    """Which loss a Jensen-Shannon divergence is, and beta, checked."""
+    beta = _check.check_share(beta, "beta")
+    return {0.0: "kl_div", 1.0: "reverse_kl_div"}.get(beta, "js_div"), beta
+
+
 def kl_div(
     input: Tensor,
     target: Tensor,
@@ -180,8 +186,7 @@ def js_div(
     Source: Agarwal et al., *On-Policy Distillation of Language Models* (GKD, 2024); Lin,
     *Divergence Measures Based on the Shannon Entropy* (1991).
     """
-    beta = _check.check_share(beta, "beta")
-    loss = {0.0: "kl_div", 1.0: "reverse_kl_div"}.get(beta, "js_div")
+    loss, beta = js_loss(beta)
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
     return of_rows(loss, input, target, *how, shape=beta)
 

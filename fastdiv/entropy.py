@@ -8,8 +8,6 @@ from . import _check
 from ._autograd import row_loss
 from .reference import Spec
 
-NO_LABEL_IGNORED = -(2**63)
-
 
 def _scale(temperature: float) -> float:
     return 1.0 / _check.check_positive(temperature, "temperature")
@@ -115,7 +113,7 @@ def log_prob_and_entropy(
 def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: float) -> Tensor:
     _check.check_logits(input)
     dim = _check.class_dim(input, dim)
-    label = _check.labels(input, dim, index, "index", NO_LABEL_IGNORED)
-    spec = Spec(loss, ignore_index=NO_LABEL_IGNORED, scale=_scale(temperature))
+    label = _check.labels(input, dim, index, "index", _check.NO_LABEL_IGNORED)
+    spec = Spec(loss, ignore_index=_check.NO_LABEL_IGNORED, scale=_scale(temperature))
     value = row_loss(spec, _check.as_rows(input, dim), label=label)
     return value.reshape((*value.shape[:-1], *_check.row_shape(input, dim)))

@@ -17,6 +17,13 @@ from ._divergence_modules import (
     SkewKLDivLoss,
     TVDistanceLoss,
 )
+from ._linear_modules import (
+    LinearCrossEntropyLoss,
+    LinearJSDivLoss,
+    LinearKLDivLoss,
+    LinearLogProbAndEntropy,
+    LinearReverseKLDivLoss,
+)
 from .reference import Stats
 from .topk import TopKKLDivLoss
 
@@ -29,6 +36,11 @@ __all__ = [
     "JSDivLoss",
     "KLDivLoss",
     "LabelSmoothingLoss",
+    "LinearCrossEntropyLoss",
+    "LinearJSDivLoss",
+    "LinearKLDivLoss",
+    "LinearLogProbAndEntropy",
+    "LinearReverseKLDivLoss",
     "RenyiDivLoss",
     "ReverseKLDivLoss",
     "SkewKLDivLoss",

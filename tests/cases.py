@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
+from programs import DIVERGENCE_POLICIES
 
 Eager = Callable[[Tensor, Tensor], Tensor]
 
@@ -239,6 +240,17 @@ LOSSES: list[Case] = [
         )
     ],
 ]
+
+
+def _kernel(case: Case) -> tuple[str, str]:
+    """What tells the kernel that computes a case from others: for divergences not the options."""
+    if case.divergence:
+        return DIVERGENCE_POLICIES[case.name], case.target
+    return str(case), case.target
+
+
+# One case of each kernel, for what does not depend on the formula: strides, threads, dead rows.
+KERNELS: list[Case] = list({_kernel(case): case for case in reversed(LOSSES)}.values())
 
 # 1 and 7: less than a vector; 511, 512, 513: the tile; 4099: prime; 8191, 8192, 8193: the segment;
 # 32000 and 128256: vocabularies.  Rows: 1, 3 (split by columns), more than threads.

@@ -200,6 +200,9 @@ def test_registry_reference_cases_and_names_agree() -> None:
     divergences -= {"reverse_skew_kl_div"}  # an option of skew_kl_div
     public = {n for n in fastdiv.__all__ if callable(getattr(fastdiv, n)) and n[0].islower()}
     public -= {"backend", "build_info", "nn"}
+    linear = {n for n in public if n.startswith("linear_")}
+    public -= linear
+    assert {n.removeprefix("linear_") for n in linear} < public
     assert {c.name for c in LOSSES} == public
     assert divergences == {c.name for c in LOSSES if c.divergence}
     for name in divergences:
@@ -220,6 +223,9 @@ def test_registry_reference_cases_and_names_agree() -> None:
 
 def test_every_function_has_its_module() -> None:
     modules = {n.removesuffix("Loss").lower() for n in fastdiv.nn.__all__}
+    linear = {n for n in fastdiv.__all__ if n.startswith("linear_")}
+    assert {m for m in modules if m.startswith("linear")} == {n.replace("_", "") for n in linear}
+    modules = {m for m in modules if not m.startswith("linear")}
     for name in {c.name for c in LOSSES} - {"log_prob", "log_prob_and_entropy"}:
         assert name.replace("_", "") in modules
     assert modules - {c.name.replace("_", "") for c in LOSSES} == {"distillation", "labelsmoothing"}

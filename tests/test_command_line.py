@@ -248,3 +248,16 @@ def test_wrong_options_end_with_exit_code_2(
         main(arguments)
     assert exit.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_bench_of_linear_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "linear.json", tmp_path / "linear.png"
+    options = ("--quick", "--shapes", "64x512", "--hidden", "16", "--seconds", "0", "--rounds", "1")
+    files = ("--json", str(file), "--plot", str(picture))
+    assert main(["bench", "--linear", *options, "--dtypes", "f32", *files]) == 0
+    out = capsys.readouterr().out
+    assert "three products" in out and "fastdiv" in out
+    (result,) = json.loads(file.read_text())["linear"]
+    assert {"products", "eager", "fused", "per_row"} <= result["ms"].keys()
+    assert picture.stat().st_size > 10_000

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
+from cases import KERNELS, LOSSES, Case, make_inputs
 
-EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
+EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
 WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)

@@ -72,7 +72,7 @@ class Kernel(NamedTuple):
 
     @property
     def divergence(self) -> bool:
-        return self.policy.split("<")[0] in DIVERGENCE_POLICIES
+        return self.policy.split("<")[0] in DIVERGENCE_POLICIES.values()
 
     @property
     def registers(self) -> int:

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
+from cases import KERNELS, Case, make_inputs
 from edges import by_row, gradients, same
 
 INF, NAN = torch.inf, torch.nan
 # Those with token weights.
 WEIGHTED = [
-    case for case in LOSSES if not case.name.startswith("log_prob") and case.target != "none"
+    case for case in KERNELS if not case.name.startswith("log_prob") and case.target != "none"
 ]
 
 
@@ -89,7 +89,7 @@ def test_every_label_ignored() -> None:
         assert value.isnan() and (dx == 0).all()
 
 
-@pytest.mark.parametrize("case", LOSSES, ids=str)
+@pytest.mark.parametrize("case", KERNELS, ids=str)
 def test_empty_batch(case: Case) -> None:
     x, logits = torch.zeros(0, 7), torch.zeros(0, 7)
     t = case.make_target(x, logits)
@@ -111,7 +111,7 @@ def test_empty_batch(case: Case) -> None:
 
 @pytest.mark.parametrize("junk", ["nan", "+inf", "all -inf"])
 @pytest.mark.parametrize("side", ["input", "target"])
-@pytest.mark.parametrize("case", LOSSES, ids=str)
+@pytest.mark.parametrize("case", KERNELS, ids=str)
 def test_nan_stays_in_its_row(case: Case, side: str, junk: str) -> None:
     if junk != "nan" and (case.options.get("softcap") or case.target in ("log_probs", "probs")):
         pytest.skip("a softcap makes it finite; of probabilities it is no such row")
@@ -145,7 +145,7 @@ def test_no_upstream_gradient_no_gradient_of_a_nan_row(backend: str) -> None:
     if backend == "reference":
         pytest.skip("torch's derivatives, where 0 times NaN is NaN")
     wrong = []
-    for case in LOSSES:
+    for case in KERNELS:
         x, logits = make_inputs((3, 20), torch.float32)
         t = case.make_target(x, logits)
         x[1] = NAN

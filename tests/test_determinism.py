@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
+from cases import KERNELS, Case, make_inputs
 from recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("isa")
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
-EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
+EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
 # topk_kl_div writes over what its op leaves at k classes; tests/test_topk.py looks at the op.
-OP_ALONE = pytest.mark.parametrize("case", [c for c in LOSSES if c.name != "topk_kl_div"], ids=str)
+OP_ALONE = pytest.mark.parametrize("case", [c for c in KERNELS if c.name != "topk_kl_div"], ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d)[6:])
 
 
@@ -162,7 +162,7 @@ def test_split_columns(case: Case, dtype: torch.dtype, classes: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["cross_entropy", "entropy", "kl_div", "js_div"])
 def test_scalar_reductions(name: str, dtype: torch.dtype) -> None:
-    case = next(c for c in LOSSES if c.name == name)
+    case = next(c for c in KERNELS if c.name == name)
     x, t = inputs(case, (70000, 3), dtype)
     for reduction in ("sum", "mean", "batchmean"):
         torch.set_num_threads(1)
@@ -195,7 +195,7 @@ def statistics(case: Case, x: Tensor, t: Tensor | None) -> tuple[Tensor, fastdiv
     return fastdiv.cross_entropy(x, t, reduction="none", return_stats=True, **case.options)
 
 
-@pytest.mark.parametrize("case", [c for c in LOSSES if c.name == "cross_entropy"], ids=str)
+@pytest.mark.parametrize("case", [c for c in KERNELS if c.name == "cross_entropy"], ids=str)
 @EVERY_DTYPE
 def test_statistics(case: Case, dtype: torch.dtype) -> None:
     for shape in ((5, 1031), (2, 8193)):

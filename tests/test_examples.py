@@ -39,3 +39,13 @@ def test_distillation(tmp_path: Path) -> None:
     done = run("distill.py", *steps, "--output", picture)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("same curve") == 2 and picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_fused_linear(tmp_path: Path) -> None:
+    """The same curve as torch's from hidden states, and no logits."""
+    picture = tmp_path / "lm.png"
+    steps = ("--steps", "5", "--distil-steps", "2", "--vocab", "8000")
+    done = run("train_lm.py", "--fused-linear", *steps, "--output", picture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linear_cross_entropy" in done.stdout and done.stdout.count("same curve") == 2

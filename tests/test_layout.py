@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
+from cases import KERNELS, Case, make_inputs
 from edges import by_row
 from edges import gradients as even_gradients
 from fastdiv import _check
@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("shape", "dim"), SHAPES_AND_DIMS, ids=str)
-@pytest.mark.parametrize("case", LOSSES, ids=str)
+@pytest.mark.parametrize("case", KERNELS, ids=str)
 def test_classes_on_any_dimension(case: Case, shape: tuple[int, ...], dim: int) -> None:
     moved = list(shape)
     classes = moved.pop(dim)
@@ -62,7 +62,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("side", ["input", "target", "both"])
-@pytest.mark.parametrize("case", [c for c in LOSSES if not c.options], ids=str)
+@pytest.mark.parametrize("case", [c for c in KERNELS if not c.options], ids=str)
 def test_strides_do_not_matter(case: Case, side: str, layout: str) -> None:
     x, logits = make_inputs((6, 603), torch.float32)
     t = case.make_target(x, logits)
@@ -89,7 +89,7 @@ def test_rows_are_views_where_the_classes_are_contiguous() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", LOSSES, ids=str)
+@pytest.mark.parametrize("case", KERNELS, ids=str)
 def test_in_place_backward_writes_the_rows_of_a_slice_and_nothing_else(
     case: Case, dtype: torch.dtype, backend: str
 ) -> None:

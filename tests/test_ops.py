@@ -10,12 +10,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
+from cases import KERNELS, Case, make_inputs
 from recorder import Recorder
 
-EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
-REDUCIBLE = [c for c in LOSSES if "log_prob" not in c.name]
-WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]
+EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
+REDUCIBLE = [c for c in KERNELS if "log_prob" not in c.name]
+WITH_TARGET = [c for c in KERNELS if c.target not in ("labels", "none")]
 
 
 def per_row(case: Case) -> dict[str, str]:

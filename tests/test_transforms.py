@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
+from cases import KERNELS, Case, make_inputs
 
-EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
-REDUCIBLE = [c for c in LOSSES if "log_prob" not in c.name]
-WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]
+EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
+REDUCIBLE = [c for c in KERNELS if "log_prob" not in c.name]
+WITH_TARGET = [c for c in KERNELS if c.target not in ("labels", "none")]
 BATCH, SHAPE = 3, (4, 5)
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
@@ -99,7 +99,7 @@ def test_vmap_of_reductions(case: Case, reduction: str) -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_vmap_with_weights_and_ignored_rows(target: str, reduction: str) -> None:
     """A mean has its own divisor in every batch entry."""
-    case = next(c for c in LOSSES if c.name == "cross_entropy" and c.target == target)
+    case = next(c for c in KERNELS if c.name == "cross_entropy" and c.target == target)
     x, t = batch_of(case)
     if target == "labels":
         t[0, 1] = t[2, :3] = -100
@@ -119,7 +119,7 @@ def test_vmap_with_weights_and_ignored_rows(target: str, reduction: str) -> None
 
 @pytest.mark.parametrize("target", ["labels", "probs"])
 def test_vmap_of_statistics(target: str) -> None:
-    case = next(c for c in LOSSES if c.name == "cross_entropy" and c.target == target)
+    case = next(c for c in KERNELS if c.name == "cross_entropy" and c.target == target)
     x, t = batch_of(case)
     call = partial(fastdiv.cross_entropy, return_stats=True, reduction="none")
     value, stats = vmap(call)(x, t)

@@ -14,9 +14,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .losses import DTYPES, LOSSES, Loss
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
+AnyJob = TypeVar("AnyJob")
 
 
 class Job(NamedTuple):
@@ -46,8 +47,13 @@ def extra_memory(jobs: Sequence[Job]) -> Iterator[int | None]:
     if not (jobs and STATUS.exists() and RESET.exists()):
         yield from (None for _ in jobs)
         return
+    yield from in_fresh_processes(__name__, jobs)
+
+
+def in_fresh_processes(module: str, jobs: Sequence[tuple[object, ...]]) -> Iterator[int | None]:
+    """What ``python -m module`` prints for each of the jobs, which it hands to ``serve``."""
     server = subprocess.Popen(
-        [sys.executable, "-m", __name__, json.dumps(jobs)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", module, json.dumps(jobs)], stdout=subprocess.PIPE, text=True
     )
     assert server.stdout is not None
     with server:
@@ -55,18 +61,31 @@ def extra_memory(jobs: Sequence[Job]) -> Iterator[int | None]:
             yield json.loads(server.stdout.readline() or "null")
 
 
-def serve(jobs: Sequence[Job]) -> None:
+def serve(jobs: Sequence[AnyJob], measure: Callable[[AnyJob], int | None]) -> None:
     """Prints one line for every job, which a process of its own has measured."""
     for job in jobs:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(writer, json.dumps(_measure(job)).encode())
+            os.write(writer, json.dumps(measure(job)).encode())
             os._exit(0)
         os.close(writer)
         with open(reader) as answer:
             print(answer.read() or "null", flush=True)  # null: killed, for its memory perhaps
         os.waitpid(child, 0)
+
+
+def peak_of(call: Callable[[], object]) -> int | None:
+    """Bytes at the peak of a call beyond what was resident before it."""
+    try:
+        RESET.write_text("5")
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    result = call()
+    peak = _resident("VmHWM") - before
+    del result
+    return peak
 
 
 def _measure(job: Job) -> int | None:
@@ -110,4 +129,4 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    serve([Job(*fields) for fields in json.loads(sys.argv[1])])
+    serve([Job(*fields) for fields in json.loads(sys.argv[1])], _measure)

@@ -1,0 +1,232 @@
+"""Divergences of the logits of a linear layer, which are never held whole."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _check, _layer
+from .divergence import js_loss
+from .reference import Spec
+
+
+def _linear_divergence(
+    loss: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    target_type: str | None,
+    target_linear_weight: Tensor | None,
+    target_linear_bias: Tensor | None,
+    linear_bias: Tensor | None,
+    reduction: str,
+    temperature: float,
+    token_weight: Tensor | None,
+    chunk_size: int | None,
+    shape: float = 0.0,
+) -> Tensor:
+    student = _layer.make_layer(input, linear_weight, linear_bias)
+    logits = student.logits
+    _check.check_reduction(reduction)
+    teacher: tuple[Tensor, Tensor | None, Tensor | None]
+    if target_linear_weight is not None:
+        if target_type not in (None, "logits"):
+            raise ValueError(
+                "target_type must be 'logits', or left out, where target_linear_weight makes "
+                f"logits of the target, got {target_type!r}"
+            )
+        target_type = "logits"
+        layer = _layer.make_layer(
+            target, target_linear_weight, target_linear_bias, "target", "target_"
+        )
+        _layer.check_target(logits, layer.logits)
+        teacher = layer.tensors
+    else:
+        if target_linear_bias is not None:
+            raise ValueError("target_linear_bias needs a target_linear_weight")
+        if target_type not in _check.TARGET_TYPES:
+            raise ValueError(
+                f"target_type must be one of {_check.TARGET_TYPES}, got {target_type!r}"
+            )
+        _layer.check_target(logits, target)
+        teacher = _layer.as_rows(target), None, None
+    spec = Spec(
+        loss=loss,
+        target_type=target_type,
+        reduction=reduction,
+        batch=logits.shape[0],
+        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        shape=shape,
+    )
+    row_weight = _check.token_weights(logits, logits.dim() - 1, token_weight)
+    return _layer.loss_of_layer(
+        spec, student, teacher, row_weight=row_weight, chunk_size=chunk_size
+    )[0]
+
+
+def linear_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    target_type: str | None = None,
+    target_linear_weight: Tensor | None = None,
+    target_linear_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the logits of a linear layer, which are never held whole.
+
+    .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c (\log p_c - \log q_c),
+        \qquad q = \mathrm{softmax}\bigl((h\,W^\top + b) / T\bigr)
+
+    :func:`fastdiv.kl_div` of ``F.linear(input, linear_weight, linear_bias)``.  With
+    ``target_linear_weight`` the target holds the teacher's hidden states; its logits are not held
+    either, and it may be of another width.
+
+    Args:
+        input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
+        linear_weight: :math:`W`, shape ``(C, H)``, of the dtype of ``input``.
+        target: Rows of shape ``(..., C)`` as ``target_type`` says, or the teacher's hidden states,
+            shape ``(..., K)``.
+        target_type: ``"logits"``, ``"log_probs"`` or ``"probs"``; required unless the target holds
+            hidden states.
+        target_linear_weight: The teacher's weight, shape ``(C, K)``, of the dtype of ``target``.
+        target_linear_bias: The teacher's bias, shape ``(C,)``.
+        linear_bias: :math:`b`, shape ``(C,)``.
+        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
+        temperature: :math:`T`; divides the input's logits, and the target's where it has some.
+        token_weight: Weights of the rows, shape ``(...)``; rows of weight 0 do not count, and on a
+            CPU are not multiplied.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+
+    Returns:
+        The divergence in nats, float32 (float64 for float64 input).  Every floating argument but
+        the token weights gets a gradient where it requires one.
+
+    Raises:
+        TypeError: a dtype that is not one of the above, or not that of its layer.
+        ValueError: shapes that do not fit, an option out of its range.
+        RuntimeError: tensors on different devices.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> h, w = torch.tensor([[1.0, 2.0]]), torch.eye(3, 2)
+        >>> g, v = torch.tensor([[1.0]]), torch.tensor([[3.0], [1.0], [0.0]])
+        >>> fastdiv.linear_kl_div(h, w, g, target_linear_weight=v)
+        tensor(0.8112)
+
+    Source: :func:`fastdiv.kl_div`.
+    """
+    return _linear_divergence(
+        "kl_div",
+        input,
+        linear_weight,
+        target,
+        target_type,
+        target_linear_weight,
+        target_linear_bias,
+        linear_bias,
+        reduction,
+        temperature,
+        token_weight,
+        chunk_size,
+    )
+
+
+def linear_reverse_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    target_type: str | None = None,
+    target_linear_weight: Tensor | None = None,
+    target_linear_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Reverse KL divergence of the logits of a linear layer, which are never held whole.
+
+    .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c (\log q_c - \log p_c)
+
+    Arguments, result and errors are those of :func:`linear_kl_div`.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> h, w = torch.tensor([[1.0, 2.0]]), torch.eye(3, 2)
+        >>> t = torch.tensor([[3.0, 1.0, 0.0]])
+        >>> fastdiv.linear_reverse_kl_div(h, w, t, target_type="logits")
+        tensor(0.9380)
+
+    Source: :func:`fastdiv.reverse_kl_div`.
+    """
+    return _linear_divergence(
+        "reverse_kl_div",
+        input,
+        linear_weight,
+        target,
+        target_type,
+        target_linear_weight,
+        target_linear_bias,
+        linear_bias,
+        reduction,
+        temperature,
+        token_weight,
+        chunk_size,
+    )
+
+
+def linear_js_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    target_type: str | None = None,
+    beta: float = 0.5,
+    target_linear_weight: Tensor | None = None,
+    target_linear_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Jensen-Shannon divergence of the logits of a linear layer, which are never held whole.
+
+    .. math::
+        \mathrm{JS}_\beta = \beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m),
+        \qquad m = \beta\,p + (1 - \beta)\,q
+
+    ``beta`` is that of :func:`fastdiv.js_div`; all other arguments, result and errors are those of
+    :func:`linear_kl_div`.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> h, w = torch.tensor([[1.0, 2.0]]), torch.eye(3, 2)
+        >>> t = torch.tensor([[3.0, 1.0, 0.0]])
+        >>> fastdiv.linear_js_div(h, w, t, target_type="logits")
+        tensor(0.1994)
+
+    Source: :func:`fastdiv.js_div`.
+    """
+    loss, beta = js_loss(beta)
+    return _linear_divergence(
+        loss,
+        input,
+        linear_weight,
+        target,
+        target_type,
+        target_linear_weight,
+        target_linear_bias,
+        linear_bias,
+        reduction,
+        temperature,
+        token_weight,
+        chunk_size,
+        beta,
+    )
