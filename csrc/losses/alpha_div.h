@@ -14,7 +14,7 @@
 
 namespace fastdiv {
 
-// Row, of the finite terms: a = E where it is next to zero, else NaN; b = d value / dE; c =
+// Row, of the finite terms: a = E where it is next to zero, else infinity; b = d value / dE; c =
 // log-sum-exp of the tilt of the logits, as they are before normalisation.
 template <class real, Target target>
 struct AlphaDiv : Divergence<real, target> {
@@ -46,7 +46,7 @@ struct AlphaDiv : Divergence<real, target> {
   FD_FN real finish(real e, real rounding, real near, real tilted, bool infinite, real sum_p,
                     Row<real>& row) const {
     const bool nothing = e == -Limits<real>::infinity;  // no class that both sides have
-    const real s = exp(e), more = mass_times(s, rounding);
+    const real s = exp(e), more = is_infinite(s) ? real(0) : s * rounding;
     row.a = near;
     row.b = nothing ? real(0) : linear + mass_times(power, s + more);
     row.c = nothing ? real(0) : tilted;
@@ -111,7 +111,7 @@ struct AlphaDiv : Divergence<real, target> {
   // w - o, for o = q or p, from the logs.  `near` is log w - log o, good to the last digit where
   // the rows are close.
   FD_FN real less(real lw, real lo, real near, const Row<real>& row) const {
-    const real apart = row.a == row.a ? near : lw - lo;
+    const real apart = is_infinite(row.a) ? lw - lo : near;
     const real ratio = is_infinite(lw) ? lw : apart;
     const bool larger = ratio > real(0);
     const real em1 = exp_gap(larger ? -ratio : ratio).em1;

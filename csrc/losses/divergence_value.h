@@ -48,7 +48,8 @@ FD_FN real tilted_value(const P& loss, const RowState<P>& s, Row<real>& row, Swe
   const real e = max - less, terms = real(1) + abs_of(tilted) + abs_of(logs);
   const real rounding = rounding_of(max, less) - rounding_of(logs, log_sum);
   const bool sound = infinite || is_infinite(e) || abs_of(e) > real(0.05) * terms;
-  const real near = sound ? Limits<real>::nan : log1p(loss.excess(sweep(loss, row).f, s.mass()));
+  const real near =
+      sound ? Limits<real>::infinity : log1p(loss.excess(sweep(loss, row).f, s.mass()));
   return loss.finish(sound ? e : near, sound ? rounding : real(0), near, tilted, infinite, s.mass(),
                      row);
 }
