@@ -250,7 +250,7 @@ def _kernel(case: Case) -> tuple[str, str]:
 
 
 # One case of each kernel, for what does not depend on the formula: strides, threads, dead rows.
-KERNELS: list[Case] = list({_kernel(case): case for case in reversed(LOSSES)}.values())
+KERNELS: list[Case] = list({_kernel(case): case for case in reversed(LOSSES)}.values())[::-1]
 
 # 1 and 7: less than a vector; 511, 512, 513: the tile; 4099: prime; 8191, 8192, 8193: the segment;
 # 32000 and 128256: vocabularies.  Rows: 1, 3 (split by columns), more than threads.

@@ -217,7 +217,7 @@ class Losses(torch.nn.Module):
     """Every loss and the statistics, for export."""
 
     def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        values = [case.call(x, case.make_target(x, t)) for case in LOSSES]
+        values = [case.call(x, case.make_target(x, t)) for case in KERNELS]
         _, stats = fastdiv.cross_entropy(x, t.argmax(-1), return_stats=True)
         return (*values, *stats)
 
@@ -232,6 +232,6 @@ def test_export(strict: bool) -> None:
     for shape in ((4, 9), (7, 9)):
         args = make_inputs(shape, torch.float32)
         actual, expected = program.module()(*args), Losses()(*args)
-        for case, a, e in zip(LOSSES, actual, expected, strict=False):
+        for case, a, e in zip(KERNELS, actual, expected, strict=False):
             same_loss(case, a, e)
-        same(actual[len(LOSSES) :], expected[len(LOSSES) :])
+        same(actual[len(KERNELS) :], expected[len(KERNELS) :])
