@@ -92,7 +92,7 @@ def alpha_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, alpha: float) -> Ten
     log_w, above_q, infinite = log_powers(lq, lp, q, p, alpha)
     infinite = infinite | (log_w.exp() == torch.inf)
     log_w, above_q = (torch.where(infinite, -torch.inf, v) for v in (log_w, above_q))
-    # The larger of the two times an expm1 that is in [-1, 0]: no overflow, and no cancellation where
+    # The larger of the two times an expm1 that is in [-1, 0]: no overflow, no cancellation where
     # they are close.  Elsewhere torch's derivative of expm1, which is that plus 1, would cancel.
     w = log_w.exp()
     larger, smaller = above_q.clamp(min=0.0), above_q.clamp(max=0.0)

@@ -271,10 +271,13 @@ def test_memory(variant: str, dtype: str, size: tuple[int, int, int]) -> None:
     from fastdiv._bench.linear import LinearJob, extra_memory
 
     job = LinearJob(variant, dtype, *size)
-    extra = next(iter(extra_memory([job])))
-    if extra is None:
-        pytest.skip("the system does not tell")
-    assert extra <= 0.1 * job.logits_bytes
+    # Now and then, one time in ten, glibc finds no hole for a tile and takes new memory for it.
+    for extra in extra_memory([job] * 3):
+        if extra is None:
+            pytest.skip("the system does not tell")
+        if extra <= 0.1 * job.logits_bytes:
+            return
+    raise AssertionError((extra, job.logits_bytes))
 
 
 def test_import_does_not_load_dynamo() -> None:
