@@ -65,6 +65,7 @@ def test_suite(tmp_path: Path) -> None:
     """The tests of the library, with the CUDA ops in place of the CPU's."""
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "csrc/common", tmp_path / "csrc/common")  # the registry
     package = tmp_path / "fastdiv"
     shutil.copytree(ROOT / "fastdiv", package, ignore=shutil.ignore_patterns("*.so"))
     torch_side = [ROOT / "csrc/bind_cuda.cpp", ROOT / "csrc/row_ops.cpp", SHIM / "module.cpp"]
