@@ -60,9 +60,11 @@ def test_a_class_masked_on_both_sides_is_as_if_it_were_not_there(case: Case, mas
     if case.target == "logits":
         t[:, masked] = mask
     value, *grads = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
-    same(value, expected[0])
+    # A square magnifies rounding, and on a GPU the classes behind the mask change places.
+    tolerance = 2e-5 if case.options.get("alpha") == 2.0 else 2e-6
+    same(value, expected[0], tolerance)
     for grad, want in zip(grads, expected[1:], strict=True):
-        same(grad[:, ~masked], want)
+        same(grad[:, ~masked], want, tolerance)
     assert (grads[0][:, masked] == 0).all()
     if case.divergence:  # the target of a cross entropy may grow there, at an infinite price
         assert (grads[1][:, masked] == 0).all()

@@ -96,7 +96,13 @@ struct RowState {
     const Shift<real> dt = kNormalise ? t.rebase(t_max, scale) : Shift<real>{1, 0, t.sum};
     loss.rebase(sums, dx, dt);
     if constexpr (P::kTilted)
-      if (tilted.sum != real(0)) tilted.max += loss.tilt(dx.delta, dt.delta);
+      if (tilted.sum != real(0)) {
+        // What rounding takes off the maximum, of which a GPU has many in a row, the sum keeps.
+        const real shift = loss.tilt(dx.delta, dt.delta),
+                   rounding = rounding_of(tilted.max, -shift);
+        tilted.max += shift;
+        tilted.sum += tilted.sum * rounding;
+      }
   }
 
   FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
