@@ -3,6 +3,8 @@
 PYTHON ?= python3
 ARGS   ?=
 STEPS  ?=
+# Two cores are busy while one process compiles; each one takes about 3 GB.
+WORKERS ?= 2
 
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -35,8 +37,8 @@ build: $(BUILT)  ## .venv, pinned packages, compiled extension (rebuilt when set
 demo: $(BUILT)  ## train a small language model with the fused loss
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
-test: $(BUILT)  ## the whole test suite, doctests included
-	$(BIN)/python -m pytest $(ARGS)
+test: $(BUILT)  ## the whole test suite, doctests included, in WORKERS processes
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
 
 lint: $(PACKAGES)  ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check

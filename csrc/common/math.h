@@ -221,10 +221,9 @@ FD_FN real max_of(const real* x, int n, real m) {
   constexpr int kLanes = 32;  // independent lanes: a plain maximum loop needs -ffast-math
   real lane[kLanes];
   for (int j = 0; j < kLanes; ++j) lane[j] = m;
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
-  for (; i < n; ++i) m = x[i] > m ? x[i] : m;
+  for (; n >= kLanes; x += kLanes, n -= kLanes)  // (x[i + j] would be gathered, by vectors of i + j)
+    for (int j = 0; j < kLanes; ++j) lane[j] = x[j] > lane[j] ? x[j] : lane[j];
+  for (int i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
   for (int j = 0; j < kLanes; ++j) m = lane[j] > m ? lane[j] : m;
 #endif
   return m;
