@@ -95,7 +95,7 @@ FD_FN float exp_neg(float z) {  // right for positive numbers, too, up to log_la
   return expf(z);  // seven instructions, and exact to two ulps
 #else
   const ExpParts e = exp_parts(z < Limits<float>::log_smallest ? Limits<float>::log_smallest : z);
-  const float value = e.scale * (e.tail + e.r + 1.f);
+  const float value = e.scale * (e.tail + e.r) + e.scale;
   return z < Limits<float>::log_smallest ? 0.f : value;
 #endif
 }
@@ -118,7 +118,7 @@ FD_FN ExpGap<float> exp_gap(float z) {
   const ExpParts x = exp_parts(c);
   ExpGap<float> g;
   g.z = c;
-  g.e = gone ? 0.f : x.scale * (x.tail + x.r + 1.f);
+  g.e = gone ? 0.f : x.scale * (x.r + x.tail) + x.scale;
   g.em1 = x.scale * (x.r + x.tail) + (x.scale - 1.f);
   // For n = 0 the bracket is exactly 0 and chi is the polynomial's tail.
   const float chi = x.scale * x.tail + ((x.scale * x.r - c) + (x.scale - 1.f));
@@ -167,11 +167,21 @@ FD_FN LogParts log_parts(float v) {
   return {float(k), float_from_bits(bits - int32_t(uint32_t(k) << 23)) - 1.f};
 }
 
+FD_FN float log_of_parts(float k, float m) {
+  return m + (log_tail(m) + k * -2.12194440e-4f) + k * 0.693359375f;
+}
+
+// Of a normal positive number; of 0 anything finite, or -inf.
+FD_FN float log_positive(float v) {
+  const LogParts l = log_parts(v);
+  return log_of_parts(l.k, l.m);
+}
+FD_FN double log_positive(double v) { return log(v); }
+
 FD_FN float log_of(float v) {  // any v: log 0 = -inf, NaN below 0
   const bool tiny = v < 1.17549435e-38f;
   const LogParts l = log_parts(tiny ? v * 16777216.f : v);
-  const float k = tiny ? l.k - 24.f : l.k;
-  const float value = l.m + (log_tail(l.m) + k * -2.12194440e-4f) + k * 0.693359375f;
+  const float value = log_of_parts(tiny ? l.k - 24.f : l.k, l.m);
   const float positive = v > Limits<float>::highest ? v : value;
   const float nan = v - v + float_from_bits(0x7fc00000);
   return v > 0.f ? positive : (v == 0.f ? -HUGE_VALF : nan);
@@ -221,7 +231,8 @@ FD_FN real max_of(const real* x, int n, real m) {
   constexpr int kLanes = 32;  // independent lanes: a plain maximum loop needs -ffast-math
   real lane[kLanes];
   for (int j = 0; j < kLanes; ++j) lane[j] = m;
-  for (; n >= kLanes; x += kLanes, n -= kLanes)  // (x[i + j] would be gathered, by vectors of i + j)
+  for (; n >= kLanes;
+       x += kLanes, n -= kLanes)  // (x[i + j] would be gathered, by vectors of i + j)
     for (int j = 0; j < kLanes; ++j) lane[j] = x[j] > lane[j] ? x[j] : lane[j];
   for (int i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
   for (int j = 0; j < kLanes; ++j) m = lane[j] > m ? lane[j] : m;

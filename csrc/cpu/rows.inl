@@ -27,9 +27,9 @@ RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
 }
 
 // The terms of a divergence: the second sweep, over a row which is in the cache.
-template <class P, class L, class real>
-TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
-                         const Row<real>& row) {
+template <class PairOf, class P, class L, class real>
+TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r,
+                            const Row<real>& row) {
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
         TermSums<real> total;
@@ -47,7 +47,7 @@ TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
             real f = 0, u = 0, v = 0, q = 0, p = 0;
             FD_SIMD(reduction(+ : f, u, v, q, p))
             for (int j = begin; j < end; ++j) {
-              const Pair<real> pair = make_pair<P::kTarget>(x[j], t[j], scale, k);
+              const PairOf pair = PairOf::template of<P::kTarget>(x[j], t[j], scale, k);
               const Terms<real> term = policy.terms(pair);
               f += term.f, u += term.u, v += term.v, q += pair.q, p += pair.p;
             }
@@ -57,6 +57,13 @@ TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
         return total;
       },
       [](TermSums<real>& total, const TermSums<real>& part) { total.add(part); });
+}
+template <class P, class L, class real>
+TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
+                         const Row<real>& row) {
+  if constexpr (L::kPlain)
+    if (row.c != real(0)) return sum_terms_of<PlainPair<real>>(source, loss, r, row);
+  return sum_terms_of<Pair<real>>(source, loss, r, row);
 }
 
 // The first column that holds the maximum, or NaN.
@@ -89,7 +96,7 @@ void forward_row(const RowSource<P>& source, int64_t r) {
 
 // --- backward ---------------------------------------------------------------------------------
 
-template <class P, class real>
+template <class PairOf, class P, class real>
 void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<real> g, real* dx) {
   Buffer<real> bx, bt;
   const real* x = source.input(r).tile(i, n, bx);
@@ -102,8 +109,8 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   const Outputs<real> gx{g.value * scale, g.entropy * scale};
   FD_SIMD()
   for (int j = 0; j < n; ++j)
-    dx[j] = grad_of_input(loss, x[j], source.kTeacher ? t[j] : real(0),
-                          P::kWeights ? w[j] : real(1), row, gx, scale);
+    dx[j] = grad_of_input<PairOf>(loss, x[j], source.kTeacher ? t[j] : real(0),
+                                  P::kWeights ? w[j] : real(1), row, gx, scale);
   if constexpr (P::kLabel) {
     const int64_t y = source.a.label[r] - i;
     if (y >= 0 && y < n) dx[y] += loss.grad_label(row, gx);
@@ -116,7 +123,7 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   }
 }
 
-template <class P, class real>
+template <class PairOf, class P, class real>
 void grad_t(const RowSource<P>& source, int64_t r, int64_t i, int n, real g, real* dt) {
   Buffer<real> bx, bt;
   const real *x = source.input(r).tile(i, n, bx), *t = source.target(r).tile(i, n, bt);
@@ -126,12 +133,12 @@ void grad_t(const RowSource<P>& source, int64_t r, int64_t i, int n, real g, rea
   const real scale = source.scale;
   FD_SIMD()
   for (int j = 0; j < n; ++j)
-    dt[j] = grad_of_target(loss, x[j], t[j], P::kWeights ? w[j] : real(1), row, g, scale);
+    dt[j] = grad_of_target<PairOf>(loss, x[j], t[j], P::kWeights ? w[j] : real(1), row, g, scale);
 }
 
 // Zeros where the row does not count or nothing comes from upstream, whatever the row holds.
-template <class P>
-void backward_row(const RowSource<P>& source, int64_t r) {
+template <class PairOf, class P>
+void backward_row_of(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
   const RowArgs& a = source.a;
   const Outputs<real> g = source.row(r).upstream();
@@ -151,12 +158,19 @@ void backward_row(const RowSource<P>& source, int64_t r) {
       if constexpr (P::kTarget != Target::kNone)
         if (a.dt.data)
           write(source.output(a.dt, r, true), i, n,
-                [&](real* dt) { grad_t(source, r, i, n, g.value, dt); });
+                [&](real* dt) { grad_t<PairOf>(source, r, i, n, g.value, dt); });
       if (a.dx.data)
         write(source.output(a.dx, r, a.softcap == 0), i, n,
-              [&](real* dx) { grad_x(source, r, i, n, g, dx); });
+              [&](real* dx) { grad_x<PairOf>(source, r, i, n, g, dx); });
     });
   });
+}
+template <class P>
+void backward_row(const RowSource<P>& source, int64_t r) {
+  using real = typename P::real;
+  if constexpr (P::kPlain)
+    if (source.row(r).record().c != real(0)) return backward_row_of<PlainPair<real>>(source, r);
+  backward_row_of<Pair<real>>(source, r);
 }
 
 // --- kernels ----------------------------------------------------------------------------------

@@ -55,14 +55,15 @@ __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& 
       if constexpr (Reader::kTeacher)
         Reader::for_columns([&](int c, int u, int k) {
           set(out[u], k,
-              grad_of_target(reader.loss, tile.x[c], t(c), weight(c), row, g.value, scale));
+              grad_of_target<Pair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, g.value,
+                                         scale));
         });
       store(dt);
     }
     if (need_x) {
       real d[kColumns<P>];
       Reader::for_columns([&](int c, int, int) {
-        d[c] = grad_of_input(reader.loss, tile.x[c], t(c), weight(c), row, gx, scale);
+        d[c] = grad_of_input<Pair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, gx, scale);
       });
       if constexpr (P::kLabel) {
         FD_UNROLL
@@ -132,7 +133,8 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
       TermSums<real> sum;
       reader.template sweep<false>(team, [&](const auto& tile, int, int) {
         reader.for_columns([&](int c, int, int) {
-          const Pair<real> pair = make_pair<P::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
+          const auto pair =
+              Pair<real>::template of<P::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
           const Terms<real> term = loss.terms(pair);
           sum.add({term.f, term.u, term.v, pair.q, pair.p});
         });

@@ -19,7 +19,7 @@ namespace fastdiv {
 template <class real, Target target>
 struct AlphaDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
-  static constexpr bool kTilted = true;
+  static constexpr bool kTilted = true, kPlain = false;
   static constexpr int kSums = 2;  // b: the infinite terms
   static constexpr auto kMoment = Base::Moment::kTilted;
 

@@ -4,7 +4,7 @@
 // homogeneity f~ = u + v with u = q df~/dq and v = p df~/dp, and the gradients are
 //   dD/dx = u - q * sum u,   dD/dt = v - p * sum v,   dD/dlog p = v + shift * p.
 // (Those of order alpha have these terms only next to zero, and are functions of another sum
-// elsewhere: see alpha_div.h.)
+// elsewhere: see alpha_div.h.)  Of a PlainPair the terms are the textbook's, and f~ = u + v.
 #pragma once
 
 #include "losses/loss.h"
@@ -28,12 +28,13 @@ struct TermSums {
   FD_FN void add(const TermSums& o) { f += o.f, u += o.u, v += o.v, q += o.q, p += o.p; }
 };
 
+// Row: a = sum u, b = sum v; c = 1 where the rows are apart, so that a PlainPair will do.
 template <class Real, Target target>
 struct Divergence : Loss<Real, target> {
   using real = Real;
   using Loss<Real, target>::Loss;
 
-  static constexpr bool kDivergence = true;
+  static constexpr bool kDivergence = true, kPlain = true;
   static constexpr int kSums = 1;
   // The first sweep's moment that is the divergence itself: no second sweep where it is sound.
   enum class Moment { kNone, kForward, kReverse, kTilted };
@@ -41,8 +42,7 @@ struct Divergence : Loss<Real, target> {
 
   FD_FN real shift() const { return real(0); }
 
-  // a = sum p~ log(p~/q~), unnormalised.  For logits it also anchors log q - log p where the rows
-  // are close.
+  // a = sum p~ log(p~/q~), unnormalised, which tells how far the rows are apart.
   FD_FN Sums<real> partial(const Column<real>& c) const {
     return {mass_times(c.et, c.ratio), real(0)};
   }

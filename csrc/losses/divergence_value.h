@@ -22,6 +22,10 @@ FD_FN Difference<real> sum_of(real mean, real logs) {
   return {value, value > real(0.05) * terms && value <= Limits<real>::highest};
 }
 
+// From this KL(p || q) on, rows are apart: errors of their logits count for less than the rows
+// differ.
+constexpr double kApart = 0.25;
+
 // KL(p || q) of two rows of logits, and row.gap.  Where the rows are so close that the moments
 // cancel, with d = log q~ - log p~ and c = sum p d: KL = log(1 + sum p (e^(d-c) - 1 - (d - c))).
 template <class P, class real, class Sweep>
@@ -54,7 +58,7 @@ FD_FN real tilted_value(const P& loss, const RowState<P>& s, Row<real>& row, Swe
                      row);
 }
 
-// The value; row.a = sum u and row.b = sum v for the backward.
+// The value, and the row's a, b and c for the backward.
 template <class P, class real, class Sweep>
 FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row, Sweep sweep,
                             const LossParams& params) {
@@ -66,6 +70,7 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
   else
     kl = s.sums.a + mass_times(s.mass(), row.x_logz);
   if constexpr (P::kTilted) return tilted_value(loss, s, row, sweep);
+  row.c = kl > real(kApart) && !is_infinite(kl) ? real(1) : real(0);
   // u + v = f~ and one of them is q - p or its negative, so the value gives both sums.
   if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
     row.a = kl != kl ? kl : real(1) - s.mass();
@@ -80,6 +85,7 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
       row.b = s.mass() - real(1);
       return reverse.value;
     }
+    row.c = real(0);
   }
   const TermSums<real> sum = sweep(loss, row);
   row.a = sum.u / sum.q, row.b = kLogits ? sum.v / sum.p : sum.v;

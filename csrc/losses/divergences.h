@@ -17,6 +17,10 @@ struct KlDiv : Divergence<real, target> {
     return {c.top * (c.student_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
             is_infinite(c.y) ? -c.p : -c.p * c.y};
   }
+  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+    const real u = c.q - c.p, v = mass_times(c.p, -c.y);
+    return {u + v, u, v};
+  }
 };
 
 // KL(q || p): the same with the rows exchanged; so is the sum b.
@@ -39,6 +43,10 @@ struct ReverseKlDiv : Divergence<real, target> {
     return {c.top * (c.student_larger() ? c.gap.chi : c.gap.phi),
             is_infinite(c.y) ? -c.q : c.q * c.y, -c.q_minus_p()};
   }
+  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+    const real u = mass_times(c.q, c.y), v = c.p - c.q;
+    return {u + v, u, v};
+  }
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
@@ -58,6 +66,12 @@ struct JsDiv : Divergence<real, target> {
                smaller = c.gap.z - log_m.value;  // log(top / m), log(min / m)
     return {c.top * (w * c.gap.phi - log_m.psi), rest * c.q * (student ? larger : smaller),
             beta * c.p * (student ? smaller : larger)};
+  }
+  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+    const real log_m = log_positive(beta * c.p + rest * c.q);
+    const real u = rest * mass_times(c.q, c.lq - log_m);
+    const real v = beta * mass_times(c.p, c.lp - log_m);
+    return {u + v, u, v};
   }
 };
 
@@ -92,6 +106,15 @@ struct SkewKlDiv : Divergence<real, target> {
     const real v = mass_times(p, (p_smaller ? log.value : -log.value) - skew * r);
     return {c.top * f, reversed ? v : u, reversed ? u : v};
   }
+  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+    const bool reversed = sign < real(0);
+    const real p = reversed ? c.q : c.p, q = reversed ? c.p : c.q, lp = reversed ? c.lq : c.lp;
+    const real m = skew * p + rest * q;
+    const real share = m > real(0) ? p / m : real(1);
+    const real u = rest * q * (real(1) - share);
+    const real v = mass_times(p, lp - log_positive(m)) + skew * p * (real(1) - share);
+    return {u + v, reversed ? v : u, reversed ? u : v};
+  }
 };
 
 // Total variation, |q - p| / 2.
@@ -103,6 +126,10 @@ struct TvDistance : Divergence<real, target> {
     const real half = real(0.5);
     const real slope = c.y > real(0) ? half : (c.y < real(0) ? -half : c.y);  // NaN stays
     return {-half * c.top * c.gap.em1, slope * c.q, -slope * c.p};
+  }
+  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+    const real half = real(0.5), slope = c.q > c.p ? half : (c.q < c.p ? -half : real(0));
+    return {slope * (c.q - c.p), slope * c.q, -slope * c.p};
   }
 };
 

@@ -7,13 +7,14 @@
 namespace fastdiv {
 
 // dL/dx, but for the label, which adds P::grad_label at its class.  g comes times the scale.
-template <class P, class real>
+// PairOf: a PlainPair where the row says that it will do.
+template <class PairOf, class P, class real>
 FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<real>& row,
                          Outputs<real> g, real scale) {
   if constexpr (P::kTilted) {
     return g.value * loss.grad_x(log_pair<P::kTarget>(x, t, scale, row), row);
   } else if constexpr (P::kDivergence) {
-    const Pair<real> pair = make_pair<P::kTarget>(x, t, scale, row);
+    const PairOf pair = PairOf::template of<P::kTarget>(x, t, scale, row);
     return g.value * (loss.terms(pair).u - pair.q * row.a);
   } else {
     const real lq = (x - row.x_max) * scale - row.x_logz;
@@ -22,13 +23,13 @@ FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<r
 }
 
 // dL/dt.  g comes as it is: the scale is of the target's only where that is logits.
-template <class P, class real>
+template <class PairOf, class P, class real>
 FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const Row<real>& row, real g,
                           real scale) {
   if constexpr (P::kTilted) {
     return g * loss.grad_t(log_pair<P::kTarget>(x, t, scale, row), t, scale, row);
   } else if constexpr (P::kDivergence) {
-    const Pair<real> pair = make_pair<P::kTarget>(x, t, scale, row);
+    const PairOf pair = PairOf::template of<P::kTarget>(x, t, scale, row);
     const real v = loss.terms(pair).v, shift = loss.shift();
     if constexpr (P::kTarget == Target::kLogits) return g * scale * (v - pair.p * row.b);
     if constexpr (P::kTarget == Target::kLogProbs) return g * (v + shift * pair.p);

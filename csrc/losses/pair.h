@@ -22,6 +22,7 @@ FD_FN LogPair<real> log_pair(real x, real t, real scale, const Row<real>& row) {
   return {lx, lt, lq, lp, y};
 }
 
+// As the divergences need it where rows are close: from y, without cancellation.
 template <class real>
 struct Pair {
   real lq, lp, y;    // as above, but y = 0 where there is no mass
@@ -30,23 +31,44 @@ struct Pair {
 
   FD_FN bool student_larger() const { return y > real(0); }
   FD_FN real q_minus_p() const { return student_larger() ? -top * gap.em1 : top * gap.em1; }
+
+  template <Target kTarget>
+  static FD_FN Pair of(real x, real t, real scale, const Row<real>& row) {
+    const LogPair<real> logs = log_pair<kTarget>(x, t, scale, row);
+    Pair c;
+    c.lq = logs.lq, c.lp = logs.lp;
+    // A class without mass on either side (-inf less -inf) adds nothing; other NaNs stay.  (To be
+    // seen from the logs: waiting for e^larger, the second exponential could not run beside it.)
+    const real larger = c.lq > c.lp ? c.lq : c.lp;
+    const real most = kTarget == Target::kProbs && t > real(0) ? real(0) : larger;
+    c.y = most < Limits<real>::log_smallest ? real(0) : logs.y;
+    c.top = exp_neg(larger);
+    if constexpr (kTarget == Target::kProbs) c.top = c.student_larger() ? c.top : t;
+    c.gap = exp_gap(c.y > real(0) ? -c.y : c.y);
+    const real smaller = c.top * c.gap.e;
+    c.q = c.student_larger() ? c.top : smaller;
+    // A given probability is itself: the one found from its logarithm lacks the last digits.
+    c.p = kTarget == Target::kProbs ? t : (c.student_larger() ? smaller : c.top);
+    return c;
+  }
 };
 
-template <Target kTarget, class real>
-FD_FN Pair<real> make_pair(real x, real t, real scale, const Row<real>& row) {
-  const LogPair<real> logs = log_pair<kTarget>(x, t, scale, row);
-  Pair<real> c;
-  c.lq = logs.lq, c.lp = logs.lp, c.y = logs.y;
-  c.top = exp_neg(c.lq > c.lp ? c.lq : c.lp);
-  if constexpr (kTarget == Target::kProbs) c.top = c.student_larger() ? c.top : t;
-  // A class without mass on either side (-inf less -inf) adds nothing; other NaNs stay.
-  c.y = c.top == real(0) ? real(0) : c.y;
-  c.gap = exp_gap(c.y > real(0) ? -c.y : c.y);
-  const real smaller = c.top * c.gap.e;
-  c.q = c.student_larger() ? c.top : smaller;
-  // A given probability is itself: the one found from its logarithm lacks the last digits.
-  c.p = kTarget == Target::kProbs ? t : (c.student_larger() ? smaller : c.top);
-  return c;
-}
+// As it is good enough for rows that are apart, at half the price.  Without mass, lq or lp may be
+// -inf: mass_times what they are part of.
+template <class real>
+struct PlainPair {
+  real lq, lp, y, q, p;
+
+  template <Target kTarget>
+  static FD_FN PlainPair of(real x, real t, real scale, const Row<real>& row) {
+    PlainPair c;
+    c.lq = (x - row.x_max) * scale - row.x_logz;
+    c.lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale);
+    c.y = c.lq - c.lp;
+    c.q = exp_neg(c.lq);
+    c.p = kTarget == Target::kProbs ? t : exp_neg(c.lp);
+    return c;
+  }
+};
 
 }  // namespace fastdiv
