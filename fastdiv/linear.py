@@ -238,8 +238,6 @@ def linear_log_prob_and_entropy(
     """
     layer = _layer.make_layer(input, linear_weight, linear_bias)
     logits = layer.logits
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index must be a Tensor, got {type(index).__name__}")
     ignored = _check.NO_LABEL_IGNORED
     label = _check.labels(logits, logits.dim() - 1, index, "index", ignored)
     scale = 1.0 / _check.check_positive(temperature, "temperature")
