@@ -49,6 +49,13 @@ def check_reduction(reduction: str, pointwise: bool = False) -> None:
         raise ValueError(f"reduction must be one of {names}, got {reduction!r}")
 
 
+def check_target_type(value: str | None, name: str = "target_type") -> str:
+    """One of what a target's rows may hold."""
+    if value not in TARGET_TYPES:
+        raise ValueError(f"{name} must be one of {TARGET_TYPES}, got {value!r}")
+    return value
+
+
 def check_positive(value: float, name: str) -> float:
     """A positive finite number."""
     if not (0 < value < math.inf):

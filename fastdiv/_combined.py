@@ -165,10 +165,7 @@ class DistillationLoss(nn.Module):
         if divergence not in FUNCTIONS:
             names = ", ".join(map(repr, FUNCTIONS))
             raise ValueError(f"divergence must be one of {names}, got {divergence!r}")
-        if target_type not in _check.TARGET_TYPES:
-            raise ValueError(
-                f"target_type must be one of {_check.TARGET_TYPES}, got {target_type!r}"
-            )
+        _check.check_target_type(target_type)
         _check.check_reduction(reduction)
         self.divergence = divergence
         self.alpha = _check.check_share(alpha, "alpha")

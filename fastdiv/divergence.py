@@ -28,8 +28,7 @@ def of_rows(
     """The divergence called ``loss``, with the arguments that all divergences have."""
     _check.check_logits(input)
     _check.check_logits(target, "target")
-    if target_type not in _check.TARGET_TYPES:
-        raise ValueError(f"target_type must be one of {_check.TARGET_TYPES}, got {target_type!r}")
+    _check.check_target_type(target_type)
     dim = _check.class_dim(input, dim)
     _check.check_reduction(reduction, pointwise=True)
     if inplace_backward:

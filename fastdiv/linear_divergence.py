@@ -43,10 +43,7 @@ def _linear_divergence(
     else:
         if target_linear_bias is not None:
             raise ValueError("target_linear_bias needs a target_linear_weight")
-        if target_type not in _check.TARGET_TYPES:
-            raise ValueError(
-                f"target_type must be one of {_check.TARGET_TYPES}, got {target_type!r}"
-            )
+        target_type = _check.check_target_type(target_type)
         _layer.check_target(logits, target)
         teacher = _layer.as_rows(target), None, None
     spec = Spec(

@@ -93,8 +93,7 @@ def topk_kl_div(
     _check.check_logits(input)
     _check.check_logits(values, "values")
     _check.check_label_type(indices, "indices")
-    if values_type not in _check.TARGET_TYPES:
-        raise ValueError(f"values_type must be one of {_check.TARGET_TYPES}, got {values_type!r}")
+    _check.check_target_type(values_type, "values_type")
     if missing not in MISSING:
         raise ValueError(f"missing must be one of {MISSING}, got {missing!r}")
     if reduction == "pointwise":
