@@ -63,6 +63,11 @@ def check_positive(value: float, name: str) -> float:
     return float(value)
 
 
+def scale_of(temperature: float) -> float:
+    """What a temperature multiplies logits with."""
+    return 1.0 / check_positive(temperature, "temperature")
+
+
 def check_finite(value: float, name: str) -> float:
     """A finite number."""
     if not -math.inf < value < math.inf:

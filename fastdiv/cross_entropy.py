@@ -54,7 +54,7 @@ def cross_entropy_spec(
         reduction=reduction,
         batch=batch,
         ignore_index=ignore_index,
-        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        scale=_check.scale_of(temperature),
         softcap=0.0 if softcap is None else _check.check_positive(softcap, "softcap"),
         label=label,
         spread=spread,

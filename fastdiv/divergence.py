@@ -40,7 +40,7 @@ def of_rows(
         target_type=target_type,
         reduction=reduction,
         batch=input.shape[0],
-        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        scale=_check.scale_of(temperature),
         shape=shape,
         inplace=inplace_backward,
     )

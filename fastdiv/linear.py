@@ -240,7 +240,7 @@ def linear_log_prob_and_entropy(
     logits = layer.logits
     ignored = _check.NO_LABEL_IGNORED
     label = _check.labels(logits, logits.dim() - 1, index, "index", ignored)
-    scale = 1.0 / _check.check_positive(temperature, "temperature")
+    scale = _check.scale_of(temperature)
     spec = Spec("log_prob_and_entropy", ignore_index=ignored, scale=scale)
     value, _ = _layer.loss_of_layer(spec, layer, label=label, chunk_size=chunk_size)
     log_prob, entropy = value.unbind(0)

@@ -51,7 +51,7 @@ def _linear_divergence(
         target_type=target_type,
         reduction=reduction,
         batch=logits.shape[0],
-        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        scale=_check.scale_of(temperature),
         shape=shape,
     )
     row_weight = _check.token_weights(logits, logits.dim() - 1, token_weight)

@@ -120,7 +120,7 @@ def topk_kl_div(
         missing=missing,
         reduction=reduction,
         batch=input.shape[0],
-        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        scale=_check.scale_of(temperature),
         inplace=inplace_backward,
     )
     value = topk_loss(spec, _check.as_rows(input, dim), v, y, row_weight)
