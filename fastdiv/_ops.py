@@ -12,7 +12,7 @@ from .reference import Spec, value_dtype
 
 RECORD_SIZE = 8  # numbers a row that the forward leaves for the backward: Row in row_state.h
 LOG_SUM_EXP_AND_SUM = (0, 1, 5, 6)  # x_max, x_logz, a and b of it: log_sum_exp.h
-REDUCTION, BATCH, IGNORE_INDEX = 2, 3, 4  # their places among the options
+LOSS, REDUCTION, BATCH, IGNORE_INDEX = 0, 2, 3, 4  # their places among the options
 
 _LOSS_IDS = (
     {} if _backend._C is None else {name: i for i, name in enumerate(_backend._C.loss_names())}
@@ -43,8 +43,8 @@ def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
 
 def _fake_forward(x: Tensor, options: tuple[Any, ...], stats: bool) -> tuple[Tensor, ...]:
     rows, dtype = x.shape[0], value_dtype(x.dtype)
-    none = options[2] == _REDUCTIONS["none"]
-    two = options[0] in (_LOSS_IDS["log_prob_and_entropy"], _LOSS_IDS["log_sum_exp_and_sum"])
+    none = options[REDUCTION] == _REDUCTIONS["none"]
+    two = options[LOSS] in (_LOSS_IDS["log_prob_and_entropy"], _LOSS_IDS["log_sum_exp_and_sum"])
     value = x.new_empty(((2, rows) if two else (rows,)) if none else (), dtype=dtype)
     out = (value, x.new_empty((rows, RECORD_SIZE), dtype=dtype), x.new_empty((), dtype=dtype))
     if not stats:
@@ -93,15 +93,15 @@ def _vmap_any_forward(
     op: Any, batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     rows, options = _fold_rows(args[:5], in_dims[:5], batch), list(args[5:])
-    reduction, options[2] = options[2], _REDUCTIONS["none"]
+    reduction, options[REDUCTION] = options[REDUCTION], _REDUCTIONS["none"]
     value, record, total, *stats = op(*rows, *options)
     value, total = _unfold(value, batch, value.dim() - 1), total.new_ones(batch)
     if reduction == _REDUCTIONS["mean"]:
         x, _, label, class_weight, row_weight = rows
-        weights = reference.mean_weights(options[4], x, label, class_weight, row_weight)
+        weights = reference.mean_weights(options[IGNORE_INDEX], x, label, class_weight, row_weight)
         total = _unfold(weights, batch).sum(-1)
     elif reduction == _REDUCTIONS["batchmean"]:
-        total = total * options[3]
+        total = total * options[BATCH]
     if reduction != _REDUCTIONS["none"]:
         value = value.sum(-1) / total
     out = (value, _unfold(record, batch), total, *(_unfold(s, batch, s.dim() - 1) for s in stats))
@@ -115,11 +115,11 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     *rows, record, total = tensors
     rows = _fold_rows(tuple(rows), in_dims[1:6], batch)
     grad = grad.expand(batch, *grad.shape) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
-    if options[2] in (_REDUCTIONS["mean"], _REDUCTIONS["batchmean"]):
+    if options[REDUCTION] in (_REDUCTIONS["mean"], _REDUCTIONS["batchmean"]):
         grad = grad / (total if in_dims[7] is None else total.movedim(in_dims[7], 0))
     if grad.dim() == 1:  # of a scalar: the same for every row
         grad = grad.unsqueeze(-1).expand(batch, rows[0].shape[0] // batch)
-    options[2] = _REDUCTIONS["none"]
+    options[REDUCTION] = _REDUCTIONS["none"]
     out = backward(
         grad.movedim(0, -2).flatten(-2).contiguous(),
         *rows,
