@@ -257,12 +257,12 @@ class Results:
 
 
 def by_rows(
-    p: Problem, outputs: int, loss_with_stats: int, grad: Tensor | None, gradients: list[Gradients]
+    p: Problem, loss_with_stats: int, grad: Tensor | None, gradients: list[Gradients]
 ) -> Results:
     """Values of the rows and, if asked for, statistics; adds to gradients for an upstream one."""
     stats = loss_with_stats >= 0
     out = Results(
-        p.weight.new_zeros((outputs, p.rows) if outputs > 1 else (p.rows,)),
+        p.weight.new_zeros(_ops.value_shape(p.options, p.rows)),
         p.weight.new_zeros(0 if gradients else p.rows, _ops.RECORD_SIZE),
         p.weight.new_zeros(3, p.rows if stats else 0),
         torch.zeros_like(p.weight[: p.rows if stats else 0], dtype=torch.int64),

@@ -83,8 +83,7 @@ def _problem(tensors: Tensors, ints: Sequence[int], floats: Sequence[float], chu
     x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight = tensors
     assert x is not None
     teacher = None if t is None else Head(t, t_weight, t_bias)
-    # The ops of the rows are not to reduce.
-    options = [*ints[: _ops.REDUCTION], 0, *ints[_ops.REDUCTION + 1 :], *floats]
+    options = _ops.of_each_row([*ints, *floats])
     return Problem(Head(x, weight, bias), teacher, label, class_weight, row_weight, options, chunk)
 
 
@@ -108,8 +107,8 @@ def _divisor(tensors: Tensors, ints: Sequence[int]) -> Tensor | int:
     x, weight, label, class_weight, row_weight = *tensors[:2], *tensors[HEADS:]
     assert x is not None and weight is not None
     reduction = ints[_ops.REDUCTION]
-    if reduction != _ops._REDUCTIONS["mean"]:
-        return ints[_ops.BATCH] if reduction == _ops._REDUCTIONS["batchmean"] else 1
+    if reduction != _ops.REDUCTIONS["mean"]:
+        return ints[_ops.BATCH] if reduction == _ops.REDUCTIONS["batchmean"] else 1
     logits = x.new_empty(()).expand(len(x), len(weight))  # for its shape
     ignored = ints[_ops.IGNORE_INDEX]
     weights = reference.mean_weights(ignored, logits, label, class_weight, row_weight)
@@ -144,25 +143,20 @@ def _forward(
     upstream = (1 / divisor).to(p.weight.dtype).expand(p.rows) if any(needed) else None
     with torch.autocast(x.device.type, enabled=False):
         gradients = _gradients(p, needed)
-        out = by_rows(p, _outputs(ints), loss_with_stats, upstream, gradients)
+        out = by_rows(p, loss_with_stats, upstream, gradients)
     value = out.value
-    if ints[_ops.REDUCTION] != _ops._REDUCTIONS["none"]:
+    if _ops.reduces(ints):
         value = (value.sum(dtype=torch.float64) / divisor).to(value.dtype)
     return [value, divisor, out.record, out.stats, out.argmax, *_results(x, gradients)]
 
 
-def _outputs(ints: Sequence[int]) -> int:
-    return 2 if ints[0] == _ops._LOSS_IDS["log_prob_and_entropy"] else 1
-
-
 @_forward.register_fake
 def _(x, weight, bias, t, t_weight, t_bias, label, cw, rw, ints, floats, with_stats, _, needed):  # type: ignore[no-untyped-def]
-    rows, outputs = x.shape[0], _outputs(ints)
+    rows = x.shape[0]
     dtype = value_dtype(x.dtype if t is None else torch.promote_types(x.dtype, t.dtype))
-    none = ints[_ops.REDUCTION] == _ops._REDUCTIONS["none"]
     with_rows = rows if with_stats >= 0 else 0
     return [
-        x.new_empty(((2, rows) if outputs > 1 else (rows,)) if none else (), dtype=dtype),
+        x.new_empty(_ops.value_shape(ints, rows), dtype=dtype),
         x.new_empty((), dtype=torch.float64),
         x.new_empty((0 if any(needed) else rows, _ops.RECORD_SIZE), dtype=dtype),
         x.new_empty((3, with_rows), dtype=dtype),
@@ -193,7 +187,7 @@ def _backward(
     """The gradients that are needed, from the records of the rows."""
     tensors = (x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight)
     p = _problem(tensors, ints, floats, chunk_size)
-    if ints[_ops.REDUCTION] != _ops._REDUCTIONS["none"]:
+    if _ops.reduces(ints):
         grad = (grad / divisor).to(grad.dtype).expand(p.rows)
     with torch.autocast(x.device.type, enabled=False):
         gradients = _gradients(p, needed)
