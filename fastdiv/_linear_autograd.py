@@ -223,6 +223,18 @@ def _at_once(call: LinearCall, tensors: Tensors) -> bool:
     return call.spec.reduction != "none" and all(v.dtype.itemsize > 2 for v in head)
 
 
+def _forward_of(
+    ctx: Any, call: LinearCall, needed: tuple[bool, ...], tensors: Tensors
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensors, list[Tensor]]:
+    """What a forward returns, what it saves, and the gradients if they are computed with it."""
+    ctx.call, ctx.needed, ctx.at_once = call, needed, _at_once(call, tensors)
+    at_once = needed if ctx.at_once else (False,) * HEADS
+    out = _forward(*tensors, *call.options(), at_once)
+    value, divisor, record, stats, argmax, *gradients = out
+    ctx.mark_non_differentiable(stats, argmax)
+    return (value, stats, argmax), (*tensors, divisor, record), gradients
+
+
 class _TracedLinearLoss(torch.autograd.Function):
     """The form that ``torch.compile`` can trace."""
 
@@ -230,13 +242,9 @@ class _TracedLinearLoss(torch.autograd.Function):
     def forward(
         ctx: Any, call: LinearCall, needed: tuple[bool, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.call, ctx.needed, ctx.at_once = call, needed, _at_once(call, tensors)
-        at_once = needed if ctx.at_once else (False,) * HEADS
-        out = _forward(*tensors, *call.options(), at_once)
-        value, divisor, record, stats, argmax, *gradients = out
-        ctx.save_for_backward(*tensors, divisor, record, *gradients)
-        ctx.mark_non_differentiable(stats, argmax)
-        return value, stats, argmax
+        out, saved, gradients = _forward_of(ctx, call, needed, tensors)
+        ctx.save_for_backward(*saved, *gradients)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -256,14 +264,10 @@ class _LinearLoss(_TracedLinearLoss):
     def forward(
         ctx: Any, call: LinearCall, needed: tuple[bool, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.call, ctx.needed, ctx.at_once = call, needed, _at_once(call, tensors)
-        at_once = needed if ctx.at_once else (False,) * HEADS
-        out = _forward(*tensors, *call.options(), at_once)
-        value, divisor, record, stats, argmax, *ctx.gradients = out
-        ctx.save_for_backward(*tensors, divisor, record)
-        ctx.mark_non_differentiable(stats, argmax)
+        out, saved, ctx.gradients = _forward_of(ctx, call, needed, tensors)
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        return value, stats, argmax
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
