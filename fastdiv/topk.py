@@ -1,9 +1,9 @@
-"""KL divergence from a teacher that is known at k classes only: the function and its module."""
+"""KL divergence from a teacher that is known at k classes only."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _check
 from ._topk_autograd import topk_loss
@@ -190,68 +190,3 @@ def _mark_wrong_rows(y: Tensor, values: Tensor, classes: int) -> tuple[Tensor, T
     wrong = _out_of_range(y, classes).any(-1) | _repeated(ordered).any(-1)
     nan = torch.where(wrong, torch.nan, 0.0).to(values.dtype).unsqueeze(-1)
     return y.clamp(0, classes - 1), values + nan
-
-
-class TopKKLDivLoss(nn.Module):
-    """Module form of :func:`fastdiv.topk_kl_div`.
-
-    Args:
-        values_type: ``"logits"``, ``"log_probs"`` or ``"probs"``.
-        missing: ``"ignore"``, ``"renormalize"`` or ``"uniform"``.
-        dim: Dimension of the classes.
-        reduction: As for the function.
-        temperature: T.
-        scale_by_temperature: Multiply the value by T squared, see :class:`fastdiv.nn.KLDivLoss`.
-        inplace_backward: Write the gradient over the logits.
-
-    Example:
-        >>> import torch, fastdiv
-        >>> loss = fastdiv.nn.TopKKLDivLoss(values_type="logits")
-        >>> loss(torch.zeros(1, 4), torch.zeros(1, 2), torch.tensor([[3, 0]]))  # ln 4 - ln 2
-        tensor(0.6931)
-    """
-
-    def __init__(
-        self,
-        *,
-        values_type: str,
-        missing: str = "ignore",
-        dim: int = -1,
-        reduction: str = "batchmean",
-        temperature: float = 1.0,
-        scale_by_temperature: bool = False,
-        inplace_backward: bool = False,
-    ) -> None:
-        super().__init__()
-        self.values_type = values_type
-        self.missing = missing
-        self.dim = dim
-        self.reduction = reduction
-        self.temperature = temperature
-        self.scale_by_temperature = scale_by_temperature
-        self.inplace_backward = inplace_backward
-
-    def forward(
-        self, input: Tensor, values: Tensor, indices: Tensor, token_weight: Tensor | None = None
-    ) -> Tensor:
-        """The divergence of these logits from the teacher."""
-        value = topk_kl_div(
-            input,
-            values,
-            indices,
-            values_type=self.values_type,
-            missing=self.missing,
-            dim=self.dim,
-            reduction=self.reduction,
-            temperature=self.temperature,
-            token_weight=token_weight,
-            inplace_backward=self.inplace_backward,
-        )
-        return value * self.temperature**2 if self.scale_by_temperature else value
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return (
-            f"values_type={self.values_type!r}, missing={self.missing!r}, dim={self.dim}, "
-            f"reduction={self.reduction!r}, temperature={self.temperature}"
-        )
