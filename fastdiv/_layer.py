@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._linear_autograd import LinearCall, linear_loss
+from ._linear_autograd import linear_loss
+from ._linear_ops import LinearCall
 from .reference import Spec, Stats, value_dtype
 
 

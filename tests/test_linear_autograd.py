@@ -136,7 +136,7 @@ def test_gradients_only_where_required(target: str, reduction: str) -> None:
 def test_a_frozen_head_takes_no_product_for_its_gradient(
     monkeypatch: pytest.MonkeyPatch, reduction: str
 ) -> None:
-    from fastdiv._linear import Gradients
+    from fastdiv._linear_tiles import Gradients
 
     summed = []
     end = Gradients.end
@@ -235,7 +235,7 @@ def test_autocast(reduction: str) -> None:
 
 def test_opcheck() -> None:
     """Schemas, fakes and tracing of the two ops."""
-    from fastdiv import _linear_autograd as ops
+    from fastdiv import _linear_ops as ops
     from fastdiv.reference import Spec
 
     h, w = torch.randn(4, 3), torch.randn(7, 3)
@@ -247,7 +247,7 @@ def test_opcheck() -> None:
     for need in (needed, [False] * 6):
         arguments = (*tensors, *call.options(), need)
         torch.library.opcheck(torch.ops.fastdiv._linear_forward, arguments, test_utils=tests)
-    value, divisor, record, *_ = ops._forward(*tensors, *call.options(), [False] * 6)
+    value, divisor, record, *_ = ops.forward(*tensors, *call.options(), [False] * 6)
     ints, floats, _, chunk = call.options()
     arguments = (torch.ones_like(value), divisor, record, *tensors, ints, floats, chunk, needed)
     torch.library.opcheck(torch.ops.fastdiv._linear_backward, arguments, test_utils=tests)
