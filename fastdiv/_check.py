@@ -116,16 +116,21 @@ def as_rows(x: Tensor, dim: int) -> Tensor:
     return x
 
 
+def same_dtype(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that holds either, on which that of the loss and its weights depends."""
+    if x.dtype is target.dtype:
+        return x, target
+    dtype = torch.promote_types(x.dtype, target.dtype)
+    return x.to(dtype), target.to(dtype)
+
+
 def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Input and target as matrices of one dtype."""
+    """Input and target, of one dtype, as matrices."""
     if target.shape != x.shape:
         raise ValueError(
             f"target must have the shape of input, {tuple(x.shape)}, got {tuple(target.shape)}"
         )
     same_device(x, target, "target")
-    if x.dtype is not target.dtype:
-        dtype = torch.promote_types(x.dtype, target.dtype)
-        x, target = x.to(dtype), target.to(dtype)
     return as_rows(x, dim), as_rows(target, dim)
 
 

@@ -163,7 +163,7 @@ def cross_entropy(
             from the same pass, without gradient.
 
     Returns:
-        The loss, float32 (float64 for float64 input), and the statistics if asked for.
+        The loss, float32 (float64 if input or target is), and the statistics if asked for.
 
     Raises:
         TypeError: a dtype that is not one of the above.
@@ -204,11 +204,14 @@ def cross_entropy(
         z_loss=z_loss,
         inplace=inplace_backward,
     )
+    soft = target.is_floating_point()
+    if soft:
+        _check.check_logits(target, "target")
+        input, target = _check.same_dtype(input, target)
     class_weight = _check.class_weights(input, classes, weight)
     row_weight = _check.token_weights(input, dim, token_weight)
-    x, t, y = input, None, None
-    if target.is_floating_point():
-        _check.check_logits(target, "target")
+    t = y = None
+    if soft:
         x, t = _check.same_rows(input, target, dim)
     else:
         x, y = _check.as_rows(input, dim), _check.labels(input, dim, target, "target", ignore_index)

@@ -33,6 +33,7 @@ def of_rows(
     _check.check_reduction(reduction, pointwise=True)
     if inplace_backward:
         _check.check_in_place(input)
+    input, target = _check.same_dtype(input, target)
     row_weight = None if token_weight is None else _check.token_weights(input, dim, token_weight)
     x, t = _check.same_rows(input, target, dim)
     spec = Spec(
@@ -96,7 +97,7 @@ def kl_div(
             notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
 
     Returns:
-        The divergence in nats, float32 (float64 for float64 input).
+        The divergence in nats, float32 (float64 if input or target is).
 
     Raises:
         TypeError: a dtype that is not one of the above.

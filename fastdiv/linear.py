@@ -115,9 +115,9 @@ def linear_cross_entropy(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
 
     Returns:
-        The loss, float32 (float64 for float64 input), and the statistics if asked for.  Gradients
-        have the dtype of what they belong to: ``input``, ``linear_weight``, ``linear_bias``, and
-        probabilities that require one.
+        The loss, float32 (float64 if input or target is), and the statistics if asked for.
+        Gradients have the dtype of what they belong to: ``input``, ``linear_weight``,
+        ``linear_bias``, and probabilities that require one.
 
     Raises:
         TypeError: a dtype that is not one of the above, or not that of ``input``.

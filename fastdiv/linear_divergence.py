@@ -103,8 +103,8 @@ def linear_kl_div(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
 
     Returns:
-        The divergence in nats, float32 (float64 for float64 input).  Every floating argument but
-        the token weights gets a gradient where it requires one.
+        The divergence in nats, float32 (float64 if input or target is).  Every floating argument
+        but the token weights gets a gradient where it requires one.
 
     Raises:
         TypeError: a dtype that is not one of the above, or not that of its layer.
