@@ -50,7 +50,7 @@ def row_loss_and_stats(
     """The loss, and statistics of its rows from the same pass."""
     rows = (x, t, label, class_weight, row_weight)
     if not use_kernel(x):
-        return reference.loss(spec, *rows), reference.stats(spec, x, t, label)
+        return reference.loss(spec, *rows), reference.stats(spec, x, t, label, row_weight)
     if torch.compiler.is_compiling():
         value, _, _, stats, argmax = _traced(spec, True, rows)
     else:

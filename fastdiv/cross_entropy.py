@@ -159,8 +159,8 @@ def cross_entropy(
             notices: whoever else needs the logits for a backward gets an error.  Under
             ``torch.compile`` a fresh gradient is used, which inductor places as it sees fit.
         return_stats: Also return a named tuple of ``lse``, ``entropy``, ``argmax`` and ``log_prob``
-            (of the label, 0 if ignored; :math:`\sum p \log q` for soft targets) of every row,
-            from the same pass, without gradient.
+            (of the label, 0 where the row does not count; :math:`\sum p \log q` for soft targets)
+            of every row, from the same pass, without gradient.
 
     Returns:
         The loss, float32 (float64 if input or target is), and the statistics if asked for.

@@ -219,8 +219,13 @@ class Stats(NamedTuple):
     log_prob: Tensor
 
 
-def stats(spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None) -> Stats:
-    """Log-sum-exp, entropy, argmax and log-probability of the target of every row."""
+def stats(
+    spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None, row_weight: Tensor | None
+) -> Stats:
+    """Log-sum-exp, entropy, argmax and log-probability of the target of every row.
+
+    All rows have them; only the label of a row that does not count is not looked at.
+    """
     x = x.detach().to(value_dtype(x.dtype))
     x = capped_and_scaled(spec, x)
     lq = torch.log_softmax(x, -1)
@@ -231,5 +236,6 @@ def stats(spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None) -> Stat
         y = label.clamp(0, x.shape[-1] - 1)
         log_prob = of_class(lq, y)
         log_prob = torch.where(label == y, log_prob, torch.nan)
-        log_prob = torch.where(label == spec.ignore_index, 0.0, log_prob)
+        weight = row_weights(spec.ignore_index, x, label, row_weight)
+        log_prob = torch.where(weight == 0, 0.0, log_prob)
     return Stats(torch.logsumexp(x, -1), entropy(lq), x.argmax(-1), log_prob)
