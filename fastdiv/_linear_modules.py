@@ -34,7 +34,9 @@ class _LinearLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if unknown := options.keys() - inspect.signature(self.function).parameters.keys():
+        of_call = {*inspect.signature(self.forward).parameters, "linear_weight", "linear_bias"}
+        known = inspect.signature(self.function).parameters.keys() - of_call
+        if unknown := options.keys() - known:
             raise TypeError(f"{type(self).__name__} has no options {sorted(unknown)}")
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.options = options
