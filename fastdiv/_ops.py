@@ -81,7 +81,8 @@ def _fold(v: Any, dim: int | None, batch: int) -> Any:
     if v is None:
         return None
     v = v.unsqueeze(0).expand(batch, *v.shape) if dim is None else v.movedim(dim, 0)
-    return v.reshape(-1, *v.shape[2:])
+    v = v.reshape(-1, *v.shape[2:])
+    return v.contiguous() if v.dim() == 1 else v  # of batches of one row a view may have gaps
 
 
 def _fold_rows(rows: tuple[Any, ...], dims: tuple[Any, ...], batch: int) -> list[Any]:
