@@ -223,9 +223,14 @@ def values_may_be_read(v: Tensor) -> bool:
     return v.is_cpu or os.environ.get("FASTDIV_CHECK") == "1"
 
 
+def out_of_range(y: Tensor, classes: int) -> Tensor:
+    """Where an index is no class."""
+    return (y < 0) | (y >= classes)
+
+
 def check_labels(y: Tensor, classes: int, name: str, ignore_index: int | None) -> None:
     """Raises IndexError for a label that is no class."""
-    wrong = (y < 0) | (y >= classes)
+    wrong = out_of_range(y, classes)
     if ignore_index is not None:
         wrong &= y != ignore_index
     if bool(wrong.any()):

@@ -129,12 +129,7 @@ def topk_kl_div(
 
 def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
     shape = tuple(values.shape)
-    expected = (*x.shape[:dim], "k", *x.shape[dim + 1 :])
-    if (
-        len(shape) != x.dim()
-        or shape[:dim] != x.shape[:dim]
-        or shape[dim + 1 :] != expected[dim + 1 :]
-    ):
+    if len(shape) != x.dim() or _check.row_shape(values, dim) != _check.row_shape(x, dim):
         raise ValueError(
             f"values must have the shape of input, {tuple(x.shape)}, with any k classes on "
             f"dim {dim}, got {shape}"
@@ -152,10 +147,6 @@ def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
     _check.same_device(x, indices, "indices")
 
 
-def _out_of_range(y: Tensor, classes: int) -> Tensor:
-    return (y < 0) | (y >= classes)
-
-
 def _repeated(y: Tensor) -> Tensor:
     """Of sorted rows, where an index is the one before it again."""
     return y[:, 1:] == y[:, :-1]
@@ -163,13 +154,13 @@ def _repeated(y: Tensor) -> Tensor:
 
 def _check_indices(y: Tensor, classes: int, row_weight: Tensor | None) -> None:
     """Raises for an index that is no class, or twice in a row, where the row counts."""
-    counts = None if row_weight is None else (row_weight != 0).unsqueeze(-1)
     if y.numel() == 0:
         return
     ordered = y.sort(-1).values
-    wrong = _out_of_range(ordered, classes)
+    wrong = _check.out_of_range(ordered, classes)
     again = _repeated(ordered)
-    if counts is not None:
+    if row_weight is not None:
+        counts = (row_weight != 0).unsqueeze(-1)
         wrong, again = wrong & counts, again & counts
     if bool(wrong.any()):
         row, i = wrong.nonzero()[0].tolist()
@@ -187,6 +178,6 @@ def _mark_wrong_rows(y: Tensor, values: Tensor, classes: int) -> tuple[Tensor, T
     That is what can be done where no value may be read.
     """
     ordered = y.sort(-1).values
-    wrong = _out_of_range(y, classes).any(-1) | _repeated(ordered).any(-1)
+    wrong = _check.out_of_range(y, classes).any(-1) | _repeated(ordered).any(-1)
     nan = torch.where(wrong, torch.nan, 0.0).to(values.dtype).unsqueeze(-1)
     return y.clamp(0, classes - 1), values + nan
