@@ -1,7 +1,8 @@
 """Linear losses as torch sees them: one autograd.Function, and where it does not serve.
 
 Where a transform of torch.func is active, or no kernel fits, the loss of ``F.linear`` is taken
-instead, its logits held whole; second derivatives are those of that, too.
+instead, its logits held whole; second derivatives, and a vmap over upstream gradients, are those of
+that, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from . import _linear_ops
@@ -115,7 +117,8 @@ class _LinearLoss(_TracedLinearLoss):
         if grad is None:
             return (None,) * (HEADS + 5)
         *tensors, divisor, record = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        batched = is_batchedtensor(grad) or is_legacy_batchedtensor(grad)
+        if torch.is_grad_enabled() or batched:
             return _for_apply(ctx, _differentiable(ctx, grad, tensors))
         if not ctx.at_once:
             return _for_apply(ctx, _recomputed(ctx, grad, divisor, record, tensors))
@@ -140,12 +143,14 @@ def _recomputed(
 def _differentiable(
     ctx: Any, grad: Tensor, tensors: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients with a graph of their own, from logits that are held whole."""
-    # Each its own alias: one tensor in two places would get the gradient of both twice.
-    own = [None if v is None else v.view_as(v) for v in tensors]
-    value, _ = _unfused(LinearCall(ctx.call.spec), *own)
+    """Gradients that may be differentiated or batched, from logits that are held whole."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Each its own alias: one tensor in two places would get the gradient of both twice.
+        own = [None if v is None else v.view_as(v) for v in tensors]
+        value, _ = _unfused(LinearCall(ctx.call.spec), *own)
     wanted = [v for v, need in zip(own, ctx.needed, strict=False) if need and v is not None]
-    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))
     return [next(found) if need else None for need in ctx.needed]
 
 

@@ -42,7 +42,7 @@ def test_first_and_second_derivatives(name: str, target: str, reduction: str) ->
     def function(*tensors: Tensor) -> Tensor:
         return case.call(dict(zip(names, tensors, strict=True)))
 
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
@@ -54,6 +54,20 @@ def test_second_derivative_of_all_options() -> None:
     assert torch.autograd.gradgradcheck(
         lambda *v: case.call(dict(zip(names, v, strict=True))), leaves
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vmap_over_upstream_gradients(reduction: str) -> None:
+    case = make_case(rows=(4,), reduction=reduction)
+    leaves = {k: v.requires_grad_() for k, v in case.leaves.items()}
+    upstream = torch.eye(4) if reduction == "none" else torch.tensor([1.0, 2.0])
+
+    def gradients(value: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vmap(
+            lambda g: torch.autograd.grad(value, list(leaves.values()), g, retain_graph=True)
+        )(upstream)
+
+    torch.testing.assert_close(gradients(case.call(leaves)), gradients(case.unfused(leaves)))
 
 
 def test_one_tensor_in_two_places() -> None:
