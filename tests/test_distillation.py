@@ -154,6 +154,7 @@ def test_copies_and_name() -> None:
     assert repr(module).endswith("dim=-1, beta=0.1)")
 
 
+@pytest.mark.usefixtures("checked_labels")
 def test_bad_input() -> None:
     x, y, t = torch.zeros(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 9)
     module = DistillationLoss()
