@@ -230,7 +230,7 @@ def check_options(options: argparse.Namespace) -> str:
     if options.command == "info":
         return ""
     if options.command == "check":
-        from ._selfcheck import checked_losses
+        from ._selfcheck_cases import checked_losses
 
         known = [loss.name for loss in checked_losses()]
     else:

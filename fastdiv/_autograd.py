@@ -50,7 +50,7 @@ def row_loss_and_stats(
     """The loss, and statistics of its rows from the same pass."""
     rows = (x, t, label, class_weight, row_weight)
     if not use_kernel(x):
-        return reference.loss(spec, *rows), reference.stats(spec, x, t, label)
+        return reference.loss(spec, *rows), reference.stats(spec, x, t, label, row_weight)
     if torch.compiler.is_compiling():
         value, _, _, stats, argmax = _traced(spec, True, rows)
     else:
@@ -232,6 +232,15 @@ def refuse_second_derivative() -> NoReturn:
     )
 
 
+def overwritten(x: Tensor) -> Tensor:
+    """The gradient in the place of these logits, which is known to autograd from now on.
+
+    Whoever else saved the logits for a backward of his own gets torch's error.
+    """
+    torch.autograd.graph.increment_version(x)
+    return x.detach()
+
+
 def _backward_in_place(
     spec: Spec, grad: Tensor, saved: tuple[Tensor | None, ...], need_t: bool
 ) -> tuple[Tensor, Tensor]:
@@ -240,6 +249,4 @@ def _backward_in_place(
     x = saved[0]
     assert x is not None
     dt = _ops.backward_in_place(grad.contiguous(), *saved, *_ops.options(spec), need_t)
-    # Whoever else saved the logits for a backward of his own now gets torch's error.
-    torch.autograd.graph.increment_version(x)
-    return x.detach(), dt
+    return overwritten(x), dt

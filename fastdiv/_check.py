@@ -49,11 +49,23 @@ def check_reduction(reduction: str, pointwise: bool = False) -> None:
         raise ValueError(f"reduction must be one of {names}, got {reduction!r}")
 
 
+def check_target_type(value: str | None, name: str = "target_type") -> str:
+    """One of what a target's rows may hold."""
+    if value not in TARGET_TYPES:
+        raise ValueError(f"{name} must be one of {TARGET_TYPES}, got {value!r}")
+    return value
+
+
 def check_positive(value: float, name: str) -> float:
     """A positive finite number."""
     if not (0 < value < math.inf):
         raise ValueError(f"{name} must be a positive finite number, got {value}")
     return float(value)
+
+
+def scale_of(temperature: float) -> float:
+    """What a temperature multiplies logits with."""
+    return 1.0 / check_positive(temperature, "temperature")
 
 
 def check_finite(value: float, name: str) -> float:
@@ -104,16 +116,21 @@ def as_rows(x: Tensor, dim: int) -> Tensor:
     return x
 
 
+def same_dtype(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that holds either, on which that of the loss and its weights depends."""
+    if x.dtype is target.dtype:
+        return x, target
+    dtype = torch.promote_types(x.dtype, target.dtype)
+    return x.to(dtype), target.to(dtype)
+
+
 def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Input and target as matrices of one dtype."""
+    """Input and target, of one dtype, as matrices."""
     if target.shape != x.shape:
         raise ValueError(
             f"target must have the shape of input, {tuple(x.shape)}, got {tuple(target.shape)}"
         )
     same_device(x, target, "target")
-    if x.dtype is not target.dtype:
-        dtype = torch.promote_types(x.dtype, target.dtype)
-        x, target = x.to(dtype), target.to(dtype)
     return as_rows(x, dim), as_rows(target, dim)
 
 
@@ -206,9 +223,14 @@ def values_may_be_read(v: Tensor) -> bool:
     return v.is_cpu or os.environ.get("FASTDIV_CHECK") == "1"
 
 
+def out_of_range(y: Tensor, classes: int) -> Tensor:
+    """Where an index is no class."""
+    return (y < 0) | (y >= classes)
+
+
 def check_labels(y: Tensor, classes: int, name: str, ignore_index: int | None) -> None:
     """Raises IndexError for a label that is no class."""
-    wrong = (y < 0) | (y >= classes)
+    wrong = out_of_range(y, classes)
     if ignore_index is not None:
         wrong &= y != ignore_index
     if bool(wrong.any()):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from torch import Tensor, nn
 
 from . import alpha as _alpha
 from . import distance as _distance
 from . import divergence as _divergence
+from .topk import topk_kl_div
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,11 +37,48 @@ class _Options(TypedDict, total=False):
     inplace_backward: bool
 
 
-class _DivergenceLoss(nn.Module):
-    """Options that every divergence has, and the names of those of the function that has more."""
+class _Divergence(nn.Module):
+    """Options that every divergence has; ``shown`` names those of its function, in order."""
+
+    shown: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        dim: int,
+        reduction: str,
+        temperature: float,
+        scale_by_temperature: bool,
+        inplace_backward: bool,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.reduction = reduction
+        self.temperature = temperature
+        self.scale_by_temperature = scale_by_temperature
+        self.inplace_backward = inplace_backward
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.shown}
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        return value * self.temperature**2 if self.scale_by_temperature else value
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+
+class _DivergenceLoss(_Divergence):
+    """A divergence from a target of the shape of the logits."""
 
     function: ClassVar[str]
-    own: ClassVar[tuple[str, ...]] = ()
+    shown: ClassVar[tuple[str, ...]] = (
+        "target_type",
+        "dim",
+        "reduction",
+        "temperature",
+        "inplace_backward",
+    )
 
     def __init__(
         self,
@@ -52,27 +90,13 @@ class _DivergenceLoss(nn.Module):
         scale_by_temperature: bool = False,
         inplace_backward: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, reduction, temperature, scale_by_temperature, inplace_backward)
         self.target_type = target_type
-        self.dim = dim
-        self.reduction = reduction
-        self.temperature = temperature
-        self.scale_by_temperature = scale_by_temperature
-        self.inplace_backward = inplace_backward
-
-    def _options(self) -> dict[str, object]:
-        common = ("target_type", "dim", "reduction", "temperature", "inplace_backward")
-        return {name: getattr(self, name) for name in (*common, *self.own)}
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
         """The divergence of these logits from the target."""
         function = FUNCTIONS[self.function]
-        value = function(input, target, token_weight=token_weight, **self._options())
-        return value * self.temperature**2 if self.scale_by_temperature else value
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return self._scaled(function(input, target, token_weight=token_weight, **self._options()))
 
 
 class KLDivLoss(_DivergenceLoss):
@@ -121,7 +145,7 @@ class JSDivLoss(_DivergenceLoss):
     """
 
     function = "js_div"
-    own = ("beta",)
+    shown = (*_DivergenceLoss.shown, "beta")
 
     def __init__(self, *, target_type: str, beta: float = 0.5, **options: Unpack[_Options]) -> None:
         super().__init__(target_type=target_type, **options)
@@ -141,7 +165,7 @@ class SkewKLDivLoss(_DivergenceLoss):
     """
 
     function = "skew_kl_div"
-    own = ("skew", "reverse")
+    shown = (*_DivergenceLoss.shown, "skew", "reverse")
 
     def __init__(
         self,
@@ -167,7 +191,7 @@ class AlphaDivLoss(_DivergenceLoss):
     """
 
     function = "alpha_div"
-    own = ("alpha",)
+    shown = (*_DivergenceLoss.shown, "alpha")
 
     def __init__(self, *, target_type: str, alpha: float, **options: Unpack[_Options]) -> None:
         super().__init__(target_type=target_type, **options)
@@ -185,7 +209,7 @@ class RenyiDivLoss(_DivergenceLoss):
     """
 
     function = "renyi_div"
-    own = ("alpha",)
+    shown = (*_DivergenceLoss.shown, "alpha")
 
     def __init__(self, *, target_type: str, alpha: float, **options: Unpack[_Options]) -> None:
         super().__init__(target_type=target_type, **options)
@@ -216,3 +240,54 @@ class HellingerDistanceLoss(_DivergenceLoss):
     """
 
     function = "hellinger_distance"
+
+
+class TopKKLDivLoss(_Divergence):
+    """Module form of :func:`fastdiv.topk_kl_div`.
+
+    Args:
+        values_type: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+        missing: ``"ignore"``, ``"renormalize"`` or ``"uniform"``.
+        dim: Dimension of the classes.
+        reduction: As for the function.
+        temperature: T.
+        scale_by_temperature: Multiply the value by T squared, see :class:`fastdiv.nn.KLDivLoss`.
+        inplace_backward: Write the gradient over the logits.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> loss = fastdiv.nn.TopKKLDivLoss(values_type="logits")
+        >>> loss(torch.zeros(1, 4), torch.zeros(1, 2), torch.tensor([[3, 0]]))  # ln 4 - ln 2
+        tensor(0.6931)
+    """
+
+    shown = ("values_type", "missing", "dim", "reduction", "temperature")
+
+    def __init__(
+        self,
+        *,
+        values_type: str,
+        missing: str = "ignore",
+        dim: int = -1,
+        reduction: str = "batchmean",
+        temperature: float = 1.0,
+        scale_by_temperature: bool = False,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(dim, reduction, temperature, scale_by_temperature, inplace_backward)
+        self.values_type = values_type
+        self.missing = missing
+
+    def forward(
+        self, input: Tensor, values: Tensor, indices: Tensor, token_weight: Tensor | None = None
+    ) -> Tensor:
+        """The divergence of these logits from the teacher."""
+        value = topk_kl_div(
+            input,
+            values,
+            indices,
+            token_weight=token_weight,
+            inplace_backward=self.inplace_backward,
+            **self._options(),
+        )
+        return self._scaled(value)

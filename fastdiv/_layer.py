@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._linear_autograd import LinearCall, linear_loss
+from ._linear_autograd import linear_loss
+from ._linear_ops import LinearCall
 from .reference import Spec, Stats, value_dtype
 
 
@@ -36,11 +37,10 @@ def make_layer(
 ) -> Layer:
     """The layer, checked, and cast as ``F.linear`` would under autocast."""
     _check.check_logits(input, name)
-    named = {f"{prefix}linear_weight": weight, f"{prefix}linear_bias": bias}
-    for of, v in named.items():
-        if v is None and of.endswith("bias"):
-            continue
-        _check.check_logits(v, of)  # type: ignore[arg-type]
+    names = f"{prefix}linear_weight", f"{prefix}linear_bias"
+    _check.check_logits(weight, names[0])
+    if bias is not None:
+        _check.check_logits(bias, names[1])
     input, weight = _as_autocast(input), _as_autocast(weight)
     bias = None if bias is None else _as_autocast(bias)
     if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or weight.shape[0] == 0:
@@ -53,7 +53,7 @@ def make_layer(
             f"{prefix}linear_bias must have shape ({weight.shape[0]},), one for each class, got "
             f"{tuple(bias.shape)}"
         )
-    for of, v in zip(named, (weight, bias), strict=True):
+    for of, v in zip(names, (weight, bias), strict=True):
         if v is not None and v.dtype != input.dtype:
             raise TypeError(f"{of} must have the dtype of {name}, {input.dtype}, got {v.dtype}")
         if v is not None and v.device != input.device:

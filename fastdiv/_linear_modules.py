@@ -27,13 +27,16 @@ class _LinearLoss(nn.Module):
         self,
         in_features: int,
         num_classes: int,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        if unknown := options.keys() - inspect.signature(self.function).parameters.keys():
+        of_call = {*inspect.signature(self.forward).parameters, "linear_weight", "linear_bias"}
+        known = inspect.signature(self.function).parameters.keys() - of_call
+        if unknown := options.keys() - known:
             raise TypeError(f"{type(self).__name__} has no options {sorted(unknown)}")
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.options = options
@@ -83,7 +86,15 @@ class LinearCrossEntropyLoss(_LinearLoss):
         **options: Any,
     ) -> None:
         outputs = math.prod(out_features, start=num_classes)
-        super().__init__(in_features, outputs, bias, device, dtype, reduction=reduction, **options)
+        super().__init__(
+            in_features,
+            outputs,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            reduction=reduction,
+            **options,
+        )
         self.register_buffer("weight", weight)
         self.shape = (num_classes, *out_features)
 
@@ -120,7 +131,7 @@ class _LinearDivergenceLoss(_LinearLoss):
         scale_by_temperature: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(in_features, num_classes, bias, device, dtype, **options)
+        super().__init__(in_features, num_classes, bias=bias, device=device, dtype=dtype, **options)
         self.scale_by_temperature = scale_by_temperature
 
     def forward(
@@ -217,18 +228,6 @@ class LinearLogProbAndEntropy(_LinearLoss):
     """
 
     function = staticmethod(_linear.linear_log_prob_and_entropy)
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(in_features, num_classes, bias, device, dtype, **options)
 
     def forward(self, input: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The log-probabilities and entropies of these hidden states."""

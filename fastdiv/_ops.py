@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from .reference import Spec, value_dtype
 
 RECORD_SIZE = 8  # numbers a row that the forward leaves for the backward: Row in row_state.h
 LOG_SUM_EXP_AND_SUM = (0, 1, 5, 6)  # x_max, x_logz, a and b of it: log_sum_exp.h
-REDUCTION, BATCH, IGNORE_INDEX = 2, 3, 4  # their places among the options
+LOSS, REDUCTION, BATCH, IGNORE_INDEX = 0, 2, 3, 4  # their places among the options
 
 _LOSS_IDS = (
     {} if _backend._C is None else {name: i for i, name in enumerate(_backend._C.loss_names())}
 )
 _TARGET_TYPES = {"none": 0, "logits": 1, "log_probs": 2, "probs": 3}
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
 
 
 def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
@@ -26,7 +27,7 @@ def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
     return (
         _LOSS_IDS[spec.loss + "_stats" if stats else spec.loss],
         _TARGET_TYPES[spec.target_type],
-        _REDUCTIONS[spec.reduction],
+        REDUCTIONS[spec.reduction],
         spec.batch,
         spec.ignore_index,
         spec.scale,
@@ -38,14 +39,30 @@ def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
     )
 
 
+def reduces(options: Sequence[Any]) -> bool:
+    """Whether the values of the rows become one."""
+    return options[REDUCTION] != REDUCTIONS["none"]
+
+
+def value_shape(options: Sequence[Any], rows: int) -> tuple[int, ...]:
+    """Shape of the value of so many rows."""
+    if reduces(options):
+        return ()
+    two = options[LOSS] in (_LOSS_IDS["log_prob_and_entropy"], _LOSS_IDS["log_sum_exp_and_sum"])
+    return (2, rows) if two else (rows,)
+
+
+def of_each_row(options: Sequence[Any]) -> list[Any]:
+    """The options of the same op without reduction."""
+    return [*options[:REDUCTION], REDUCTIONS["none"], *options[REDUCTION + 1 :]]
+
+
 # --- fakes: what torch.compile and torch.export need to know ----------------------------------
 
 
 def _fake_forward(x: Tensor, options: tuple[Any, ...], stats: bool) -> tuple[Tensor, ...]:
     rows, dtype = x.shape[0], value_dtype(x.dtype)
-    none = options[2] == _REDUCTIONS["none"]
-    two = options[0] in (_LOSS_IDS["log_prob_and_entropy"], _LOSS_IDS["log_sum_exp_and_sum"])
-    value = x.new_empty(((2, rows) if two else (rows,)) if none else (), dtype=dtype)
+    value = x.new_empty(value_shape(options, rows), dtype=dtype)
     out = (value, x.new_empty((rows, RECORD_SIZE), dtype=dtype), x.new_empty((), dtype=dtype))
     if not stats:
         return out
@@ -64,7 +81,8 @@ def _fold(v: Any, dim: int | None, batch: int) -> Any:
     if v is None:
         return None
     v = v.unsqueeze(0).expand(batch, *v.shape) if dim is None else v.movedim(dim, 0)
-    return v.reshape(-1, *v.shape[2:])
+    v = v.reshape(-1, *v.shape[2:])
+    return v.contiguous() if v.dim() == 1 else v  # of batches of one row a view may have gaps
 
 
 def _fold_rows(rows: tuple[Any, ...], dims: tuple[Any, ...], batch: int) -> list[Any]:
@@ -92,17 +110,16 @@ def _vmap_forward_stats(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tupl
 def _vmap_any_forward(
     op: Any, batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    rows, options = _fold_rows(args[:5], in_dims[:5], batch), list(args[5:])
-    reduction, options[2] = options[2], _REDUCTIONS["none"]
-    value, record, total, *stats = op(*rows, *options)
+    rows, options = _fold_rows(args[:5], in_dims[:5], batch), args[5:]
+    value, record, total, *stats = op(*rows, *of_each_row(options))
     value, total = _unfold(value, batch, value.dim() - 1), total.new_ones(batch)
-    if reduction == _REDUCTIONS["mean"]:
+    if options[REDUCTION] == REDUCTIONS["mean"]:
         x, _, label, class_weight, row_weight = rows
-        weights = reference.mean_weights(options[4], x, label, class_weight, row_weight)
+        weights = reference.mean_weights(options[IGNORE_INDEX], x, label, class_weight, row_weight)
         total = _unfold(weights, batch).sum(-1)
-    elif reduction == _REDUCTIONS["batchmean"]:
-        total = total * options[3]
-    if reduction != _REDUCTIONS["none"]:
+    elif options[REDUCTION] == REDUCTIONS["batchmean"]:
+        total = total * options[BATCH]
+    if reduces(options):
         value = value.sum(-1) / total
     out = (value, _unfold(record, batch), total, *(_unfold(s, batch, s.dim() - 1) for s in stats))
     return out, (0,) * len(out)
@@ -115,17 +132,16 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     *rows, record, total = tensors
     rows = _fold_rows(tuple(rows), in_dims[1:6], batch)
     grad = grad.expand(batch, *grad.shape) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
-    if options[2] in (_REDUCTIONS["mean"], _REDUCTIONS["batchmean"]):
+    if options[REDUCTION] in (REDUCTIONS["mean"], REDUCTIONS["batchmean"]):
         grad = grad / (total if in_dims[7] is None else total.movedim(in_dims[7], 0))
     if grad.dim() == 1:  # of a scalar: the same for every row
         grad = grad.unsqueeze(-1).expand(batch, rows[0].shape[0] // batch)
-    options[2] = _REDUCTIONS["none"]
     out = backward(
         grad.movedim(0, -2).flatten(-2).contiguous(),
         *rows,
         _fold(record, in_dims[6], batch).contiguous(),
         grad.new_ones(()),
-        *options,
+        *of_each_row(options),
         need_x,
         need_t,
     )

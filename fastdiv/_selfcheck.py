@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +12,8 @@ from torch import Tensor
 import fastdiv
 
 from . import _backend, reference
-from ._autograd import row_loss
 from ._bench.console import Cell, print_table, progress
-from ._check import FLOATS, TARGET_TYPES
-
-RowLoss = Callable[[Tensor, Any], Tensor]  # (logits, target), where there is a target
-
-# Less than a vector; more than a tile; more than a segment; the vocabulary of GPT-2.
-SHAPES = ((3, 7), (5, 1021), (2, 8193), (1, 50257))
+from ._selfcheck_cases import CheckedLoss, Combination, combinations, make_inputs
 
 # A sum of rounded terms is off by a few dozen roundings of its size at most, and by a few of 1
 # where it cancels: probabilities are fractions of 1.  In float32 these are 1.2e-5 and 9.5e-7.
@@ -34,33 +25,12 @@ Errors are in units of the tolerance: 100 ulp of the value, or of the row's larg
 
 
 @dataclass(frozen=True)
-class CheckedLoss:
-    """A public function of logits and target that returns a value for every row."""
-
-    name: str
-    target: str
-    rows: RowLoss
-
-
-@dataclass(frozen=True)
 class Place:
     """Where a loss is computed: on a device, on a CPU with one of its instruction sets."""
 
     name: str
     device: str = "cpu"
     isa: str | None = None
-
-
-@dataclass(frozen=True)
-class Combination:
-    """A loss with inputs it is tried on."""
-
-    loss: CheckedLoss
-    dtype: torch.dtype
-    shape: tuple[int, int]
-
-    def __str__(self) -> str:
-        return f"{self.loss.name} {self.loss.target} {_dtype_name(self.dtype)}"
 
 
 @dataclass(frozen=True)
@@ -78,78 +48,6 @@ class Outcome:
         return self.value_error <= 1 and self.gradient_error <= 1
 
 
-def checked_losses(names: Sequence[str] = ()) -> list[CheckedLoss]:
-    """Every public loss with every kind of target; a new divergence is found in the reference."""
-    cross_entropy = partial(fastdiv.cross_entropy, reduction="none")
-    smoothed = partial(cross_entropy, label_smoothing=0.1, z_loss=1e-3)
-
-    def topk(x: Tensor, t: Tensor, **options: Any) -> Tensor:
-        values, indices = t.topk(min(64, t.shape[-1] - 1))
-        return fastdiv.topk_kl_div(x, values, indices, reduction="none", **options)
-
-    uniform = partial(topk, values_type="probs", missing="uniform")
-
-    def log_prob_and_entropy(x: Tensor, y: Tensor) -> Tensor:
-        return torch.stack(fastdiv.log_prob_and_entropy(x, y))
-
-    losses = [
-        CheckedLoss("cross_entropy", "labels", cross_entropy),
-        CheckedLoss("cross_entropy", "labels, smoothed", smoothed),
-        CheckedLoss("cross_entropy", "probs", cross_entropy),
-        CheckedLoss("entropy", "none", lambda x, _: fastdiv.entropy(x)),
-        CheckedLoss("log_prob", "labels", fastdiv.log_prob),
-        CheckedLoss("log_prob_and_entropy", "labels", log_prob_and_entropy),
-        *(
-            CheckedLoss(name, target_type, _divergence(name, target_type))
-            for name in reference.DIVERGENCES
-            for target_type in TARGET_TYPES
-        ),
-        *(CheckedLoss("topk_kl_div", v, partial(topk, values_type=v)) for v in TARGET_TYPES),
-        CheckedLoss("topk_kl_div", "probs, uniform", uniform),
-        CheckedLoss("linear_cross_entropy", "labels", _of_layer(fastdiv.linear_cross_entropy)),
-        CheckedLoss("linear_cross_entropy", "probs", _of_layer(fastdiv.linear_cross_entropy)),
-        CheckedLoss("linear_log_prob_and_entropy", "labels", _of_layer(_linear_policy)),
-        *(
-            CheckedLoss(
-                name,
-                target_type,
-                _of_layer(partial(getattr(fastdiv, name), target_type=target_type)),
-            )
-            for name in ("linear_kl_div", "linear_reverse_kl_div", "linear_js_div")
-            for target_type in TARGET_TYPES
-        ),
-    ]
-    return [loss for loss in losses if not names or loss.name in names]
-
-
-def _of_layer(function: Callable[..., Tensor]) -> RowLoss:
-    """A linear loss as one of logits: the hidden states are rows of one, the weight is logits."""
-
-    def rows(x: Tensor, t: Tensor) -> Tensor:
-        x = x.where(x.isfinite(), -60.0)  # 0 times infinity is no logit
-        hidden = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
-        return function(hidden, x.t(), t, reduction="none")
-
-    return rows
-
-
-def _linear_policy(hidden: Tensor, weight: Tensor, y: Tensor, reduction: str) -> Tensor:
-    return torch.stack(fastdiv.linear_log_prob_and_entropy(hidden, weight, y))
-
-
-def _divergence(name: str, target_type: str) -> RowLoss:
-    function = getattr(fastdiv, name, None)
-    if function is None:  # reached through an option of another function
-        spec = reference.Spec(name, target_type=target_type, shape=0.5)
-        return lambda x, t: row_loss(spec, x, t)
-    options = {
-        p.name: 0.5  # of the alphas, betas and skews, one that is the limit of no other divergence
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name != "target_type"
-    }
-    return partial(function, target_type=target_type, reduction="none", **options)
-
-
 def places() -> list[Place]:
     """Every instruction set and GPU that has kernels here; the reference where nothing has."""
     native = _backend._C
@@ -159,32 +57,6 @@ def places() -> list[Place]:
     if fastdiv.build_info().get("cuda") and torch.cuda.is_available():
         found.append(Place("cuda", device="cuda"))
     return found
-
-
-@cache
-def _logits(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The first rows have classes at -inf on both sides, on one, on the other."""
-    generator = torch.Generator().manual_seed(shape[1])
-    x, t = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * 3
-    x[:1, -3:] = t[:1, -3:] = -torch.inf
-    x[1:2, 2] = t[2:3, 4] = -torch.inf
-    return x, t
-
-
-def make_inputs(combination: Combination) -> tuple[Tensor, Tensor | None]:
-    """Logits and target."""
-    x, t = (v.to(combination.dtype) for v in _logits(combination.shape))
-    target = combination.loss.target
-    if target == "none":
-        return x, None
-    if target.startswith("labels"):
-        y = t.argmax(-1)
-        y[1:2] = 2  # at -inf
-        return x, y
-    if target == "logits":
-        return x, t
-    log_p = t.double().log_softmax(-1)
-    return x, (log_p if target == "log_probs" else log_p.exp()).to(combination.dtype)
 
 
 def values_and_gradients(
@@ -281,15 +153,10 @@ def _computed_at(
 def check(names: Sequence[str] = (), quick: bool = False, verbose: bool = False) -> bool:
     """Prints the table, and returns whether every kernel agrees with the reference."""
     where = places()
-    combinations = [
-        Combination(loss, dtype, shape)
-        for loss in checked_losses(names)
-        for dtype in FLOATS
-        for shape in (SHAPES[:2] if quick else SHAPES)
-    ]
+    tried = combinations(names, quick)
     outcomes: list[Outcome] = []
-    with progress("check", len(combinations)) as advance:
-        for combination in combinations:
+    with progress("check", len(tried)) as advance:
+        for combination in tried:
             outcomes += try_everywhere(combination, where)
             advance(str(combination))
     _print_outcomes(outcomes, where, verbose)
@@ -306,7 +173,7 @@ def _print_outcomes(outcomes: Sequence[Outcome], where: Sequence[Place], verbose
         c = outcome.combination
         key: tuple[str, ...] = (c.loss.name, c.loss.target)
         if verbose:
-            key += (_dtype_name(c.dtype), "×".join(map(str, c.shape)))
+            key += (c.dtype_name, "×".join(map(str, c.shape)))
         groups.setdefault(key, []).append(outcome)
     names = ["loss", "target", *(["dtype", "shape"] if verbose else [])]
     print_table(
@@ -327,7 +194,3 @@ def _summary(group: Sequence[Outcome], where: Sequence[Place]) -> list[Cell]:
         failed = sum(o.place == place and not o.passed for o in group)
         cells.append(Cell(f"{failed} FAILED", "bold red") if failed else Cell("ok", "green"))
     return cells
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _ops, reference_topk
-from ._autograd import refuse_second_derivative
+from ._autograd import overwritten, refuse_second_derivative
 from ._backend import use_kernel
 from .reference import Spec
 from .reference_divergences import masked_product
@@ -187,9 +187,7 @@ def _gradients(
     call = (x, None, None, None, counts, record, total, *_kernel_options(spec))
     if spec.inplace:
         _ops.backward_in_place(upstream, *call, False)
-        # Whoever else saved the logits for a backward of his own now gets torch's error.
-        torch.autograd.graph.increment_version(x)
-        dx = x.detach()
+        dx = overwritten(x)
     else:
         dx, _ = _ops.backward(upstream, *call, True, False)
     entries = (of_k - masked_product(mass.unsqueeze(-1), log_q.exp())) * spec.scale

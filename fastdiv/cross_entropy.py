@@ -54,7 +54,7 @@ def cross_entropy_spec(
         reduction=reduction,
         batch=batch,
         ignore_index=ignore_index,
-        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        scale=_check.scale_of(temperature),
         softcap=0.0 if softcap is None else _check.check_positive(softcap, "softcap"),
         label=label,
         spread=spread,
@@ -159,11 +159,11 @@ def cross_entropy(
             notices: whoever else needs the logits for a backward gets an error.  Under
             ``torch.compile`` a fresh gradient is used, which inductor places as it sees fit.
         return_stats: Also return a named tuple of ``lse``, ``entropy``, ``argmax`` and ``log_prob``
-            (of the label, 0 if ignored; :math:`\sum p \log q` for soft targets) of every row,
-            from the same pass, without gradient.
+            (of the label, 0 where the row does not count; :math:`\sum p \log q` for soft targets)
+            of every row, from the same pass, without gradient.
 
     Returns:
-        The loss, float32 (float64 for float64 input), and the statistics if asked for.
+        The loss, float32 (float64 if input or target is), and the statistics if asked for.
 
     Raises:
         TypeError: a dtype that is not one of the above.
@@ -204,11 +204,14 @@ def cross_entropy(
         z_loss=z_loss,
         inplace=inplace_backward,
     )
+    soft = target.is_floating_point()
+    if soft:
+        _check.check_logits(target, "target")
+        input, target = _check.same_dtype(input, target)
     class_weight = _check.class_weights(input, classes, weight)
     row_weight = _check.token_weights(input, dim, token_weight)
-    x, t, y = input, None, None
-    if target.is_floating_point():
-        _check.check_logits(target, "target")
+    t = y = None
+    if soft:
         x, t = _check.same_rows(input, target, dim)
     else:
         x, y = _check.as_rows(input, dim), _check.labels(input, dim, target, "target", ignore_index)

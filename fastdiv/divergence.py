@@ -28,12 +28,12 @@ def of_rows(
     """The divergence called ``loss``, with the arguments that all divergences have."""
     _check.check_logits(input)
     _check.check_logits(target, "target")
-    if target_type not in _check.TARGET_TYPES:
-        raise ValueError(f"target_type must be one of {_check.TARGET_TYPES}, got {target_type!r}")
+    _check.check_target_type(target_type)
     dim = _check.class_dim(input, dim)
     _check.check_reduction(reduction, pointwise=True)
     if inplace_backward:
         _check.check_in_place(input)
+    input, target = _check.same_dtype(input, target)
     row_weight = None if token_weight is None else _check.token_weights(input, dim, token_weight)
     x, t = _check.same_rows(input, target, dim)
     spec = Spec(
@@ -41,7 +41,7 @@ def of_rows(
         target_type=target_type,
         reduction=reduction,
         batch=input.shape[0],
-        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        scale=_check.scale_of(temperature),
         shape=shape,
         inplace=inplace_backward,
     )
@@ -97,7 +97,7 @@ def kl_div(
             notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
 
     Returns:
-        The divergence in nats, float32 (float64 for float64 input).
+        The divergence in nats, float32 (float64 if input or target is).
 
     Raises:
         TypeError: a dtype that is not one of the above.

@@ -9,10 +9,6 @@ from ._autograd import row_loss
 from .reference import Spec
 
 
-def _scale(temperature: float) -> float:
-    return 1.0 / _check.check_positive(temperature, "temperature")
-
-
 def entropy(
     input: Tensor,
     *,
@@ -52,7 +48,9 @@ def entropy(
     dim = _check.class_dim(input, dim)
     _check.check_reduction(reduction)
     unit = _check.log_of_base(base)
-    spec = Spec("entropy", reduction=reduction, batch=input.shape[0], scale=_scale(temperature))
+    spec = Spec(
+        "entropy", reduction=reduction, batch=input.shape[0], scale=_check.scale_of(temperature)
+    )
     value = row_loss(spec, _check.as_rows(input, dim))
     if base is not None:
         value = value / unit
@@ -114,6 +112,6 @@ def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: fl
     _check.check_logits(input)
     dim = _check.class_dim(input, dim)
     label = _check.labels(input, dim, index, "index", _check.NO_LABEL_IGNORED)
-    spec = Spec(loss, ignore_index=_check.NO_LABEL_IGNORED, scale=_scale(temperature))
+    spec = Spec(loss, ignore_index=_check.NO_LABEL_IGNORED, scale=_check.scale_of(temperature))
     value = row_loss(spec, _check.as_rows(input, dim), label=label)
     return value.reshape((*value.shape[:-1], *_check.row_shape(input, dim)))

@@ -115,9 +115,9 @@ def linear_cross_entropy(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
 
     Returns:
-        The loss, float32 (float64 for float64 input), and the statistics if asked for.  Gradients
-        have the dtype of what they belong to: ``input``, ``linear_weight``, ``linear_bias``, and
-        probabilities that require one.
+        The loss, float32 (float64 if input or target is), and the statistics if asked for.
+        Gradients have the dtype of what they belong to: ``input``, ``linear_weight``,
+        ``linear_bias``, and probabilities that require one.
 
     Raises:
         TypeError: a dtype that is not one of the above, or not that of ``input``.
@@ -238,11 +238,9 @@ def linear_log_prob_and_entropy(
     """
     layer = _layer.make_layer(input, linear_weight, linear_bias)
     logits = layer.logits
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index must be a Tensor, got {type(index).__name__}")
     ignored = _check.NO_LABEL_IGNORED
     label = _check.labels(logits, logits.dim() - 1, index, "index", ignored)
-    scale = 1.0 / _check.check_positive(temperature, "temperature")
+    scale = _check.scale_of(temperature)
     spec = Spec("log_prob_and_entropy", ignore_index=ignored, scale=scale)
     value, _ = _layer.loss_of_layer(spec, layer, label=label, chunk_size=chunk_size)
     log_prob, entropy = value.unbind(0)

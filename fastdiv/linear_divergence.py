@@ -11,56 +11,56 @@ from .reference import Spec
 
 def _linear_divergence(
     loss: str,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    target_type: str | None,
-    target_linear_weight: Tensor | None,
-    target_linear_bias: Tensor | None,
-    linear_bias: Tensor | None,
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, str | None, Tensor | None, Tensor | None],
     reduction: str,
     temperature: float,
     token_weight: Tensor | None,
     chunk_size: int | None,
     shape: float = 0.0,
 ) -> Tensor:
-    student = _layer.make_layer(input, linear_weight, linear_bias)
-    logits = student.logits
+    """The divergence of a layer ``(input, weight, bias)`` from ``(target, type, weight, bias)``."""
+    layer = _layer.make_layer(*student)
+    logits = layer.logits
     _check.check_reduction(reduction)
-    teacher: tuple[Tensor, Tensor | None, Tensor | None]
-    if target_linear_weight is not None:
-        if target_type not in (None, "logits"):
-            raise ValueError(
-                "target_type must be 'logits', or left out, where target_linear_weight makes "
-                f"logits of the target, got {target_type!r}"
-            )
-        target_type = "logits"
-        layer = _layer.make_layer(
-            target, target_linear_weight, target_linear_bias, "target", "target_"
-        )
-        _layer.check_target(logits, layer.logits)
-        teacher = layer.tensors
-    else:
-        if target_linear_bias is not None:
-            raise ValueError("target_linear_bias needs a target_linear_weight")
-        if target_type not in _check.TARGET_TYPES:
-            raise ValueError(
-                f"target_type must be one of {_check.TARGET_TYPES}, got {target_type!r}"
-            )
-        _layer.check_target(logits, target)
-        teacher = _layer.as_rows(target), None, None
+    target_type, target = _check_teacher(logits, *teacher)
     spec = Spec(
         loss=loss,
         target_type=target_type,
         reduction=reduction,
         batch=logits.shape[0],
-        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        scale=_check.scale_of(temperature),
         shape=shape,
     )
     row_weight = _check.token_weights(logits, logits.dim() - 1, token_weight)
-    return _layer.loss_of_layer(
-        spec, student, teacher, row_weight=row_weight, chunk_size=chunk_size
-    )[0]
+    value, _ = _layer.loss_of_layer(
+        spec, layer, target, row_weight=row_weight, chunk_size=chunk_size
+    )
+    return value
+
+
+def _check_teacher(
+    logits: Tensor,
+    target: Tensor,
+    target_type: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[str, tuple[Tensor, Tensor | None, Tensor | None]]:
+    """What the target's rows hold, and these with the layer that makes logits of them, if any."""
+    if weight is None:
+        if bias is not None:
+            raise ValueError("target_linear_bias needs a target_linear_weight")
+        target_type = _check.check_target_type(target_type)
+        _layer.check_target(logits, target)
+        return target_type, (_layer.as_rows(target), None, None)
+    if target_type not in (None, "logits"):
+        raise ValueError(
+            "target_type must be 'logits', or left out, where target_linear_weight makes "
+            f"logits of the target, got {target_type!r}"
+        )
+    layer = _layer.make_layer(target, weight, bias, "target", "target_")
+    _layer.check_target(logits, layer.logits)
+    return "logits", layer.tensors
 
 
 def linear_kl_div(
@@ -103,8 +103,8 @@ def linear_kl_div(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
 
     Returns:
-        The divergence in nats, float32 (float64 for float64 input).  Every floating argument but
-        the token weights gets a gradient where it requires one.
+        The divergence in nats, float32 (float64 if input or target is).  Every floating argument
+        but the token weights gets a gradient where it requires one.
 
     Raises:
         TypeError: a dtype that is not one of the above, or not that of its layer.
@@ -120,20 +120,10 @@ def linear_kl_div(
 
     Source: :func:`fastdiv.kl_div`.
     """
-    return _linear_divergence(
-        "kl_div",
-        input,
-        linear_weight,
-        target,
-        target_type,
-        target_linear_weight,
-        target_linear_bias,
-        linear_bias,
-        reduction,
-        temperature,
-        token_weight,
-        chunk_size,
-    )
+    student = (input, linear_weight, linear_bias)
+    teacher = (target, target_type, target_linear_weight, target_linear_bias)
+    how = (reduction, temperature, token_weight, chunk_size)
+    return _linear_divergence("kl_div", student, teacher, *how)
 
 
 def linear_reverse_kl_div(
@@ -165,20 +155,10 @@ def linear_reverse_kl_div(
 
     Source: :func:`fastdiv.reverse_kl_div`.
     """
-    return _linear_divergence(
-        "reverse_kl_div",
-        input,
-        linear_weight,
-        target,
-        target_type,
-        target_linear_weight,
-        target_linear_bias,
-        linear_bias,
-        reduction,
-        temperature,
-        token_weight,
-        chunk_size,
-    )
+    student = (input, linear_weight, linear_bias)
+    teacher = (target, target_type, target_linear_weight, target_linear_bias)
+    how = (reduction, temperature, token_weight, chunk_size)
+    return _linear_divergence("reverse_kl_div", student, teacher, *how)
 
 
 def linear_js_div(
@@ -215,18 +195,7 @@ def linear_js_div(
     Source: :func:`fastdiv.js_div`.
     """
     loss, beta = js_loss(beta)
-    return _linear_divergence(
-        loss,
-        input,
-        linear_weight,
-        target,
-        target_type,
-        target_linear_weight,
-        target_linear_bias,
-        linear_bias,
-        reduction,
-        temperature,
-        token_weight,
-        chunk_size,
-        beta,
-    )
+    student = (input, linear_weight, linear_bias)
+    teacher = (target, target_type, target_linear_weight, target_linear_bias)
+    how = (reduction, temperature, token_weight, chunk_size)
+    return _linear_divergence(loss, student, teacher, *how, shape=beta)

@@ -15,6 +15,7 @@ from ._divergence_modules import (
     RenyiDivLoss,
     ReverseKLDivLoss,
     SkewKLDivLoss,
+    TopKKLDivLoss,
     TVDistanceLoss,
 )
 from ._linear_modules import (
@@ -25,7 +26,6 @@ from ._linear_modules import (
     LinearReverseKLDivLoss,
 )
 from .reference import Stats
-from .topk import TopKKLDivLoss
 
 __all__ = [
     "AlphaDivLoss",

@@ -50,6 +50,13 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def capped_and_scaled(spec: Spec, x: Tensor) -> Tensor:
+    """The logits that the softmax is of."""
+    if spec.softcap:
+        x = spec.softcap * torch.tanh(x / spec.softcap)
+    return x * spec.scale
+
+
 # --- divergences -------------------------------------------------------------------------------
 
 
@@ -84,6 +91,11 @@ def expected(r: Tensor, lq: Tensor) -> Tensor:
     return torch.where(infinite, masked_product(r.detach(), lq), finite)
 
 
+def of_class(v: Tensor, y: Tensor) -> Tensor:
+    """The entry of class y in every row."""
+    return v.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+
 def cross_entropy(
     spec: Spec,
     x: Tensor,
@@ -104,7 +116,7 @@ def cross_entropy(
     else:
         assert y is not None
         omega = torch.ones_like(lq[..., 0]) if class_weight is None else class_weight[y]
-        value = -expected(spec.label * omega, lq.gather(-1, y.unsqueeze(-1)).squeeze(-1))
+        value = -expected(spec.label * omega, of_class(lq, y))
         if spec.spread:
             r = torch.full_like(lq, spec.spread)
             value = value - expected(r if class_weight is None else r * class_weight, lq).sum(-1)
@@ -157,9 +169,7 @@ def rows(
     x = torch.where(counts, x.to(dtype), 0.0)
     if t is not None:
         t = torch.where(counts, t.to(dtype), 0.0)
-    if spec.softcap:
-        x = spec.softcap * torch.tanh(x / spec.softcap)
-    x = x * spec.scale
+    x = capped_and_scaled(spec, x)
     lq = torch.log_softmax(x, -1)
     if spec.loss in DIVERGENCES:
         assert t is not None
@@ -171,7 +181,7 @@ def rows(
     else:
         y = label.clamp(0, x.shape[-1] - 1)
         if spec.loss == "log_prob_and_entropy":
-            value = torch.stack([lq.gather(-1, y.unsqueeze(-1)).squeeze(-1), entropy(lq)])
+            value = torch.stack([of_class(lq, y), entropy(lq)])
         else:
             value = cross_entropy(spec, x, lq, None, y, class_weight)
         value = torch.where(label == y, value, torch.nan)
@@ -209,19 +219,23 @@ class Stats(NamedTuple):
     log_prob: Tensor
 
 
-def stats(spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None) -> Stats:
-    """Log-sum-exp, entropy, argmax and log-probability of the target of every row."""
+def stats(
+    spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None, row_weight: Tensor | None
+) -> Stats:
+    """Log-sum-exp, entropy, argmax and log-probability of the target of every row.
+
+    All rows have them; only the label of a row that does not count is not looked at.
+    """
     x = x.detach().to(value_dtype(x.dtype))
-    if spec.softcap:
-        x = spec.softcap * torch.tanh(x / spec.softcap)
-    x = x * spec.scale
+    x = capped_and_scaled(spec, x)
     lq = torch.log_softmax(x, -1)
     if t is not None:
         log_prob = masked_product(t.detach().to(lq.dtype), lq).sum(-1)
     else:
         assert label is not None
         y = label.clamp(0, x.shape[-1] - 1)
-        log_prob = lq.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        log_prob = of_class(lq, y)
         log_prob = torch.where(label == y, log_prob, torch.nan)
-        log_prob = torch.where(label == spec.ignore_index, 0.0, log_prob)
+        weight = row_weights(spec.ignore_index, x, label, row_weight)
+        log_prob = torch.where(weight == 0, 0.0, log_prob)
     return Stats(torch.logsumexp(x, -1), entropy(lq), x.argmax(-1), log_prob)

@@ -1,9 +1,9 @@
-"""KL divergence from a teacher that is known at k classes only: the function and its module."""
+"""KL divergence from a teacher that is known at k classes only."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _check
 from ._topk_autograd import topk_loss
@@ -93,8 +93,7 @@ def topk_kl_div(
     _check.check_logits(input)
     _check.check_logits(values, "values")
     _check.check_label_type(indices, "indices")
-    if values_type not in _check.TARGET_TYPES:
-        raise ValueError(f"values_type must be one of {_check.TARGET_TYPES}, got {values_type!r}")
+    _check.check_target_type(values_type, "values_type")
     if missing not in MISSING:
         raise ValueError(f"missing must be one of {MISSING}, got {missing!r}")
     if reduction == "pointwise":
@@ -121,7 +120,7 @@ def topk_kl_div(
         missing=missing,
         reduction=reduction,
         batch=input.shape[0],
-        scale=1.0 / _check.check_positive(temperature, "temperature"),
+        scale=_check.scale_of(temperature),
         inplace=inplace_backward,
     )
     value = topk_loss(spec, _check.as_rows(input, dim), v, y, row_weight)
@@ -130,12 +129,7 @@ def topk_kl_div(
 
 def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
     shape = tuple(values.shape)
-    expected = (*x.shape[:dim], "k", *x.shape[dim + 1 :])
-    if (
-        len(shape) != x.dim()
-        or shape[:dim] != x.shape[:dim]
-        or shape[dim + 1 :] != expected[dim + 1 :]
-    ):
+    if len(shape) != x.dim() or _check.row_shape(values, dim) != _check.row_shape(x, dim):
         raise ValueError(
             f"values must have the shape of input, {tuple(x.shape)}, with any k classes on "
             f"dim {dim}, got {shape}"
@@ -153,10 +147,6 @@ def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
     _check.same_device(x, indices, "indices")
 
 
-def _out_of_range(y: Tensor, classes: int) -> Tensor:
-    return (y < 0) | (y >= classes)
-
-
 def _repeated(y: Tensor) -> Tensor:
     """Of sorted rows, where an index is the one before it again."""
     return y[:, 1:] == y[:, :-1]
@@ -164,13 +154,13 @@ def _repeated(y: Tensor) -> Tensor:
 
 def _check_indices(y: Tensor, classes: int, row_weight: Tensor | None) -> None:
     """Raises for an index that is no class, or twice in a row, where the row counts."""
-    counts = None if row_weight is None else (row_weight != 0).unsqueeze(-1)
     if y.numel() == 0:
         return
     ordered = y.sort(-1).values
-    wrong = _out_of_range(ordered, classes)
+    wrong = _check.out_of_range(ordered, classes)
     again = _repeated(ordered)
-    if counts is not None:
+    if row_weight is not None:
+        counts = (row_weight != 0).unsqueeze(-1)
         wrong, again = wrong & counts, again & counts
     if bool(wrong.any()):
         row, i = wrong.nonzero()[0].tolist()
@@ -188,71 +178,6 @@ def _mark_wrong_rows(y: Tensor, values: Tensor, classes: int) -> tuple[Tensor, T
     That is what can be done where no value may be read.
     """
     ordered = y.sort(-1).values
-    wrong = _out_of_range(y, classes).any(-1) | _repeated(ordered).any(-1)
+    wrong = _check.out_of_range(y, classes).any(-1) | _repeated(ordered).any(-1)
     nan = torch.where(wrong, torch.nan, 0.0).to(values.dtype).unsqueeze(-1)
     return y.clamp(0, classes - 1), values + nan
-
-
-class TopKKLDivLoss(nn.Module):
-    """Module form of :func:`fastdiv.topk_kl_div`.
-
-    Args:
-        values_type: ``"logits"``, ``"log_probs"`` or ``"probs"``.
-        missing: ``"ignore"``, ``"renormalize"`` or ``"uniform"``.
-        dim: Dimension of the classes.
-        reduction: As for the function.
-        temperature: T.
-        scale_by_temperature: Multiply the value by T squared, see :class:`fastdiv.nn.KLDivLoss`.
-        inplace_backward: Write the gradient over the logits.
-
-    Example:
-        >>> import torch, fastdiv
-        >>> loss = fastdiv.nn.TopKKLDivLoss(values_type="logits")
-        >>> loss(torch.zeros(1, 4), torch.zeros(1, 2), torch.tensor([[3, 0]]))  # ln 4 - ln 2
-        tensor(0.6931)
-    """
-
-    def __init__(
-        self,
-        *,
-        values_type: str,
-        missing: str = "ignore",
-        dim: int = -1,
-        reduction: str = "batchmean",
-        temperature: float = 1.0,
-        scale_by_temperature: bool = False,
-        inplace_backward: bool = False,
-    ) -> None:
-        super().__init__()
-        self.values_type = values_type
-        self.missing = missing
-        self.dim = dim
-        self.reduction = reduction
-        self.temperature = temperature
-        self.scale_by_temperature = scale_by_temperature
-        self.inplace_backward = inplace_backward
-
-    def forward(
-        self, input: Tensor, values: Tensor, indices: Tensor, token_weight: Tensor | None = None
-    ) -> Tensor:
-        """The divergence of these logits from the teacher."""
-        value = topk_kl_div(
-            input,
-            values,
-            indices,
-            values_type=self.values_type,
-            missing=self.missing,
-            dim=self.dim,
-            reduction=self.reduction,
-            temperature=self.temperature,
-            token_weight=token_weight,
-            inplace_backward=self.inplace_backward,
-        )
-        return value * self.temperature**2 if self.scale_by_temperature else value
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return (
-            f"values_type={self.values_type!r}, missing={self.missing!r}, dim={self.dim}, "
-            f"reduction={self.reduction!r}, temperature={self.temperature}"
-        )

@@ -67,6 +67,22 @@ def test_an_ignored_label_is_enough(smoothed: float) -> None:
     assert (dx[[1, 3]] == 0).all() and dx.isfinite().all()
 
 
+def test_statistics_of_rows_that_do_not_count() -> None:
+    """They have them, of the logits; the log-probability of a label that is not looked at is 0."""
+    x, _ = make_inputs((4, 20), torch.float32)
+    y, weight = torch.tensor([3, -100, 0, 7]), torch.tensor([1.0, 1.0, 0.0, 2.0])
+    expected = x.log_softmax(-1)
+    for loss in (
+        fastdiv.cross_entropy(x, y, token_weight=weight, return_stats=True),
+        fastdiv.linear_cross_entropy(x, torch.eye(20), y, token_weight=weight, return_stats=True),
+    ):
+        stats = loss[1]
+        same(stats.log_prob, torch.stack([expected[0, 3], *expected.new_zeros(2), expected[3, 7]]))
+        same(stats.lse, x.logsumexp(-1))
+    _, stats = fastdiv.cross_entropy(x, x.softmax(-1), token_weight=weight, return_stats=True)
+    same(stats.log_prob, -stats.entropy)
+
+
 @pytest.mark.parametrize("case", WEIGHTED, ids=str)
 def test_no_row_counts(case: Case) -> None:
     x, logits = make_inputs((3, 9), torch.float32)

@@ -154,6 +154,7 @@ def test_copies_and_name() -> None:
     assert repr(module).endswith("dim=-1, beta=0.1)")
 
 
+@pytest.mark.usefixtures("checked_labels")
 def test_bad_input() -> None:
     x, y, t = torch.zeros(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 9)
     module = DistillationLoss()
@@ -167,6 +168,7 @@ def test_bad_input() -> None:
         (ValueError, r"labels .*\(2, 3\), got \(3,\)", lambda: module(x, t, y[0])),
         (TypeError, "labels .*float32", lambda: module(x, t, t)),
         (IndexError, r"\[0\] is 9", lambda: module(x, t, y + 9)),
+        (IndexError, r"\[0\] is 9", lambda: DistillationLoss(alpha=1.0)(x, t, y + 9)),
         (TypeError, "beta", lambda: DistillationLoss(divergence_options={"beta": 1})(x, t, y)),
     ):
         with pytest.raises(raises, match=says):

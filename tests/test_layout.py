@@ -88,6 +88,28 @@ def test_rows_are_views_where_the_classes_are_contiguous() -> None:
         assert rows.stride(1) == 1
 
 
+SOFT = ("cross_entropy", "probs")
+WITH_TARGET_ROWS = [c for c in KERNELS if c.divergence or (c.name, c.target) == SOFT]
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "bfloat16")], ids=str)
+@pytest.mark.parametrize("case", WITH_TARGET_ROWS, ids=str)
+def test_input_and_target_of_two_dtypes(case: Case, dtypes: tuple[str, str]) -> None:
+    """Weights, too, are taken in the dtype that holds both."""
+    x, logits = make_inputs((4, 37), torch.float64)
+    x, t = (
+        v.to(getattr(torch, d))
+        for v, d in zip((x, case.make_target(x, logits)), dtypes, strict=True)
+    )
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    options = {} if case.divergence else {"weight": torch.linspace(0.5, 1.5, 37)}
+    loss = partial(case.call, token_weight=weight, **options)
+    value, dx, dt = gradients(loss, x, t)
+    expected = gradients(loss, x.double(), t.double())
+    assert value.equal(expected[0]) and dx.dtype == x.dtype and dt.dtype == t.dtype
+    assert dx.equal(expected[1].to(x.dtype)) and dt.equal(expected[2].to(t.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", KERNELS, ids=str)
 def test_in_place_backward_writes_the_rows_of_a_slice_and_nothing_else(

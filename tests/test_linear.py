@@ -30,7 +30,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds of values are those of float32 logits; see the test of the other way."""
     torch.set_num_threads(1)  # of products this small, on a machine that others use
-    monkeypatch.setattr("fastdiv._linear._multiplies", lambda half: False)
+    monkeypatch.setattr("fastdiv._linear_tiles._multiplies", lambda half: False)
 
 
 def assert_agree(case: LinearCase, upstream: Tensor | None = None) -> None:
@@ -221,11 +221,11 @@ def test_rows_that_do_not_count_may_hold_anything(reduction: str, dtype: torch.d
 @pytest.mark.cpu_only("elsewhere labels are not read")
 def test_rows_that_do_not_count_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied = []
-    import fastdiv._linear as linear
+    import fastdiv._linear_tiles as tiles
 
-    plain = linear.multiply
+    plain = tiles.multiply
     monkeypatch.setattr(
-        linear, "multiply", lambda x, *a: (multiplied.append(len(x)), plain(x, *a))[1]
+        tiles, "multiply", lambda x, *a: (multiplied.append(len(x)), plain(x, *a))[1]
     )
     case = make_case(rows=(40,))
     assert case.label is not None
@@ -281,7 +281,7 @@ def test_strides_and_shapes() -> None:
 
 def test_products_of_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor has them, as a GPU does, logits are rounded to halves, as eager's are."""
-    monkeypatch.setattr("fastdiv._linear._multiplies", lambda half: True)
+    monkeypatch.setattr("fastdiv._linear_tiles._multiplies", lambda half: True)
     for name, target in TARGETS:
         for reduction in ("mean", "none"):
             options = {} if name == "log_prob_and_entropy" else {"reduction": reduction}

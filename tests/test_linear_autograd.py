@@ -42,7 +42,7 @@ def test_first_and_second_derivatives(name: str, target: str, reduction: str) ->
     def function(*tensors: Tensor) -> Tensor:
         return case.call(dict(zip(names, tensors, strict=True)))
 
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
@@ -54,6 +54,20 @@ def test_second_derivative_of_all_options() -> None:
     assert torch.autograd.gradgradcheck(
         lambda *v: case.call(dict(zip(names, v, strict=True))), leaves
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vmap_over_upstream_gradients(reduction: str) -> None:
+    case = make_case(rows=(4,), reduction=reduction)
+    leaves = {k: v.requires_grad_() for k, v in case.leaves.items()}
+    upstream = torch.eye(4) if reduction == "none" else torch.tensor([1.0, 2.0])
+
+    def gradients(value: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vmap(
+            lambda g: torch.autograd.grad(value, list(leaves.values()), g, retain_graph=True)
+        )(upstream)
+
+    torch.testing.assert_close(gradients(case.call(leaves)), gradients(case.unfused(leaves)))
 
 
 def test_one_tensor_in_two_places() -> None:
@@ -136,7 +150,7 @@ def test_gradients_only_where_required(target: str, reduction: str) -> None:
 def test_a_frozen_head_takes_no_product_for_its_gradient(
     monkeypatch: pytest.MonkeyPatch, reduction: str
 ) -> None:
-    from fastdiv._linear import Gradients
+    from fastdiv._linear_tiles import Gradients
 
     summed = []
     end = Gradients.end
@@ -235,7 +249,7 @@ def test_autocast(reduction: str) -> None:
 
 def test_opcheck() -> None:
     """Schemas, fakes and tracing of the two ops."""
-    from fastdiv import _linear_autograd as ops
+    from fastdiv import _linear_ops as ops
     from fastdiv.reference import Spec
 
     h, w = torch.randn(4, 3), torch.randn(7, 3)
@@ -247,7 +261,7 @@ def test_opcheck() -> None:
     for need in (needed, [False] * 6):
         arguments = (*tensors, *call.options(), need)
         torch.library.opcheck(torch.ops.fastdiv._linear_forward, arguments, test_utils=tests)
-    value, divisor, record, *_ = ops._forward(*tensors, *call.options(), [False] * 6)
+    value, divisor, record, *_ = ops.forward(*tensors, *call.options(), [False] * 6)
     ints, floats, _, chunk = call.options()
     arguments = (torch.ones_like(value), divisor, record, *tensors, ints, floats, chunk, needed)
     torch.library.opcheck(torch.ops.fastdiv._linear_backward, arguments, test_utils=tests)

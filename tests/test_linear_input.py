@@ -141,6 +141,9 @@ def test_modules_of_divergences(name: str) -> None:
     assert "temperature=2.0" in repr(module)
     with pytest.raises(TypeError, match="no options"):
         kind(3, 7, label_smoothing=0.1)
+    for name in ("input", "linear_bias", "token_weight", "target_linear_weight"):
+        with pytest.raises(TypeError, match=f"no options .*{name}"):
+            kind(3, 7, **{name: None})  # which are given in the call, or are the layer's
 
 
 def test_module_of_a_policy_and_a_tied_weight() -> None:

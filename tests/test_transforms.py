@@ -72,6 +72,22 @@ def test_vmap(case: Case) -> None:
     close(one_row.squeeze(-1).sum(), rows.sum())
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_vmap_over_vectors_with_gaps(rows: int) -> None:
+    """Labels and weights of one row need no copy to become a vector, but one without gaps."""
+    x, _ = make_inputs((BATCH, rows, 5), torch.float64)
+    y = torch.randint(5, (BATCH, 2 * rows))[:, ::2]
+    w = torch.rand(BATCH, 2 * rows, dtype=torch.float64)[:, ::2]
+
+    def loss(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        return fastdiv.cross_entropy(x, y, token_weight=w)
+
+    for dims in ((0, 0, 0), (0, None, 0), (0, 0, None), (0, None, None), (None, 0, 0)):
+        args = [v if d == 0 else v[0] for v, d in zip((x, y, w), dims, strict=True)]
+        for function in (loss, grad(loss)):
+            close(vmap(function, dims)(*args), reference(vmap(function, dims), *args))
+
+
 def per_row(case: Case) -> dict[str, str]:
     return {} if "log_prob" in case.name else {"reduction": "none"}
 
