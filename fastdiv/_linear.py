@@ -73,7 +73,7 @@ class Problem:
 
     def tile_of_block(self) -> tuple[int, int]:
         """How many rows and classes ``by_classes`` takes at a time."""
-        rows = max(1, min(self.rows, ROWS_OF_BLOCK[self.device]))
+        rows = min(max(self.rows // 4, 1), ROWS_OF_BLOCK[self.device])
         if self.chunk_size:
             return rows, max(1, self.chunk_size * self.classes // rows)
         of_input = 4 * self.hidden * (rows + self.rows)  # a tile's rows, and their gradient's sum

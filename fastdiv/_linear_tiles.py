@@ -115,19 +115,23 @@ class Gradients:
         for block in head.blocks(classes):
             inside = within(block, classes)
             if self.of_input is not None:
-                self.of_input[rows] += d[:, inside] @ head.weight[block].to(head.dtype)
-            if self.of_weight is None:
-                continue
-            if self.of_weight.dtype == head.dtype:
-                self.of_weight[inside].addmm_(d[:, inside].t(), x)
-            else:
-                self.of_weight[inside] += d[:, inside].t() @ x
+                weight = head.weight[block].to(head.dtype)
+                _add_product(self.of_input, rows, d[:, inside], weight)
+            if self.of_weight is not None:
+                _add_product(self.of_weight, inside, d[:, inside].t(), x)
 
     def results(self) -> list[Tensor]:
         """One tensor for each of the head's; empty where no gradient is needed."""
         _store(self.of_input, self.input)
         empty = self.head.input.new_empty
         return [empty(0) if g is None else g for g in (self.input, self.weight, self.bias)]
+
+
+def _add_product(total: Tensor, rows: Rows, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype and isinstance(rows, slice):
+        total[rows].addmm_(a, b)
+    else:
+        total[rows] += a @ b
 
 
 def _sum_for(gradient: Tensor | None) -> Tensor | None:
