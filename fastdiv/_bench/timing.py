@@ -59,6 +59,12 @@ class Timing:
         values = {k: round(v * 1e3, 5) for k, v in asdict(self).items() if k != "rounds"}
         return {**values, "rounds": self.rounds}
 
+    @classmethod
+    def from_milliseconds(cls, written: Mapping[str, float]) -> Timing:
+        """From the JSON file."""
+        seconds = {k: v * 1e-3 for k, v in written.items() if k != "rounds"}
+        return cls(**seconds, rounds=int(written["rounds"]))
+
 
 def interleave(
     calls: Mapping[Key, Call | After],
