@@ -66,6 +66,7 @@ def losses(options: Namespace, found: Measurements) -> None:
         options,
         names_of(options, list(LOSSES)),
         options.shapes or default_shapes(options),
+        options.dtypes,
         compiled_classes=compiled,
         variants=[v for v in VARIANTS if compile or v != "compile"],
         phases=PHASES if options.phases or on_gpu else PHASES[:3],
@@ -79,7 +80,7 @@ def scale(options: Namespace, found: Measurements) -> None:
     names = names_of(options, SCALED)
     small = 6 if options.quick else 0  # binary digits less
     elements, most_rows = SCALE_ELEMENTS >> small, max(SCALE_ROWS) >> small
-    shapes = [(elements // c, c) for c in SCALE_CLASSES]
+    shapes = [(max(1, elements // c), c) for c in SCALE_CLASSES]
     phases = ("forward", "training")
     plan = _plan(options, names, shapes, phases=phases, variants=("fused", "in_place", "eager"))
     found.by_classes += _run("classes", plan)
@@ -114,7 +115,7 @@ def overhead(options: Namespace, found: Measurements) -> None:
 def instructions(options: Namespace, found: Measurements) -> None:
     """Instructions for an element, where valgrind is there."""
     names = names_of(options, SCALED if options.quick else list(LOSSES))
-    dtypes = [d for d in options.dtypes if d != "f64"]
+    dtypes = _dtypes_of_curves(options)
     if why := why_not():
         print(f"No instructions counted: {why}")
         return
@@ -127,8 +128,7 @@ def linear_losses(options: Namespace, found: Measurements) -> None:
     sizes = [
         linear.LinearJob("fused", dtype, rows, options.hidden, classes, options.device)
         for rows, classes in options.shapes or LINEAR_SIZES
-        for dtype in options.dtypes
-        if dtype != "f16"
+        for dtype in _dtypes_of_curves(options)
     ]
     curve = [] if options.quick else [s for s in sizes if s[2:] == sizes[0][2:]]
     with progress("linear", 2 * len(sizes) + len(linear.FACTORS) * len(curve)) as step:
@@ -143,10 +143,21 @@ def _budget(options: Namespace) -> Budget:
     return Budget(usual if options.seconds is None else options.seconds, options.rounds)
 
 
-def _plan(options: Namespace, names: Sequence[str], shapes: Sequence[Shape], **more: Any) -> Plan:
+def _dtypes_of_curves(options: Namespace) -> Sequence[str]:
+    """All but f16, which costs what bf16 does, where there is another."""
+    return [d for d in options.dtypes if d != "f16"] or options.dtypes
+
+
+def _plan(
+    options: Namespace,
+    names: Sequence[str],
+    shapes: Sequence[Shape],
+    dtypes: Sequence[str] | None = None,
+    **more: Any,
+) -> Plan:
     return Plan(
         names,
-        options.dtypes,
+        dtypes or _dtypes_of_curves(options),
         shapes,
         _budget(options),
         device=options.device,

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,9 @@ def _works(
     try:
         # In this order: Liger's writes over the logits.
         expected, value = (_forward(v, x, target)() for v in (loss.eager, variant))
-        torch.testing.assert_close(value, expected, rtol=0.1, atol=1e-3, check_dtype=False)
+        # Where float16 is too narrow for eager torch, both are NaN and take their time.
+        close: dict[str, Any] = {"rtol": 0.1, "atol": 1e-3, "equal_nan": True}
+        torch.testing.assert_close(value, expected, **close, check_dtype=False)
     except Exception as error:  # it does not fit, does not compile, or is something else
         print(
             f"{name} left out of {loss.name} {x.dtype} {tuple(x.shape)}: {error}", file=sys.stderr

@@ -56,7 +56,7 @@ class Timing:
 
     def in_milliseconds(self) -> dict[str, float]:
         """For the JSON file."""
-        values = {k: round(v * 1e3, 5) for k, v in asdict(self).items() if k != "rounds"}
+        values = {k: float(f"{v * 1e3:.6g}") for k, v in asdict(self).items() if k != "rounds"}
         return {**values, "rounds": self.rounds}
 
     @classmethod
