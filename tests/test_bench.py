@@ -137,7 +137,7 @@ def test_a_file_is_shown_and_drawn_as_it_was_measured(
     file = tmp_path / "a.json"
     options = ["--shapes", "8x64", "--dtypes", "f32", *QUICKLY]
     assert main(["bench", "kl_div", *options, "--json", str(file)]) == 0
-    printed = capsys.readouterr().out.split("written")[0]
+    printed = capsys.readouterr().out.split("written to")[0]
     assert main(["bench", "--show", str(file)]) == 0
     digits = re.compile(r"[\d.\s]+")  # of which the file holds six
     assert digits.sub(" ", capsys.readouterr().out) == digits.sub(" ", printed)

@@ -46,7 +46,7 @@ def legend(figure: Any, axes: Sequence[Any]) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=min(5, len(found))
+        found.values(), found.keys(), loc="outside lower center", ncols=min(6, len(found))
     )
 
 

@@ -51,7 +51,11 @@ def plot_scale(by_classes: Sequence[Result], by_rows: Sequence[Result]) -> Any:
                 label = loss.replace("_", " ")
                 axes.plot(*zip(*line, strict=True), ".-", color=color, label=label)
             rows, classes = chosen[0].shape
-            of = f"classes of {count(rows * classes)} logits" if axis else f"rows of {classes}"
+            of = (
+                f"classes of {count(rows * classes)} logits"
+                if axis
+                else f"rows of {classes} classes"
+            )
             binary(axes, [r.shape[axis] for r in chosen], of)
             axes.set_title(dtype)
             decimal(axes)
@@ -83,8 +87,9 @@ def plot_threads(results: Sequence[Result]) -> Any:
             first = counts[0] * times[counts[0]]
             label = name.replace("_", " ")
             axes.plot(counts, [first / times[n] for n in counts], style, color=color, label=label)
-        axes.set(title=dtype, ylim=(0, None))
+        axes.set_title(dtype)
         binary(axes, counts, "threads")
+    grid[0, 0].set_ylim(bottom=0)  # of all
     figure.supylabel("times as fast as one thread", fontsize=9)
     title = f"Threads: {results[0].size}, forward + backward"
     figure.suptitle(title, fontsize=11, fontweight="bold")
