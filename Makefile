@@ -54,8 +54,8 @@ format: $(PACKAGES)  ## fix imports and formatting of Python and C++
 check: $(BUILT)  ## compare every loss with its reference on this machine
 	$(BIN)/python -m fastdiv check $(ARGS)
 
-bench: $(BUILT)  ## time every loss on this machine
-	$(BIN)/python -m fastdiv bench $(ARGS)
+bench: $(BUILT)  ## measure everything on this machine, into benchmarks/results (ARGS=--quick: less)
+	$(BIN)/python -m fastdiv bench $(or $(ARGS),--all --json --plot)
 
 gpu-check:  ## build, test and measure on a GPU, with the packages of PYTHON (no .venv, no network)
 	$(PYTHON) tests/gpu_check.py $(STEPS) $(if $(DRY_RUN),--dry-run) $(ARGS)

@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,27 +19,15 @@ from torch import Tensor
 
 import fastdiv
 
-from .console import Advance, print_table
+from .console import Advance
 from .losses import DTYPES
-from .memory import RESET, STATUS, in_fresh_processes, peak_of, serve
-from .report import busy_line, machine_line
+from .memory import measured_apart, peak_of, serve
 from .timing import Budget, Call, GpuClock, Timing, interleave
 
 LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and labels
 
-CAPTION = """\
-Cross entropy of a linear layer, forward and backward. Products: time over that of the three matrix
-products alone. Extra: peak memory beyond arguments and gradients, and that over the logits' size.
-Medians of interleaved rounds; ±: half the interquartile range.\
-"""
-STYLES = {
-    "eager": ("eager torch", "#bdbdbd"),
-    "compile": ("torch.compile", "#9970ab"),
-    "chunked": ("torch's chunks", "#d6604d"),
-    "fused": ("fastdiv", "#1b7837"),
-    "per_row": ("fastdiv, reduction='none'", "#7fbf7b"),
-}
-SLOW = ("eager", "chunked")  # with halves on a CPU
+FACTORS = (1 / 4, 1 / 2, 1, 2, 4, 8)  # of the rows, for memory over rows
+SLOW = ("eager", "compile", "chunked")  # on a CPU without products of halves: minutes
 
 
 class LinearJob(NamedTuple):
@@ -56,20 +43,30 @@ class LinearJob(NamedTuple):
     @property
     def logits_bytes(self) -> int:
         """What the whole logits would take."""
-        return self.rows * self.classes * self._dtype.itemsize
+        return self.rows * self.classes * self.torch_dtype.itemsize
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
+        """As torch has it."""
         return DTYPES.get(self.dtype) or getattr(torch, self.dtype)
+
+    def size(self) -> dict[str, Any]:
+        """All but the variant, for the JSON file."""
+        return {k: v for k, v in self._asdict().items() if k != "variant"}
+
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> LinearJob:
+        """A size from the JSON file."""
+        return cls("fused", **{k: written[k] for k in cls._fields[1:]})
 
     def make_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states, weight and labels, always the same."""
         generator = torch.Generator(self.device).manual_seed(0)
         options: dict[str, Any] = {"generator": generator, "device": self.device}
-        h = torch.randn(self.rows, self.hidden, **options).to(self._dtype)
+        h = torch.randn(self.rows, self.hidden, **options).to(self.torch_dtype)
         w = torch.randn(self.classes, self.hidden, **options).mul_(self.hidden**-0.5)
         y = torch.randint(self.classes, (self.rows,), **options)
-        return h.requires_grad_(), w.to(self._dtype).requires_grad_(), y
+        return h.requires_grad_(), w.to(self.torch_dtype).requires_grad_(), y
 
 
 def _eager(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -104,31 +101,26 @@ def _step(loss: LinearLoss, h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ..
 
 def extra_memory(jobs: Sequence[LinearJob]) -> Iterator[int | None]:
     """Bytes at the peak of each beyond arguments and gradients; None where nobody tells."""
-    if jobs and jobs[0].device == "cuda":
-        yield from map(_measure, jobs)
-    elif STATUS.exists() and RESET.exists():
-        yield from in_fresh_processes(__name__, jobs)
-    else:
-        yield from (None for _ in jobs)
+    return measured_apart(__name__, jobs, _measure)
 
 
 def _measure(job: LinearJob) -> int | None:
     loss = losses()[job.variant]
     small = job._replace(rows=64, hidden=64, classes=512)
     _step(loss, *small.make_inputs())  # loads what is loaded lazily, starts the threads
-    h, w, y = job.make_inputs()
-    if job.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        gradients = _step(loss, h, w, y)
-        peak: int | None = torch.cuda.max_memory_allocated() - before
-        del gradients
-    else:
-        peak = peak_of(lambda: _step(loss, h, w, y))
-    return None if peak is None else max(0, peak - h.nbytes - w.nbytes)
+    inputs = job.make_inputs()
+    gradients, peak = peak_of(lambda: _step(loss, *inputs), job.device)
+    return None if peak is None else max(0, peak - sum(g.nbytes for g in gradients))
 
 
 # --- time -------------------------------------------------------------------------------------
+
+
+def left_out(job: LinearJob) -> tuple[str, ...]:
+    """Variants that would take minutes."""
+    halves = job.torch_dtype.itemsize == 2
+    fast = job.device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return SLOW if halves and not fast else ()
 
 
 @dataclass(frozen=True)
@@ -146,12 +138,34 @@ class LinearResult:
     def to_json(self) -> dict[str, Any]:
         """The measurements, and what follows from them."""
         return {
-            **{k: v for k, v in self.job._asdict().items() if k != "variant"},
+            **self.job.size(),
             "logits_bytes": self.job.logits_bytes,
             "ms": {k: v.in_milliseconds() for k, v in self.times.items()},
             "products": {k: round(self.products(k), 3) for k in self.times},
             "extra_bytes": dict(self.extra_bytes),
         }
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> LinearResult:
+        """From the JSON file."""
+        times = {k: Timing.from_milliseconds(v) for k, v in written["ms"].items()}
+        return cls(LinearJob.of(written), times, written["extra_bytes"])
+
+
+class LinearMemory(NamedTuple):
+    """Memory of one size, by variant."""
+
+    job: LinearJob
+    extra_bytes: Mapping[str, int | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {**self.job.size(), "extra_bytes": dict(self.extra_bytes)}
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> LinearMemory:
+        """From the JSON file."""
+        return cls(LinearJob.of(written), written["extra_bytes"])
 
 
 def run_linear(
@@ -160,7 +174,7 @@ def run_linear(
     """Measures every size: memory first, as nothing else may run while a call is timed."""
     results = []
     for size in sizes:
-        extra = _memory_of(size, tuple(losses()))
+        extra = _memory_of(size, _variants(size))
         advance(f"memory of {size.rows} rows, {size.dtype}")
         clock = GpuClock() if size.device == "cuda" else None
         times = interleave(_calls(size, compiled), lambda: None, budget, clock=clock)
@@ -169,18 +183,20 @@ def run_linear(
     return results
 
 
-def memory_by_rows(size: LinearJob, advance: Advance) -> list[tuple[LinearJob, dict[str, Any]]]:
+def memory_by_rows(size: LinearJob, advance: Advance) -> list[LinearMemory]:
     """Memory for a quarter of the rows up to eight times as many, for the plot."""
     points = []
-    for factor in (1 / 4, 1 / 2, 1, 2, 4, 8):
+    for factor in FACTORS:
         at = size._replace(rows=max(1, int(size.rows * factor)))
-        slow = size.device == "cpu" and (at._dtype.itemsize == 2 or factor > 2)
-        variants = [v for v in losses() if not (slow and v == "chunked")]
-        if slow and at._dtype.itemsize == 2:
-            variants = [v for v in variants if v not in SLOW]
-        points.append((at, _memory_of(at, variants)))
+        slow = ("chunked",) if size.device == "cpu" and factor > 2 else ()
+        variants = [v for v in _variants(at) if v not in slow]
+        points.append(LinearMemory(at, _memory_of(at, variants)))
         advance(f"memory of {at.rows} rows, {at.dtype}")
     return points
+
+
+def _variants(size: LinearJob) -> list[str]:
+    return [v for v in losses() if v not in left_out(size)]
 
 
 def _memory_of(size: LinearJob, variants: Sequence[str]) -> dict[str, int | None]:
@@ -190,7 +206,9 @@ def _memory_of(size: LinearJob, variants: Sequence[str]) -> dict[str, int | None
 
 def _calls(size: LinearJob, compiled: bool) -> dict[str, Call]:
     h, w, y = size.make_inputs()
-    x, weight = h.detach(), w.detach()
+    # Without products of halves the fastest way is that of floats, whose sizes are the same.
+    dtype = torch.float32 if left_out(size) else size.torch_dtype
+    x, weight = h.detach().to(dtype), w.detach().to(dtype)
     logits = x.new_empty(size.rows, size.classes)
     dx, dw = torch.empty_like(x), torch.empty_like(weight)
 
@@ -201,66 +219,11 @@ def _calls(size: LinearJob, compiled: bool) -> dict[str, Call]:
 
     torch.compiler.reset()
     steps = {
-        name: lambda loss=loss: _step(loss, h, w, y) for name, loss in losses(compiled).items()
+        name: lambda loss=loss: _step(loss, h, w, y)
+        for name, loss in losses(compiled).items()
+        if name not in left_out(size)
     }
     return {"products": products, **steps}
-
-
-# --- tables and plots -------------------------------------------------------------------------
-
-
-def print_linear(results: Sequence[LinearResult], machine: Mapping[str, Any]) -> None:
-    """A row for every size and variant."""
-    rows = []
-    for result in results:
-        job = result.job
-        for name, timing in result.times.items():
-            extra = result.extra_bytes.get(name)
-            rows.append(
-                [
-                    STYLES[name][0] if name in STYLES else "three products",
-                    job.dtype,
-                    f"{job.rows}×{job.hidden}×{job.classes}",
-                    f"{timing.median * 1e3:.0f}",
-                    f"{100 * timing.spread / timing.median:.0f}",
-                    f"{result.products(name):.2f}",
-                    "" if extra is None else f"{extra / 1e6:.1f}",
-                    "" if extra is None else f"{100 * extra / job.logits_bytes:.1f}",
-                ]
-            )
-    print_table(
-        f"fastdiv {machine['fastdiv']} on {machine_line(machine)}",
-        ["", "dtype", "rows×hidden×classes", "f+b\nms", "±\n%", "products", "extra\nMB",
-         "of logits\n%"],
-        rows,
-        names=3,
-        caption=CAPTION + busy_line(machine),
-    )  # fmt: skip
-
-
-def plot_memory(
-    points: Sequence[tuple[LinearJob, Mapping[str, Any]]], machine: Mapping[str, Any], path: Path
-) -> None:
-    """Draws memory over the number of rows, a panel for each dtype."""
-    from matplotlib.figure import Figure
-
-    dtypes = list(dict.fromkeys(job.dtype for job, _ in points))
-    figure = Figure(figsize=(5 * len(dtypes), 4), layout="constrained")
-    panels = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
-    for dtype, axes in zip(dtypes, panels, strict=True):
-        chosen = [(job, extra) for job, extra in points if job.dtype == dtype]
-        for name, (label, color) in STYLES.items():
-            line = [(job.rows, v / 1e6) for job, extra in chosen if (v := extra.get(name))]
-            if line:
-                axes.plot(*zip(*line, strict=True), ".-", color=color, label=label)
-        tenth = [(job.rows, job.logits_bytes / 1e7) for job, _ in chosen]
-        axes.plot(*zip(*tenth, strict=True), "k:", lw=1, label="a tenth of the logits")
-        axes.set(title=dtype, xlabel="rows", xscale="log", yscale="log")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("MB beyond arguments and gradients")
-    panels[0].legend(fontsize=8)
-    figure.suptitle(f"fastdiv {machine['fastdiv']} on {machine_line(machine)}", fontsize=8)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

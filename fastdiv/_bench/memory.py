@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,18 @@ from .losses import DTYPES, LOSSES, Loss
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
-AnyJob = TypeVar("AnyJob")
+
+
+class AnyJob(Protocol):
+    """One call to measure: a NamedTuple that JSON can hold."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+
+
+JobType = TypeVar("JobType", bound=AnyJob)
+Made = TypeVar("Made")
 
 
 class Job(NamedTuple):
@@ -40,18 +51,20 @@ class Job(NamedTuple):
 
 
 def extra_memory(jobs: Sequence[Job]) -> Iterator[int | None]:
-    """Bytes at the peak of each, as they come; None where the system does not tell."""
+    """Bytes at the peak of each, as they come; None where nobody tells."""
+    return measured_apart(__name__, jobs, _measure)
+
+
+def measured_apart(
+    module: str, jobs: Sequence[JobType], measure: Callable[[JobType], int | None]
+) -> Iterator[int | None]:
+    """``measure`` of each job; of a CPU in ``python -m module``, which hands them to ``serve``."""
     if jobs and jobs[0].device == "cuda":
-        yield from map(_measure_on_gpu, jobs)
+        yield from map(measure, jobs)
         return
     if not (jobs and STATUS.exists() and RESET.exists()):
         yield from (None for _ in jobs)
         return
-    yield from in_fresh_processes(__name__, jobs)
-
-
-def in_fresh_processes(module: str, jobs: Sequence[tuple[object, ...]]) -> Iterator[int | None]:
-    """What ``python -m module`` prints for each of the jobs, which it hands to ``serve``."""
     server = subprocess.Popen(
         [sys.executable, "-m", module, json.dumps(jobs)], stdout=subprocess.PIPE, text=True
     )
@@ -61,7 +74,7 @@ def in_fresh_processes(module: str, jobs: Sequence[tuple[object, ...]]) -> Itera
             yield json.loads(server.stdout.readline() or "null")
 
 
-def serve(jobs: Sequence[AnyJob], measure: Callable[[AnyJob], int | None]) -> None:
+def serve(jobs: Sequence[JobType], measure: Callable[[JobType], int | None]) -> None:
     """Prints one line for every job, which a process of its own has measured."""
     for job in jobs:
         reader, writer = os.pipe()
@@ -75,50 +88,34 @@ def serve(jobs: Sequence[AnyJob], measure: Callable[[AnyJob], int | None]) -> No
         os.waitpid(child, 0)
 
 
-def peak_of(call: Callable[[], object]) -> int | None:
-    """Bytes at the peak of a call beyond what was resident before it."""
+def peak_of(call: Callable[[], Made], device: str) -> tuple[Made, int | None]:
+    """What a call returns, and the bytes at its peak beyond what was in use before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return call(), torch.cuda.max_memory_allocated() - before
     try:
         RESET.write_text("5")
     except OSError:
-        return None
+        return call(), None
     before = _resident("VmRSS")
-    result = call()
-    peak = _resident("VmHWM") - before
-    del result
-    return peak
+    return call(), _resident("VmHWM") - before
 
 
 def _measure(job: Job) -> int | None:
     loss, dtype = LOSSES[job.loss], DTYPES[job.dtype]
     call: Loss = getattr(loss, job.variant)
-    _forward_backward(call, *loss.make_inputs((8, 128), dtype))  # loads what is loaded lazily
-    x, target = loss.make_inputs((job.rows, job.classes), dtype)
-    try:
-        RESET.write_text("5")
-    except OSError:
-        return None
-    before = _resident("VmRSS")
-    gradient = _forward_backward(call, x, target)
-    kept = 0 if gradient.data_ptr() == x.data_ptr() else gradient.nbytes
-    return max(0, _resident("VmHWM") - before - kept)
+    _forward_backward(call, *loss.make_inputs((8, 128), dtype, job.device))  # loads what is lazy
+    inputs = loss.make_inputs((job.rows, job.classes), dtype, job.device)
+    gradient, peak = peak_of(lambda: _forward_backward(call, *inputs), job.device)
+    kept = 0 if gradient.data_ptr() == inputs[0].data_ptr() else gradient.nbytes
+    return None if peak is None else max(0, peak - kept)
 
 
-def _measure_on_gpu(job: Job) -> int:
-    loss, dtype = LOSSES[job.loss], DTYPES[job.dtype]
-    call: Loss = getattr(loss, job.variant)
-    _forward_backward(call, *loss.make_inputs((8, 128), dtype, "cuda"))
-    x, target = loss.make_inputs((job.rows, job.classes), dtype, "cuda")
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    gradient = _forward_backward(call, x, target)
-    kept = 0 if gradient.data_ptr() == x.data_ptr() else gradient.nbytes
-    return max(0, torch.cuda.max_memory_allocated() - before - kept)
-
-
-def _forward_backward(call: Loss, x: Tensor, target: Tensor) -> Tensor:
+def _forward_backward(call: Loss, x: Tensor, *target: Tensor) -> Tensor:
     leaf = x.detach().requires_grad_()
     logits = leaf.view_as(leaf)
-    return torch.autograd.grad(call(logits, target), logits)[0]
+    return torch.autograd.grad(call(logits, *target), logits)[0]
 
 
 def _resident(field: str) -> int:

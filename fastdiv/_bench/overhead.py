@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,9 +35,18 @@ class Overhead:
             "eager_ms": self.eager.in_milliseconds(),
         }
 
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> Overhead:
+        """From the JSON file."""
+        return cls(
+            written["loss"],
+            Timing.from_milliseconds(written["fused_ms"]),
+            Timing.from_milliseconds(written["eager_ms"]),
+        )
+
 
 def run_overhead(
-    names: list[str], budget: Budget, advance: Advance, device: str = "cpu"
+    names: Sequence[str], budget: Budget, advance: Advance, device: str = "cpu"
 ) -> list[Overhead]:
     """Measures the losses one after another, each against eager torch.
 
@@ -60,9 +70,9 @@ def run_overhead(
 
 def _calls(name: str, device: str) -> dict[str, Call]:
     loss = LOSSES[name]
-    x, target = loss.make_inputs(SHAPE, DTYPES["f32"], device)
+    x, *target = loss.make_inputs(SHAPE, DTYPES["f32"], device)
     x.requires_grad_()
     return {
-        "fused": lambda: torch.autograd.grad(loss.fused(x, target), x),
-        "eager": lambda: torch.autograd.grad(loss.eager(x, target), x),
+        "fused": lambda: torch.autograd.grad(loss.fused(x, *target), x),
+        "eager": lambda: torch.autograd.grad(loss.eager(x, *target), x),
     }

@@ -1,4 +1,4 @@
-"""Results as tables and as JSON."""
+"""Results as tables."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 from .console import Cell, print_table
 from .losses import LOSSES
-from .machine import describe_machine
 from .overhead import SHAPE, Overhead
-from .run import VARIANTS, Result
+from .result import VARIANTS, Result
 from .timing import Timing
 
 CAPTION = """\
@@ -84,7 +83,7 @@ def _row(result: Result) -> list[str | Cell]:
     return [
         result.loss,
         result.dtype,
-        "×".join(map(str, result.shape)),
+        result.size,
         _milliseconds(result.times["forward"]["fused"]),
         _milliseconds(fused),
         f"{100 * fused.spread / fused.median:.0f}",
@@ -113,7 +112,7 @@ def print_bandwidths(results: Sequence[Result], machine: Mapping[str, Any]) -> N
             [
                 result.loss,
                 result.dtype,
-                "×".join(map(str, result.shape)),
+                result.size,
                 f"{result.copy_bandwidth:.0f}",
                 _bandwidth(result, "forward"),
                 _bandwidth(result, "backward"),
@@ -191,14 +190,3 @@ def print_overhead(overheads: Sequence[Overhead], machine: Mapping[str, Any]) ->
 
 def _microseconds(timing: Timing) -> str:
     return f"{timing.median * 1e6:.1f} ±{timing.spread * 1e6:.1f}"
-
-
-def to_json(
-    machine: Mapping[str, Any], results: Sequence[Result], overheads: Sequence[Overhead]
-) -> dict[str, Any]:
-    """All that was measured; the load average is also that of the end."""
-    return {
-        "machine": {**machine, "load_average_after": describe_machine()["load_average"]},
-        "results": [result.to_json() for result in results],
-        "overhead": [overhead.to_json() for overhead in overheads],
-    }

@@ -56,8 +56,14 @@ class Timing:
 
     def in_milliseconds(self) -> dict[str, float]:
         """For the JSON file."""
-        values = {k: round(v * 1e3, 5) for k, v in asdict(self).items() if k != "rounds"}
+        values = {k: float(f"{v * 1e3:.6g}") for k, v in asdict(self).items() if k != "rounds"}
         return {**values, "rounds": self.rounds}
+
+    @classmethod
+    def from_milliseconds(cls, written: Mapping[str, float]) -> Timing:
+        """From the JSON file."""
+        seconds = {k: v * 1e-3 for k, v in written.items() if k != "rounds"}
+        return cls(**seconds, rounds=int(written["rounds"]))
 
 
 def interleave(
