@@ -35,7 +35,7 @@ class Comparison:
     """One task done with fastdiv and with torch."""
 
     task: str
-    runs: dict[str, Run]  #: a training with `torch`, then one with fastdiv
+    runs: dict[str, Run]  #: a training with `torch`, then one with fastdiv; or none
     seconds: dict[str, float]  #: of each loss alone, forward and backward
     memory: dict[str, float | None]  #: the bytes that takes at its peak beyond the logits
 
@@ -102,6 +102,8 @@ def report(comparisons: list[Comparison], console: Console) -> None:
         soft_wrap=True,
     )
     for comparison in comparisons:
+        if not comparison.runs:
+            continue
         difference = comparison.differences
         console.print(
             "[green]same curve[/]" if comparison.agrees else "[bold red]NOT the same curve[/]",

@@ -118,7 +118,7 @@ FD_FN ExpGap<float> exp_gap(float z) {
   const ExpParts x = exp_parts(c);
   ExpGap<float> g;
   g.z = c;
-  g.e = gone ? 0.f : x.scale * (x.r + x.tail) + x.scale;
+  g.e = gone ? 0.f : x.scale * (x.tail + x.r + 1.f);
   g.em1 = x.scale * (x.r + x.tail) + (x.scale - 1.f);
   // For n = 0 the bracket is exactly 0 and chi is the polynomial's tail.
   const float chi = x.scale * x.tail + ((x.scale * x.r - c) + (x.scale - 1.f));

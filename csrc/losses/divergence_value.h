@@ -24,7 +24,10 @@ FD_FN Difference<real> sum_of(real mean, real logs) {
 
 // From this KL(p || q) on, rows are apart: errors of their logits count for less than the rows
 // differ.
-constexpr double kApart = 0.25;
+template <class real>
+FD_FN real apart(real kl) {
+  return kl > real(0.25) && !is_infinite(kl) ? real(1) : real(0);
+}
 
 // KL(p || q) of two rows of logits, and row.gap.  Where the rows are so close that the moments
 // cancel, with d = log q~ - log p~ and c = sum p d: KL = log(1 + sum p (e^(d-c) - 1 - (d - c))).
@@ -70,11 +73,11 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
   else
     kl = s.sums.a + mass_times(s.mass(), row.x_logz);
   if constexpr (P::kTilted) return tilted_value(loss, s, row, sweep);
-  row.c = kl > real(kApart) && !is_infinite(kl) ? real(1) : real(0);
   // u + v = f~ and one of them is q - p or its negative, so the value gives both sums.
   if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
     row.a = kl != kl ? kl : real(1) - s.mass();
     row.b = kl;
+    row.c = apart(kl);
     return kl;
   }
   if (P::kMoment == Moment::kReverse) {
@@ -83,9 +86,11 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
     if (reverse.sound || (!kLogits && !is_infinite(reverse.value))) {
       row.a = reverse.value;
       row.b = s.mass() - real(1);
+      row.c = reverse.sound ? apart(kl) : real(0);
       return reverse.value;
     }
-    row.c = real(0);
+  } else {
+    row.c = apart(kl);
   }
   const TermSums<real> sum = sweep(loss, row);
   row.a = sum.u / sum.q, row.b = kLogits ? sum.v / sum.p : sum.v;
