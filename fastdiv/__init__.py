@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 from . import nn, stats
 from ._backend import backend
 from ._info import build_info
+from ._patch import patch_torch
 from .alpha import alpha_div, renyi_div
 from .cross_entropy import cross_entropy
 from .distance import hellinger_distance, tv_distance
@@ -39,6 +40,7 @@ __all__ = [
     "log_prob",
     "log_prob_and_entropy",
     "nn",
+    "patch_torch",
     "renyi_div",
     "reverse_kl_div",
     "skew_kl_div",

@@ -1,0 +1,134 @@
+"""The cross entropy that :func:`fastdiv.patch_torch` puts in the place of torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.overrides import (
+    _get_current_function_mode_stack,
+    handle_torch_function,
+    has_torch_function_variadic,
+)
+from torch.utils._device import DeviceContext
+
+from ._backend import use_kernel
+from ._check import FLOATS, row_shape
+from .cross_entropy import cross_entropy as ours
+
+on = False  # whether a patch stands
+torchs: Callable[..., Tensor] = F.cross_entropy  # as found by the patch
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Ours where it means the same, else torch's."""
+    if (
+        on
+        and size_average is None
+        and reduce is None
+        and reduction in ("mean", "sum", "none")
+        and isinstance(label_smoothing, (int, float))
+        and 0 <= label_smoothing <= 1
+        and isinstance(ignore_index, int)
+        and not _watched()
+        and _fit(input, target, weight, ignore_index)
+    ):
+        try:
+            value = ours(
+                input,
+                target,
+                weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+            )
+        except IndexError:  # a label that is no class: torch says so in its own words
+            if not input.is_cpu:  # there it would say so by stopping the device
+                raise
+        else:
+            return value.to(_result_dtype(input, target))
+    options = {
+        "weight": weight,
+        "size_average": size_average,
+        "ignore_index": ignore_index,
+        "reduce": reduce,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
+    if has_torch_function_variadic(input, target, weight):
+        # As torch's function does, which would hand over ours as the one that was called.
+        overridable = (input, target, weight)
+        return handle_torch_function(torchs, overridable, input, target, **options)
+    return torchs(input, target, **options)
+
+
+def _watched() -> bool:
+    """Whether somebody wants to see torch's function or its operations.
+
+    A default device is a mode, too, but one that looks at functions that make tensors only.
+    """
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        return True
+    return torch._C._is_torch_function_mode_enabled() and not all(
+        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
+    )
+
+
+def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
+    """Whether these are tensors of which torch and we make the same, and there is a kernel."""
+    for v in (input, target, weight):
+        if v is not None and not (
+            type(v) in (Tensor, Parameter)
+            and v.layout is torch.strided
+            and v.device == input.device
+        ):
+            return False
+    if input.dtype not in FLOATS or input.dim() == 0:
+        return False
+    dim = 1 if input.dim() > 1 else 0
+    classes = input.shape[dim]
+    if target.dtype in FLOATS:
+        fit = target.shape == input.shape and ignore_index < 0
+    else:
+        fit = target.dtype is torch.int64 and target.shape == row_shape(input, dim)
+    if weight is not None:
+        fit = (
+            fit
+            and weight.shape == (classes,)
+            and _without_autocast(weight) is _result_dtype(input, target)
+            and not _differentiated(weight)
+        )
+    return fit and classes > 0 and use_kernel(input)
+
+
+def _differentiated(weight: Tensor) -> bool:
+    """Whether these class weights may be what is differentiated, or of a batch, each its own."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return weight.requires_grad or transformed
+
+
+def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """What torch returns."""
+    dtype = _without_autocast(input)
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, _without_autocast(target))
+    return dtype
+
+
+def _without_autocast(v: Tensor) -> torch.dtype:
+    """The dtype in which torch computes a loss of this tensor: autocast makes halves float32."""
+    half = v.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and torch.is_autocast_enabled(v.device.type) else v.dtype
