@@ -61,6 +61,10 @@ class Problem:
         logits = self.rows * self.classes * self.student.input.element_size()
         return min(logits // SHARE, LARGEST[self.device])
 
+    def bytes_of_logit(self) -> int:
+        """As tiles hold it: as it is, and as it is multiplied where that is another dtype."""
+        return self.dtype.itemsize + (self.student.dtype.itemsize if self.student.converts else 0)
+
     def rows_of_chunk(self, with_gradients: bool) -> int:
         """How many rows ``by_rows`` takes at a time."""
         if self.chunk_size:
@@ -68,7 +72,7 @@ class Problem:
         converted = 8 * CONVERTED * self.hidden if self.student.converts else 0
         # A forward alone leaves room for what its backward adds to memory that is not given back.
         budget = self.budget() if with_gradients else self.budget() // 2
-        rows = (budget - converted) // (self.classes * self.dtype.itemsize)
+        rows = (budget - converted) // (self.classes * self.bytes_of_logit())
         return max(rows, FEWEST_ROWS[self.device])
 
     def tile_of_block(self) -> tuple[int, int]:
@@ -77,7 +81,9 @@ class Problem:
         if self.chunk_size:
             return rows, max(1, self.chunk_size * self.classes // rows)
         of_input = 4 * self.hidden * (rows + self.rows)  # a tile's rows, and their gradient's sum
-        of_class = self.dtype.itemsize * rows + 8 * self.hidden  # logits; a weight, its gradient's
+        of_class = (
+            self.bytes_of_logit() * rows + 8 * self.hidden
+        )  # logits; a weight, its gradient's
         classes = (self.budget() // 2 - of_input) // of_class
         return rows, max(classes, FEWEST_CLASSES[self.device])
 

@@ -147,9 +147,13 @@ def _store(total: Tensor | None, gradient: Tensor | None) -> None:
 
 
 def ranges(whole: slice, most: int) -> Iterator[slice]:
-    """Pieces of at most so many, of one size but for the last: memory of one fits the next."""
+    """Pieces of at most so many, of one size but for the last: memory of one fits the next.
+
+    A multiple of 16 if it may be: products of 79 rows take a tenth longer than those of 80.
+    """
     length = whole.stop - whole.start
     size = -(-length // -(-length // most)) if length else 1
+    size = min(-(-size // 16) * 16, most)
     for begin in range(whole.start, whole.stop, size):
         yield slice(begin, min(begin + size, whole.stop))
 

@@ -59,30 +59,38 @@ def compiler_for(mode: str, folder: Path) -> str:
     return compiler
 
 
+def compile_objects(
+    folder: Path, sources: Sequence[Path], mode: str, flags: Sequence[str] = ()
+) -> list[Path]:
+    """Compiles the sources next to each other."""
+    compiler = compiler_for(mode, folder)
+
+    def compile_one(source: Path) -> Path:
+        out = folder / f"{source.name}.o"
+        command = [compiler, *FLAGS, *MODES[mode], *flags, f"-I{ROOT / 'csrc'}"]
+        subprocess.run([*command, "-x", "c++", "-c", source, "-o", out], check=True)
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
+
+
 def build(
     target: Path,
     sources: Sequence[Path],
     mode: str,
     flags: Sequence[str] = (),
-    link: Sequence[str] = (),
+    link: Sequence[str | Path] = (),
 ) -> Path:
-    """Compiles the sources next to each other and links them."""
+    """Compiles the sources, and links them with what there is already."""
     compiler = compiler_for(mode, target.parent)
-
-    def compile_one(source: Path) -> str:
-        out = target.parent / f"{target.name}.{source.name}.o"
-        command = [compiler, *FLAGS, *MODES[mode], *flags, f"-I{ROOT / 'csrc'}"]
-        subprocess.run([*command, "-x", "c++", "-c", source, "-o", out], check=True)
-        return str(out)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+    objects = compile_objects(target.parent, sources, mode, flags)
     subprocess.run([compiler, *MODES[mode], "-pthread", *objects, *link, "-o", target], check=True)
     return target
 
 
-def build_extension(target: Path, sources: Sequence[Path]) -> Path:
-    """The sources as a module fastdiv._C."""
+def build_extension(target: Path, sources: Sequence[Path], objects: Sequence[Path]) -> Path:
+    """The sources and objects as a module fastdiv._C."""
     from torch.utils import cpp_extension
 
     folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
@@ -94,6 +102,7 @@ def build_extension(target: Path, sources: Sequence[Path]) -> Path:
         "plain",
         [*CUDA_FLAGS, "-fvisibility=hidden", *defines, *(f"-I{f}" for f in folders)],
         [
+            *objects,
             *("-shared", *(f"-L{f}" for f in libraries), *(f"-Wl,-rpath,{f}" for f in libraries)),
             *("-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python"),
         ],

@@ -15,6 +15,17 @@
 
 using namespace fastdiv;
 
+#if defined(FD_CUDA_ON_CPU)
+// Of dtypes whose kernels the program is not linked with, for the time it takes to compile them.
+namespace fastdiv {
+namespace cuda {
+__attribute__((weak)) const RowKernels* find_f64(LossId, Target) { return nullptr; }
+__attribute__((weak)) const RowKernels* find_f16(LossId, Target) { return nullptr; }
+__attribute__((weak)) const RowKernels* find_bf16(LossId, Target) { return nullptr; }
+}  // namespace cuda
+}  // namespace fastdiv
+#endif
+
 namespace {
 
 constexpr double kInf = HUGE_VAL;

@@ -18,12 +18,28 @@ from pathlib import Path
 
 import pytest
 
-from programs import CUDA_FLAGS, CUDA_SOURCES, ROOT, SHIM, build, build_extension, needs_fibers, run
+from programs import (
+    CUDA_FLAGS,
+    CUDA_SOURCES,
+    ROOT,
+    SHIM,
+    build,
+    build_extension,
+    compile_objects,
+    needs_fibers,
+    run,
+)
 
 pytestmark = [needs_fibers, pytest.mark.slow, pytest.mark.cpu_only("no GPU is used")]
-PROGRAM = [ROOT / "tests/sanitize_rows.cpp", *CUDA_SOURCES]
+PROGRAM = ROOT / "tests/sanitize_rows.cpp"
 NO_CLUSTERS = {"FASTDIV_SHIM_ARCHITECTURE": "80"}
 LITTLE_SHARED_MEMORY = {"FASTDIV_SHIM_SHARED_KB": "32"}
+
+
+def kernels_of(*dtypes: str) -> list[Path]:
+    """The program that looks at every kernel, with those of some dtypes; the others have none."""
+    rows = {f"rows_{dtype}" for dtype in dtypes}
+    return [PROGRAM, *(s for s in CUDA_SOURCES if s.stem in rows or "rows_" not in s.stem)]
 
 
 def check(result: subprocess.CompletedProcess[str], least: int) -> None:
@@ -32,9 +48,16 @@ def check(result: subprocess.CompletedProcess[str], least: int) -> None:
     assert checks > least and not failures
 
 
-def test_against_plain_loops(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The kernels, compiled."""
+    folder = tmp_path_factory.mktemp("kernels")
+    return compile_objects(folder, CUDA_SOURCES, "plain", [*CUDA_FLAGS, "-fvisibility=hidden"])
+
+
+def test_against_plain_loops(tmp_path: Path, kernels: list[Path]) -> None:
     """Every order finds another kind of missing barrier."""
-    program = build(tmp_path / "rows", PROGRAM, "plain", CUDA_FLAGS)
+    program = build(tmp_path / "rows", [PROGRAM], "plain", CUDA_FLAGS, kernels)
     for order, gpu in {
         "forward": {},
         "reverse": NO_CLUSTERS,
@@ -46,12 +69,13 @@ def test_against_plain_loops(tmp_path: Path) -> None:
 
 def test_addresses(tmp_path: Path) -> None:
     """Nothing beside a row is read or written, and no vector access is misaligned."""
-    program = build(tmp_path / "rows", PROGRAM, "asan-quick", CUDA_FLAGS)
+    program = build(tmp_path / "rows", kernels_of("f32", "f64", "bf16"), "asan-quick", CUDA_FLAGS)
     check(run(program, **LITTLE_SHARED_MEMORY), 1_000_000)
 
 
 def test_races(tmp_path: Path) -> None:
-    program = build(tmp_path / "rows", PROGRAM, "tsan-quick", CUDA_FLAGS)
+    """What threads share is the same for all dtypes."""
+    program = build(tmp_path / "rows", kernels_of("f32"), "tsan-quick", CUDA_FLAGS)
     check(run(program, "shared"), 50)
 
 
@@ -64,7 +88,7 @@ ELSEWHERE = "not scalar_reductions and not test_threads and not split_columns"
 ABOVE = "test_accuracy.py::test_every_loss_on_small_shapes[cuda_on_cpu-renyi_div-probs[alpha=2.0]"
 
 
-def test_suite(tmp_path: Path) -> None:
+def test_suite(tmp_path: Path, kernels: list[Path]) -> None:
     """The tests of the library, with the CUDA ops in place of the CPU's."""
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -73,7 +97,7 @@ def test_suite(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "fastdiv", package, ignore=shutil.ignore_patterns("*.so"))
     torch_side = [ROOT / "csrc/bind_cuda.cpp", ROOT / "csrc/row_ops.cpp", SHIM / "module.cpp"]
     module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    build_extension(package / module, [*CUDA_SOURCES, *torch_side])
+    build_extension(package / module, torch_side, kernels)
     tests = [f"tests/test_{name}.py" for name in SUITE]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-k", ELSEWHERE, *tests]
     command += ["--deselect", f"tests/{ABOVE}-torch.float32]"]
