@@ -73,7 +73,8 @@ class Problem:
         # A forward alone leaves room for what its backward adds to memory that is not given back.
         budget = self.budget() if with_gradients else self.budget() // 2
         rows = (budget - converted) // (self.classes * self.bytes_of_logit())
-        return max(rows, FEWEST_ROWS[self.device])
+        # Twice as many where the weight has to be converted for every chunk.
+        return max(rows, FEWEST_ROWS[self.device] * (2 if self.student.converts else 1))
 
     def tile_of_block(self) -> tuple[int, int]:
         """How many rows and classes ``by_classes`` takes at a time."""

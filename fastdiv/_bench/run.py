@@ -48,11 +48,12 @@ class Plan:
 
     @property
     def jobs(self) -> list[Job]:
-        """All measurements of memory."""
+        """All measurements of memory: at the first shape, for it grows like the logits."""
         return [
             Job(loss.name, variant, dtype, *shape, self.device)
             for loss, dtype, shape in (self if self.memory else ())
             for variant in MEASURED_FOR_MEMORY
+            if shape == self.shapes[0]
             if variant in self.variants and getattr(loss, variant) is not None
         ]
 
