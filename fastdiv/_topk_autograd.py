@@ -191,5 +191,11 @@ def _gradients(
     else:
         dx, _ = _ops.backward(upstream, *call, True, False)
     entries = (of_k - masked_product(mass.unsqueeze(-1), log_q.exp())) * spec.scale
-    dx.scatter_(-1, indices, entries.to(dx.dtype))
+    _put(dx, indices, entries.to(dx.dtype))
     return dx, dv
+
+
+def _put(dx: Tensor, indices: Tensor, entries: Tensor) -> None:
+    if dx.dtype.itemsize == 2:  # of halves scatter_ makes a copy in float32, of the whole
+        dx, entries = dx.view(torch.int16), entries.view(torch.int16)
+    dx.scatter_(-1, indices, entries)
