@@ -4,6 +4,8 @@
 // function compiled inside could be chosen by the linker for code that runs on a lesser machine.
 #pragma once
 
+#include <type_traits>
+
 #include "common/dtype.h"
 #include "cpu/kernels.h"
 #include "losses/find_kernels.h"

@@ -61,7 +61,7 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
 template <class P, class L, class real>
 TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
                          const Row<real>& row) {
-  if constexpr (L::kPlain)
+  if constexpr (P::kPlain && std::is_same<P, L>::value)
     if (row.c != real(0)) return sum_terms_of<PlainPair<real>>(source, loss, r, row);
   return sum_terms_of<Pair<real>>(source, loss, r, row);
 }
