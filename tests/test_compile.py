@@ -76,12 +76,12 @@ def test_nothing_needs_a_gradient(case: Case, grad_mode: bool) -> None:
 
 @pytest.mark.slow
 def test_inductor() -> None:
-    """All losses in one graph of inductor, with neighbours it could fuse or reuse memory with."""
+    """A loss of each kernel in one graph of inductor, with neighbours it could fuse with."""
 
     def everything(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         logits = x * 1.5 + 0.25
         values = []
-        for case in LOSSES:
+        for case in KERNELS:
             reduced = {} if "log_prob" in case.name else {"reduction": "mean"}
             value = case.call(logits, case.make_target(logits, t), **reduced)
             values.append(value.sum())
