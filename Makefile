@@ -30,6 +30,7 @@ help:  ## list the targets
 	@echo
 	@echo '  PYTHON=python3.12   the interpreter that .venv is made with (3.10 or newer; now: $(PYTHON))'
 	@echo '  ARGS="-k kl -x"     passed on by demo, test, check, bench and gpu-check'
+	@echo '  WORKERS=2           processes of the tests'
 	@echo '  STEPS="build tests" DRY_RUN=1 OUT=folder    some steps of gpu-check; on the CPU; its files'
 
 build: $(BUILT)  ## .venv, pinned packages, compiled extension (rebuilt when setup.py or csrc changes)

@@ -6,6 +6,7 @@ torch would write, in the dtype of the logits, and sets the accuracy that we mus
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,6 +202,13 @@ DIVERGENCES: list[tuple[str, Eager, dict[str, Any]]] = [
     ("renyi_div", _renyi(2.0), {"alpha": 2.0}),
     ("tv_distance", _tv, {}),
     ("hellinger_distance", _hellinger, {}),
+]
+
+PUBLIC_LOSSES = [
+    name
+    for name in fastdiv.__all__
+    if inspect.isfunction(getattr(fastdiv, name))
+    and name not in ("backend", "build_info", "patch_torch")
 ]
 
 LOSSES: list[Case] = [

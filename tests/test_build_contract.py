@@ -18,7 +18,7 @@ import pytest
 
 import fastdiv
 import fastdiv._C as native
-from cases import LOSSES
+from cases import LOSSES, PUBLIC_LOSSES
 from fastdiv import reference
 from programs import POLICY_COUNT, ROOT
 
@@ -28,13 +28,14 @@ WIDTH = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 ARITHMETIC = re.compile(r"\bv?(?:add|sub|mul|div|max|min|fn?m(?:add|sub)\d+)(ps|ss)\b")
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 
+PLAIN = " of rows that are apart"
+
 # Where the loops are, and the least number of packed instructions for each scalar one.  A loop has
 # a scalar copy of itself for the last few columns, so a function that is all loop is near 1; around
 # the loop of first_sweep there is scalar work for every tile.  Measured (GCC 12, baseline, AVX2 and
 # AVX-512): 0.27 and more in first_sweep, 0.88 and more elsewhere.  Without -fopenmp-simd all are
 # below 0.06.  Without -fno-trapping-math likewise, but for AVX-512, whose masks save most loops:
 # there it is the logarithms of probability targets that fall, to 0.14 in first_sweep and 0.38.
-PLAIN = " of rows that are apart"
 LOOPS = {
     "first_sweep": 0.2,
     "sum_terms_of": 0.7,
@@ -211,8 +212,7 @@ def test_registry_reference_cases_and_names_agree() -> None:
     divergences = {n for n in registry if n in reference.DIVERGENCES}
     assert divergences == set(reference.DIVERGENCES)
     divergences -= {"reverse_skew_kl_div"}  # an option of skew_kl_div
-    public = {n for n in fastdiv.__all__ if callable(getattr(fastdiv, n)) and n[0].islower()}
-    public -= {"backend", "build_info", "nn", "patch_torch"}
+    public = set(PUBLIC_LOSSES)
     linear = {n for n in public if n.startswith("linear_")}
     public -= linear
     assert {n.removeprefix("linear_") for n in linear} < public
@@ -238,13 +238,7 @@ def test_the_table_of_losses_in_the_readme() -> None:
     table = (ROOT / "README.md").read_text().split("## Losses")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == {n for n in fastdiv.__all__ if n.islower()} - {
-        "backend",
-        "build_info",
-        "nn",
-        "patch_torch",
-        "stats",
-    }
+    assert named == set(PUBLIC_LOSSES)
 
 
 def test_every_function_has_its_module() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 from typing import Any
@@ -12,17 +11,11 @@ import torch
 from torch import Tensor
 
 import fastdiv
+from cases import PUBLIC_LOSSES
 from fastdiv import _backend, reference
 from fastdiv.__main__ import main
 
 pytestmark = pytest.mark.cpu_only("the commands choose their device themselves")
-
-PUBLIC_LOSSES = [
-    name
-    for name in fastdiv.__all__
-    if inspect.isfunction(getattr(fastdiv, name))
-    and name not in ("backend", "build_info", "patch_torch")
-]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

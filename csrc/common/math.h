@@ -231,8 +231,8 @@ FD_FN real max_of(const real* x, int n, real m) {
   constexpr int kLanes = 32;  // independent lanes: a plain maximum loop needs -ffast-math
   real lane[kLanes];
   for (int j = 0; j < kLanes; ++j) lane[j] = m;
-  for (; n >= kLanes;
-       x += kLanes, n -= kLanes)  // (x[i + j] would be gathered, by vectors of i + j)
+  // (x[i + j] would be gathered, by vectors of i + j.)
+  for (; n >= kLanes; x += kLanes, n -= kLanes)
     for (int j = 0; j < kLanes; ++j) lane[j] = x[j] > lane[j] ? x[j] : lane[j];
   for (int i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
   for (int j = 0; j < kLanes; ++j) m = lane[j] > m ? lane[j] : m;

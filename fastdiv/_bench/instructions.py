@@ -87,19 +87,17 @@ def count_instructions(
         totals: dict[str, int] = {}
         for key, total in _totals(Path(folder)):
             totals[key] = min(total, totals.get(key, total))
-    few, many = ROWS
+
+    def per_element(call: str) -> float:
+        few, many = ROWS
+        more = totals[f"{call} {many}"] - totals[f"{call} {few}"]
+        return round(more / ((many - few) * CLASSES), 3)
+
     return [
-        Count(
-            name,
-            dtype,
-            phase,
-            isa=said,
-            per_element=round((totals[key % many] - totals[key % few]) / el, 3),
-        )
+        Count(name, dtype, phase, said, per_element(f"{name} {dtype} {phase}"))
         for name in losses
         for dtype in dtypes
         for phase in PHASES
-        for key, el in [(f"{name} {dtype} {phase} %d", (many - few) * CLASSES)]
     ]
 
 
