@@ -17,6 +17,7 @@ from cases import KERNELS, LOSSES, Case, make_inputs
 EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
 WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(autouse=True)
