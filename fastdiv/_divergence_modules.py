@@ -65,7 +65,8 @@ class _Divergence(nn.Module):
 
     def extra_repr(self) -> str:
         """The options."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        shown = {**self._options(), "scale_by_temperature": self.scale_by_temperature}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 class _DivergenceLoss(_Divergence):

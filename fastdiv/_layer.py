@@ -84,6 +84,12 @@ def check_target(logits: Tensor, target: Tensor) -> None:
     _check.same_device(logits, target, "target")
 
 
+def check_chunk_size(chunk_size: int | None) -> None:
+    """None, or a positive number of rows."""
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
+
+
 def loss_of_layer(
     spec: Spec,
     student: Layer,
@@ -95,8 +101,7 @@ def loss_of_layer(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Stats | None]:
     """The loss, reduced or in the shape of the rows, and statistics if asked for."""
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
-        raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
+    check_chunk_size(chunk_size)
     logits, t = student.logits, teacher[0]
     # In the dtype of the value, which a float64 target makes float64.
     dtype = value_dtype(logits.dtype if t is None else torch.promote_types(logits.dtype, t.dtype))

@@ -136,6 +136,9 @@ def linear_cross_entropy(
     Large-Vocabulary Language Models* (2024); Hsu et al., *Liger Kernel* (2024).
     """
     ignored = -100 if ignore_index is None else ignore_index
+    if chunk_size is None:
+        chunk_size = getattr(options, "batch_chunk_size", None)
+    _layer.check_chunk_size(chunk_size)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         return cross_entropy(
             _logits_of_many_dimensions(input, linear_weight, linear_bias),
@@ -182,7 +185,7 @@ def linear_cross_entropy(
         _check.class_weights(logits, classes, weight),
         _check.token_weights(logits, dim, token_weight),
         stats=return_stats,
-        chunk_size=getattr(options, "batch_chunk_size", None) if chunk_size is None else chunk_size,
+        chunk_size=chunk_size,
     )
     return value if stats is None else (value, stats)
 
