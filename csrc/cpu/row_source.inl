@@ -89,10 +89,10 @@ struct RowSource {
     return total;
   }
 
- private:
-  Buffer<real> ones;
-
   void* row_of(const Matrix& m, int64_t r) const {
     return static_cast<char*>(m.data) + r * m.stride * size_of(a.dtype);
   }
+
+ private:
+  Buffer<real> ones;
 };

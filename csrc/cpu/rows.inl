@@ -6,6 +6,7 @@ namespace FD_ISA {
 
 #include "cpu/tiles.inl"
 #include "cpu/row_source.inl"
+#include "cpu/named_classes.inl"
 
 // --- forward ----------------------------------------------------------------------------------
 
@@ -85,10 +86,16 @@ void forward_row(const RowSource<P>& source, int64_t r) {
   const RowOf<P> row = source.row(r);
   if (row.weight() == real(0) && !P::kStats) return row.store({});
   const RowState<P> s = first_sweep(source, r, source.scale);
-  const auto sweep = [&](const auto& loss, const Row<real>& record) {
-    return sum_terms(source, loss, r, record);
+  const auto finish = [&](const auto& sweep) {
+    return row.finish(source.loss, s, source.label_logit(r), source.scale, sweep);
   };
-  const auto result = row.finish(source.loss, s, source.label_logit(r), source.scale, sweep);
+  typename RowOf<P>::Result result;
+  if constexpr (P::kTopK)
+    result = finish(NamedClasses<P>(source, r));
+  else
+    result = finish([&](const auto& loss, const Row<real>& record) {
+      return sum_terms(source, loss, r, record);
+    });
   row.store(result);
   if constexpr (P::kStats)
     row.store_stats(result, s, source.scale, first_maximum(source, r, s.x.max));
@@ -168,6 +175,8 @@ void backward_row_of(const RowSource<P>& source, int64_t r) {
 template <class P>
 void backward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
+  if constexpr (P::kTopK)
+    return backward_named(source, r, [&] { backward_row_of<Pair<real>>(source, r); });
   if constexpr (P::kPlain)
     if (source.row(r).record().c != real(0)) return backward_row_of<PlainPair<real>>(source, r);
   backward_row_of<Pair<real>>(source, r);

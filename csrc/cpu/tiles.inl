@@ -32,20 +32,50 @@ void store_same(void* row, int64_t i, int n, const real* __restrict tile) {
   for (int j = 0; j < n; ++j) to[j] = tile[j];
 }
 
+// Of some classes of a row.  An index that is no class reads NaN and writes nothing.
+template <class real>
+using GatherTile = void (*)(const void* row, int64_t classes, const int64_t* indices, int n,
+                            real* tile);
+template <class real>
+using ScatterTile = void (*)(void* row, int64_t classes, const int64_t* indices, int n,
+                             const real* tile);
+
+template <class T, class real>
+void gather(const void* row, int64_t classes, const int64_t* indices, int n, real* tile) {
+  const T* from = static_cast<const T*>(row);
+  for (int j = 0; j < n; ++j)
+    tile[j] =
+        uint64_t(indices[j]) < uint64_t(classes) ? widen(from[indices[j]]) : Limits<real>::nan;
+}
+template <class T, class real>
+void scatter(void* row, int64_t classes, const int64_t* indices, int n, const real* tile) {
+  T* to = static_cast<T*>(row);
+  for (int j = 0; j < n; ++j)
+    if (uint64_t(indices[j]) < uint64_t(classes)) narrow(tile[j], to + indices[j]);
+}
+
 template <class real>
 struct Converters {
   LoadTile<real> load;
   StoreTile<real> store;
+  GatherTile<real> gather;
+  ScatterTile<real> scatter;
   bool same;  // the tensor is of the type we compute in
 };
+template <class T>
+Converters<float> converters_of_halves() {
+  return {load_widened<T>, store_narrowed<T>, gather<T, float>, scatter<T, float>, false};
+}
+template <class real>
+Converters<real> converters_of() {
+  return {load_same<real>, store_same<real>, gather<real, real>, scatter<real, real>, true};
+}
 inline Converters<float> converters(DType dtype, float) {
-  if (dtype == DType::kF16) return {load_widened<Half>, store_narrowed<Half>, false};
-  if (dtype == DType::kBF16) return {load_widened<BFloat16>, store_narrowed<BFloat16>, false};
-  return {load_same<float>, store_same<float>, true};
+  if (dtype == DType::kF16) return converters_of_halves<Half>();
+  if (dtype == DType::kBF16) return converters_of_halves<BFloat16>();
+  return converters_of<float>();
 }
-inline Converters<double> converters(DType, double) {
-  return {load_same<double>, store_same<double>, true};
-}
+inline Converters<double> converters(DType, double) { return converters_of<double>(); }
 
 template <class real>
 struct Buffer {

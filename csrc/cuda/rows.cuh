@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/launch.cuh"
+#include "cuda/named_classes.cuh"
 #include "cuda/row_reader.cuh"
 #include "losses/find_kernels.h"
 
@@ -18,9 +19,9 @@ __device__ __forceinline__ void set(Pack<T>& pack, int k, real v) {
 // dL/dx and dL/dt of columns [begin, end) of a row, in packs that are aligned where they are
 // written; a pack at the edge shares its 16 bytes with the neighbouring stretch.
 template <class P, class T, bool kCapped>
-__device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& reader, int64_t r,
-                                                Row<typename P::real> row, int begin, int end,
-                                                int thread, int threads) {
+__device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCapped>& reader,
+                                                      int64_t r, Row<typename P::real> row,
+                                                      int begin, int end, int thread, int threads) {
   using real = typename P::real;
   using Reader = RowReader<P, T, kCapped>;
   constexpr int kSize = Reader::kSize, kPacks = Reader::kPacks;
@@ -84,6 +85,18 @@ __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& 
   }
 }
 
+template <class P, class T, bool kCapped>
+__device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& reader, int64_t r,
+                                                const Row<typename P::real>& row, int begin,
+                                                int end, int thread, int threads) {
+  const auto dense = [&] { write_dense_gradients(reader, r, row, begin, end, thread, threads); };
+  if constexpr (P::kTopK)
+    write_named_gradients(reader, r, row, RowOf<P>{reader.a, r}.upstream().value, begin, end,
+                          thread, threads, dense);
+  else
+    dense();
+}
+
 // Blocks of 256 threads that share the 65536 registers of a multiprocessor: four leave each thread
 // 64, three 80, two 128, one 255.  Where fewer would spill, fewer threads with more in flight each
 // are the better bargain.
@@ -141,7 +154,11 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
       });
       return team.all(sum, MergeTerms<real>());
     };
-    result = self.finish(reader.loss, state, x_label, reader.scale, second_sweep);
+    if constexpr (P::kTopK)
+      result = self.finish(reader.loss, state, x_label, reader.scale,
+                           NamedClasses<RowReader<P, T, kCapped>>{{reader, r}, team});
+    else
+      result = self.finish(reader.loss, state, x_label, reader.scale, second_sweep);
     if constexpr (P::kStats) {
       largest = team.all(largest, MergeArgMax<real>());
       if (team.leads()) self.store_stats(result, state, reader.scale, largest.column);
@@ -149,7 +166,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
   }
   if (team.leads()) self.store(result);
   if constexpr (kGradient) {
-    team.sync();
+    sync_threads(team.threads);
     write_gradients(reader, r, result.row, begin, end, team.thread, team.threads);
   }
   team.leave();
