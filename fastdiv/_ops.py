@@ -39,6 +39,13 @@ def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
     )
 
 
+def spec_of(options: Sequence[Any]) -> Spec:
+    """The losses and options that these are, but for ``inplace``."""
+    loss, target_type, reduction, *rest = options
+    name = list(_LOSS_IDS)[loss]
+    return Spec(name, list(_TARGET_TYPES)[target_type], list(REDUCTIONS)[reduction], *rest)
+
+
 def reduces(options: Sequence[Any]) -> bool:
     """Whether the values of the rows become one."""
     return options[REDUCTION] != REDUCTIONS["none"]
