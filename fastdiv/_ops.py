@@ -12,6 +12,7 @@ from . import _backend, reference
 from .reference import Spec, value_dtype
 
 RECORD_SIZE = 8  # numbers a row that the forward leaves for the backward: Row in row_state.h
+TERM_SUMS = 5  # of a divergence: TermSums in divergence.h
 LOG_SUM_EXP_AND_SUM = (0, 1, 5, 6)  # x_max, x_logz, a and b of it: log_sum_exp.h
 LOSS, REDUCTION, BATCH, IGNORE_INDEX = 0, 2, 3, 4  # their places among the options
 
@@ -163,6 +164,7 @@ if _backend._C is not None:
     backward = torch.ops.fastdiv._row_backward.default
     backward_in_place = torch.ops.fastdiv._row_backward_.default
     forward_grad = torch.ops.fastdiv._row_forward_grad.default
+    terms = torch.ops.fastdiv._row_terms.default
 
     _register = torch.library.register_fake
     _register("fastdiv::_row_forward")(lambda x, *a: _fake_forward(x, a[4:], False))
@@ -174,6 +176,7 @@ if _backend._C is not None:
     _register("fastdiv::_row_forward_grad")(
         lambda grad, x, *a: (_fake_forward(x, a[4:-1], False)[0], _fake_gradient(x, a[-1]))
     )
+    _register("fastdiv::_row_terms")(lambda x, t, y, cw, w, record, *_: record.new_empty((x.shape[0], TERM_SUMS)))
     torch.library.register_vmap("fastdiv::_row_forward", _vmap_forward)
     torch.library.register_vmap("fastdiv::_row_forward_stats", _vmap_forward_stats)
     torch.library.register_vmap("fastdiv::_row_backward", _vmap_backward)

@@ -66,7 +66,7 @@ def shard_loss(call: Call, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats 
         label = label - call.shards.first
     rows = (x, t, label, class_weight, weight)
     if not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for v in (x, t)):
-        value, _, total, stats, argmax = _shard.forward(*rows, *call.options())
+        value, _, total, stats, argmax = _shard.forward(*rows, *call.options(), False)
     else:
         function = _TracedShardLoss if torch.compiler.is_compiling() else _ShardLoss
         value, _, total, stats, argmax = function.apply(call, *rows)
@@ -95,7 +95,7 @@ class _TracedShardLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *rows: Tensor | None) -> tuple[Tensor, ...]:
-        out = _shard.forward(*rows, *call.options())
+        out = _shard.forward(*rows, *call.options(), ctx.needs_input_grad[2])
         ctx.call = call
         ctx.mark_non_differentiable(*out[1:])
         ctx.save_for_backward(*rows, *out[1:3])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from ._world import Group, world_of
+from ._world import Group, sum_over, world_of
 
 
 def token_mean(total: Tensor, count: Tensor | float, group: Group = None) -> Tensor:
@@ -48,5 +46,5 @@ def token_mean(total: Tensor, count: Tensor | float, group: Group = None) -> Ten
     of_rank = torch.as_tensor(count, device=total.device).detach().to(total.dtype)
     of_all = of_rank
     if world.size > 1:
-        of_all = funcol.all_reduce(of_rank, "sum", dist.group.WORLD if group is None else group)
+        of_all = sum_over(world.name, of_rank)
     return total * (world.size / of_all)

@@ -21,29 +21,27 @@ from torch import Tensor
 
 from ..reference import Spec
 from ..reference_divergences import masked_product
+from ._local import NOTHING_INFINITE
 
-APART = 0.25  # rows are, from this divergence on: apart() in divergence_value.h
+APART = 0.25
 
 
 @dataclass
 class Parts:
     """What the shards know of their rows, one column of ``[W, R]`` each; see ``Row`` in C++."""
 
-    x_max: Tensor
-    x_logz: Tensor
-    column: dict[str, Tensor]  # what else the loss has sent
-    dtype: torch.dtype = torch.float64  # that the shards compute in
+    column: dict[str, Tensor]
+    dtype: torch.dtype  # that the shards compute in
 
     def __getitem__(self, name: str) -> Tensor:
         return self.column[name]
 
-    def student(self, spec: Spec) -> Side:
-        """q of the shards."""
-        return Side(self.x_max, self.x_logz, spec.scale, self.dtype)
+    def __contains__(self, name: str) -> bool:
+        return name in self.column
 
-    def teacher(self, spec: Spec) -> Side:
-        """P of the shards, from logits."""
-        return Side(self["t_max"], self["t_logz"], spec.scale, self.dtype)
+    def side(self, spec: Spec, name: str) -> Side:
+        """The shards of the input, "x", or of a target of logits, "t"."""
+        return Side(self[f"{name}_max"], self[f"{name}_logz"], spec.scale, self.dtype)
 
 
 @dataclass
@@ -96,10 +94,10 @@ def log_prob_of(x: Side, of_shards: Tensor, owner: Tensor) -> Tensor:
 
 def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
     """Of a label, a soft target, or a label smoothed; a = sum r + 2 z omega lse, b: the label's."""
-    x = parts.student(spec)
+    x = parts.side(spec, "x")
     zero = torch.zeros_like(x.logz)
     value, mass, taken, omega = zero, zero, zero, None
-    if "mass" in parts.column:
+    if "mass" in parts:
         inside = torch.where(x.empty, 0.0, parts["value"])
         value = (inside - masked_product(parts["mass"], x.log_share)).sum(0)
         mass = parts["mass"].sum(0)
@@ -113,7 +111,7 @@ def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
     value = value + masked_product(z, lse * lse)
     a = mass + taken + 2 * masked_product(z, lse)
     whole = Whole(value, {"x_max": x.max, "x_logz": x.logz, "a": a, "b": taken}, omega)
-    if "entropy" in parts.column:
+    if "entropy" in parts:
         whole.stats = [lse, entropy_of(x, parts["entropy"]), *_log_prob_and_argmax(x, parts, owner)]
     return whole
 
@@ -125,13 +123,13 @@ def _log_prob_and_argmax(x: Side, parts: Parts, owner: Tensor | None) -> list[Te
         log_prob = (inside + masked_product(parts["p"], x.log_share)).sum(0)
     else:
         log_prob = log_prob_of(x, parts["label"], owner)
-    first = ((parts.x_max == x.max) | parts.x_logz.isnan()).int().argmax(0)
+    first = ((parts["x_max"] == x.max) | parts["x_logz"].isnan()).int().argmax(0)
     return [log_prob, of_owner(parts["argmax"], first)]
 
 
 def entropy(spec: Spec, parts: Parts) -> Whole:
     """Row: a = H."""
-    x = parts.student(spec)
+    x = parts.side(spec, "x")
     value = entropy_of(x, parts["entropy"])
     return Whole(value, {"x_max": x.max, "x_logz": x.logz, "a": value})
 
@@ -139,7 +137,7 @@ def entropy(spec: Spec, parts: Parts) -> Whole:
 def log_prob_and_entropy(spec: Spec, parts: Parts, owner: Tensor) -> Whole:
     """Both; row: a = H."""
     whole = entropy(spec, parts)
-    x = parts.student(spec)
+    x = parts.side(spec, "x")
     whole.value = torch.stack([log_prob_of(x, parts["label"], owner), whole.value])
     return whole
 
@@ -164,11 +162,11 @@ class Pair:
     """Both rows of a divergence of logits, and what the shards of one are to those of the other."""
 
     def __init__(self, spec: Spec, parts: Parts) -> None:
-        self.x = x = parts.student(spec)
-        self.t = t = parts.teacher(spec)
-        apart = (parts.x_max - x.max) - (parts["t_max"] - t.max)
+        self.x = x = parts.side(spec, "x")
+        self.t = t = parts.side(spec, "t")
+        maxima = (parts["x_max"] - x.max) - (parts["t_max"] - t.max)
         # log(sum e^x / sum e^t) of a shard; the kernel's gap has the digits of its small ones.
-        self.log_ratio = apart * spec.scale + parts["gap"]
+        self.log_ratio = maxima * spec.scale + parts["gap"]
         # Through the ratio where there is one, that x be to t as exactly as the shards know it.
         both = ~x.empty & ~t.empty
         log_sums = torch.where(both, t.log_share + self.log_ratio, x.log_sums - t.logz)
@@ -199,32 +197,61 @@ def kl_div(spec: Spec, parts: Parts) -> Whole:
     """Row: a = 1 - sum p, b = the value, c: whether the rows are apart."""
     if spec.target_type == "logits":
         pair = Pair(spec, parts)
-        inside = torch.where(pair.x.empty, 0.0, parts["value"])
-        value = pair.forward() + average(pair.t.share, inside)
+        between_shards = pair.forward()
+        inside, slope = _infinite(parts, pair.t.share, pair.x.empty, pair.gap - pair.log_ratio)
+        value = between_shards + inside
         record, mass = pair.record(), torch.ones_like(value)
     else:
-        x = parts.student(spec)
+        x = parts.side(spec, "x")
         inside = torch.where(x.empty, 0.0, parts["value"])
-        value = (inside - masked_product(parts["mass"], x.log_share)).sum(0)
+        value = slope = (inside - masked_product(parts["mass"], x.log_share)).sum(0)
         record, mass = {"x_max": x.max, "x_logz": x.logz}, parts["mass"].sum(0)
     a = torch.where(value.isnan(), value, 1 - mass)
-    return Whole(value, {**record, "a": a, "b": value, "c": is_apart(value)})
+    b = torch.where(value.isinf(), slope, value)
+    return Whole(value, {**record, "a": a, "b": b, "c": apart(value)})
 
 
 def reverse_kl_div(spec: Spec, parts: Parts) -> Whole:
     """Row: a = the value, b = sum p - 1, c as above."""
     if spec.target_type == "logits":
         pair = Pair(spec, parts)
-        inside = torch.where(pair.t.empty, 0.0, parts["value"])
-        value = pair.reverse() + average(pair.x.share, inside)
+        between_shards = pair.reverse()
+        inside, slope = _infinite(parts, pair.x.share, pair.t.empty, pair.log_ratio - pair.gap)
+        value = between_shards + inside
         record, mass = pair.record(), torch.ones_like(value)
     else:
-        x = parts.student(spec)
-        value = average(x.share, parts["value"] + x.log_share)
+        x = parts.side(spec, "x")
+        inside, slope = _infinite(parts, x.share, torch.zeros_like(x.empty), x.log_share)
+        value = average(x.share, x.log_share) + inside
         record, mass = {"x_max": x.max, "x_logz": x.logz}, parts["mass"].sum(0)
-    return Whole(value, {**record, "a": value, "b": mass - 1, "c": is_apart(value)})
+    a = torch.where(value.isinf(), slope, value)
+    return Whole(value, {**record, "a": a, "b": mass - 1, "c": apart(value)})
 
 
-def is_apart(value: Tensor) -> Tensor:
-    """1 where the textbook's terms will do."""
+def _infinite(
+    parts: Parts, share: Tensor, absent: Tensor, log_ratio: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean of what shards know of their rows, and the sum of u or v where that is infinite.
+
+    An infinite term is -1 times its mass, a finite one its mass times the log of a ratio, which is
+    the shard's and ``log_ratio``.  Where the other row is ``absent`` from a shard all are infinite.
+    """
+    inside = torch.where(absent, 0.0, parts["value"])
+    if "share" not in parts:
+        return average(share, inside), torch.zeros_like(inside[0])
+    infinite = parts["share"] != NOTHING_INFINITE
+    finite = torch.where(absent, 0.0, torch.where(infinite, parts["share"], 1.0))
+    slope = torch.where(absent, -1.0, inside) + masked_product(finite, log_ratio)
+    return average(share, torch.where(infinite, torch.inf, inside)), average(share, slope)
+
+
+def of_terms(spec: Spec, record: dict[str, Tensor], sums: dict[str, Tensor]) -> Whole:
+    """A sum of terms; row: a = sum u, b = sum v, over what the probabilities add up to."""
+    logits = spec.target_type == "logits"
+    a, b = sums["u"] / sums["q"], sums["v"] / sums["p"] if logits else sums["v"]
+    return Whole(sums["f"], {**record, "a": a, "b": b})
+
+
+def apart(value: Tensor) -> Tensor:
+    """1 where the textbook's terms will do: rows that are, see apart() in divergence_value.h."""
     return ((value > APART) & ~value.isinf()).to(value.dtype)

@@ -10,11 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
-from ._world import Shards, gather
+from ._world import Shards, gather, sum_over
 
 
 class _Gather(torch.autograd.Function):
@@ -24,7 +22,7 @@ class _Gather(torch.autograd.Function):
     def forward(shards: Shards, v: Tensor) -> Tensor:
         most = max(shards.sizes)
         padded = torch.nn.functional.pad(v, (0, most - v.shape[-1]))
-        parts = gather(shards.world.name, padded).unbind(0)
+        parts = gather(shards.world, padded).unbind(0)
         return torch.cat([p[..., :n] for p, n in zip(parts, shards.sizes, strict=True)], -1)
 
     @staticmethod
@@ -97,7 +95,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(shards: Shards, v: Tensor) -> Tensor:
-        return sum_over(shards, v)
+        return sum_over(shards.world.name, v)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -114,13 +112,6 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], shards: Shards, v: Tensor) -> tuple[Tensor, int]:
         return _Sum.apply(shards, v.movedim(in_dims[1], 0)), 0
-
-
-def sum_over(shards: Shards, v: Tensor) -> Tensor:
-    """The sum of all ranks' tensors, as a new one."""
-    total = v.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=_resolve_process_group(shards.world.name))
-    return total
 
 
 def gathered(shards: Shards, v: Tensor) -> Tensor:

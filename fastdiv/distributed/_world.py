@@ -176,7 +176,7 @@ def _every_call(name: str) -> bool:
 
 def _gather_numbers(world: World, mine: list[int]) -> list[list[int]]:
     numbers = torch.tensor(mine, dtype=torch.int64, device=_device(world.name))
-    return gather(world.name, numbers).tolist()
+    return gather(world, numbers).tolist()
 
 
 def _gather_text(world: World, mine: str | None) -> list[Any]:
@@ -185,10 +185,14 @@ def _gather_text(world: World, mine: str | None) -> list[Any]:
     return texts
 
 
-def gather(name: str, mine: Tensor) -> Tensor:
+def gather(world: World, mine: Tensor) -> Tensor:
     """The same tensor of all ranks, in their order: ``[W, ...]``."""
-    group = _resolve_process_group(name)
-    flat = mine.contiguous().view(-1)
-    out = flat.new_empty(group.size() * flat.numel())
-    dist.all_gather_into_tensor(out, flat, group=group)
-    return out.view(group.size(), *mine.shape)
+    ops = torch.ops._c10d_functional
+    flat = ops.all_gather_into_tensor(mine.contiguous().view(-1), world.size, world.name)
+    return ops.wait_tensor(flat).view(world.size, *mine.shape)
+
+
+def sum_over(name: str, v: Tensor) -> Tensor:
+    """The sum of the tensors of all ranks of a group, as a new one."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(v.contiguous(), "sum", name))
