@@ -23,7 +23,7 @@ def _linear_divergence(
     layer = _layer.make_layer(*student)
     logits = layer.logits
     _check.check_reduction(reduction)
-    target_type, target = _check_teacher(logits, *teacher)
+    target_type, target = check_teacher(logits, *teacher)
     spec = Spec(
         loss=loss,
         target_type=target_type,
@@ -39,7 +39,7 @@ def _linear_divergence(
     return value
 
 
-def _check_teacher(
+def check_teacher(
     logits: Tensor,
     target: Tensor,
     target_type: str | None,

@@ -199,6 +199,17 @@ void forward_grad_rows(const RowArgs& a, int64_t begin, int64_t end) {
   const RowSource<P> source(a);
   for (int64_t r = begin; r < end; ++r) forward_row(source, r), backward_row(source, r);
 }
+template <class P>
+void terms_rows(const RowArgs& a, int64_t begin, int64_t end) {
+  using real = typename P::real;
+  const RowSource<P> source(a);
+  for (int64_t r = begin; r < end; ++r) {
+    const RowOf<P> row = source.row(r);
+    TermSums<real> sum;
+    if (row.weight() != real(0)) sum = sum_terms(source, source.loss, r, row.record());
+    row.store_terms(sum);
+  }
+}
 
 struct Kernels {
   template <class P>
@@ -210,10 +221,10 @@ struct Kernels {
  private:
   template <class P>
   static constexpr RowKernels make() {
-    if constexpr (P::kStats)
-      return {forward_rows<P>, nullptr, nullptr, traits_of<P>()};
-    else
-      return {forward_rows<P>, backward_rows<P>, forward_grad_rows<P>, traits_of<P>()};
+    RowKernels k{forward_rows<P>, nullptr, nullptr, nullptr, traits_of<P>()};
+    if constexpr (!P::kStats) k.backward = backward_rows<P>, k.forward_grad = forward_grad_rows<P>;
+    if constexpr (has_terms<P>()) k.terms = terms_rows<P>;
+    return k;
   }
 };
 

@@ -50,6 +50,12 @@ struct Loss {
   FD_FN void rebase(Sums<real>&, Shift<real>, Shift<real>) const {}
 };
 
+// Whether a second sweep can give the loss and its gradients, from terms of each class.
+template <class P>
+constexpr bool has_terms() {
+  return P::kDivergence && !P::kTilted;
+}
+
 // What a loss wants to be given, for the torch side.
 struct LossTraits {
   bool label, two_outputs, stats, softcap, topk;
