@@ -2,6 +2,12 @@
 // Part of rows.inl: compiled once per instruction set.
 
 constexpr int kTile = 512;
+constexpr int kLanes = FD_LANES;  // of a vector of floats, or eight
+static_assert(kTile % kLanes == 0 && kLanes % 8 == 0, "tiles are whole vectors");
+
+// Loops that sum go over whole vectors, for GCC has only scalar code for columns left over: behind
+// the last of a row come some without mass, which add nothing.
+inline int whole_vectors(int n) { return (n + kLanes - 1) & -kLanes; }
 
 template <class real>
 using LoadTile = const real* (*)(const void* row, int64_t i, int n, real* buffer);
@@ -82,12 +88,23 @@ struct Buffer {
   alignas(64) real data[kTile];
 };
 
+// A tile in whole vectors: itself, or a copy with columns of `nothing` behind it.
+template <class real>
+const real* fill_up(const real* x, int n, real nothing, Buffer<real>& b) {
+  const int whole = whole_vectors(n);
+  if (whole == n) return x;
+  if (x != b.data) store_same(b.data, 0, n, x);
+  for (int j = n; j < whole; ++j) b.data[j] = nothing;
+  return b.data;
+}
+
 // One row of a matrix, read in tiles; softcapped where a cap is given.
 template <class real>
 struct RowReader {
   const void* row;
   LoadTile<real> load;
   Softcap<real> softcap;
+  real nothing;  // what a column without mass holds
 
   const real* raw(int64_t i, int n, Buffer<real>& b) const { return load(row, i, n, b.data); }
   const real* tile(int64_t i, int n, Buffer<real>& b) const {
@@ -97,6 +114,9 @@ struct RowReader {
     FD_SIMD()
     for (int j = 0; j < n; ++j) b.data[j] = cap.value(x[j]);
     return b.data;
+  }
+  const real* whole_tile(int64_t i, int n, Buffer<real>& b) const {
+    return fill_up(tile(i, n, b), n, nothing, b);
   }
 };
 
