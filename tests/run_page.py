@@ -12,20 +12,17 @@ import doctest
 import sys
 from pathlib import Path
 
-from sybil.document import Document
-from sybil.evaluators.doctest import NUMBER
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
-FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS | NUMBER
+def run_page(page: Path) -> None:
+    # Here, since pytest imports this file for its doctests where sybil may be missing.
+    from sybil.document import Document
+    from sybil.evaluators.doctest import NUMBER
+    from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
-
-def run_page(page: Path) -> int:
-    """How many blocks, or prompts, there were."""
-    parsers = (PythonCodeBlockParser(doctest_optionflags=FLAGS), SkipParser())
-    examples = list(Document.parse(str(page), *parsers))
-    for example in examples:
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS | NUMBER
+    blocks = PythonCodeBlockParser(doctest_optionflags=flags)
+    for example in list(Document.parse(str(page), blocks, SkipParser())):
         example.evaluate()
-    return len(examples)
 
 
 if __name__ == "__main__":
