@@ -31,6 +31,7 @@ suppress_warnings = ["toc.not_readable"]
 
 html_theme = "furo"
 html_title = "fastdiv"
+pygments_dark_style = "monokai"
 MATHJAX = files("mathjax") / "static/mathjax/es5/tex-svg.js"  # one file, no other host
 html_static_path = ["_static", str(MATHJAX)]
 mathjax_path = MATHJAX.name
