@@ -15,7 +15,9 @@ import fastdiv
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+if not DOCS.is_dir():
+    pytest.skip("the pages are in the checkout only", allow_module_level=True)
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("[!_]*/**/*.md"))]
 # Those that patch torch or another library get a process of their own, and may want for a package.
 PATCHING = [page for page in PAGES if page.name == "README.md" or "integrations" in page.parts]
 OPTIONAL = {"transformers", "trl", "peft"}
