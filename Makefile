@@ -10,6 +10,7 @@ VENV     := .venv
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.stamp-venv
 PACKAGES := $(VENV)/.stamp-packages
+DOCS     := $(VENV)/.stamp-docs
 BUILT    := $(VENV)/.stamp-built
 
 # What a user's build with another toolkit would only warn of.
@@ -23,7 +24,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test lint format check bench gpu-check clean distclean
+.PHONY: help build demo test docs lint format check bench gpu-check clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +41,9 @@ demo: $(BUILT)  ## train a small language model with the fused loss
 
 test: $(BUILT)  ## the whole test suite, doctests included, in WORKERS processes
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
+
+docs: $(BUILT) $(DOCS)  ## the documentation, into docs/_build/index.html; a warning is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build
 
 lint: $(PACKAGES)  ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check
@@ -62,7 +66,7 @@ gpu-check:  ## build, test and measure on a GPU, with the packages of PYTHON (no
 	$(PYTHON) tests/gpu_check.py $(STEPS) $(if $(DRY_RUN),--dry-run) $(ARGS)
 
 clean:  ## remove what was built and all caches; keep .venv and its packages
-	rm -rf build dist *.egg-info fastdiv/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info fastdiv/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove .venv
@@ -80,6 +84,10 @@ $(READY):
 $(PACKAGES): requirements-dev.txt $(READY)
 	@echo 'installing the pinned packages; torch is a large one'
 	$(BIN)/python -m pip install -qq -r requirements-dev.txt
+	@touch $@
+
+$(DOCS): requirements-docs.txt $(PACKAGES)
+	$(BIN)/python -m pip install -qq -r requirements-docs.txt
 	@touch $@
 
 $(BUILT): setup.py pyproject.toml $(NATIVE) $(PACKAGES)

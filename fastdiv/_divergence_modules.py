@@ -107,7 +107,7 @@ class KLDivLoss(_DivergenceLoss):
         target_type: ``"logits"``, ``"log_probs"`` or ``"probs"``.
         dim: Dimension of the classes.
         reduction: As for the function.
-        temperature: T.
+        temperature: :math:`T`.
         scale_by_temperature: Multiply the value by T squared, which keeps the size of the gradient
             about the same for every temperature (Hinton et al., 2015).
         inplace_backward: Write the gradient over the logits.
@@ -251,7 +251,7 @@ class TopKKLDivLoss(_Divergence):
         missing: ``"ignore"``, ``"renormalize"`` or ``"uniform"``.
         dim: Dimension of the classes.
         reduction: As for the function.
-        temperature: T.
+        temperature: :math:`T`.
         scale_by_temperature: Multiply the value by T squared, see :class:`fastdiv.nn.KLDivLoss`.
         inplace_backward: Write the gradient over the logits.
 

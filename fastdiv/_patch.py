@@ -41,7 +41,7 @@ def patch_torch() -> TorchPatch:
     is made inside of compiled code.
 
     Returns:
-        A handle: ``undo()`` undoes this patch, and so does leaving a ``with`` block of it.  With
+        A handle whose ``undo()`` undoes this patch, as does leaving a ``with`` block of it.  With
         several patches torch has its function back when the last is undone, in whatever order.
 
     Raises:

@@ -144,7 +144,7 @@ def linear_reverse_kl_div(
 
     .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c (\log q_c - \log p_c)
 
-    Arguments, result and errors are those of :func:`linear_kl_div`.
+    Arguments, result and errors are those of :func:`fastdiv.linear_kl_div`.
 
     Example:
         >>> import torch, fastdiv
@@ -183,7 +183,7 @@ def linear_js_div(
         \qquad m = \beta\,p + (1 - \beta)\,q
 
     ``beta`` is that of :func:`fastdiv.js_div`; all other arguments, result and errors are those of
-    :func:`linear_kl_div`.
+    :func:`fastdiv.linear_kl_div`.
 
     Example:
         >>> import torch, fastdiv

@@ -140,7 +140,7 @@ class EntropyLoss(nn.Module):
 
     Args:
         dim: Dimension of the classes.
-        temperature: T.
+        temperature: :math:`T`.
         base: Base of the logarithm; nats by default.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
 
