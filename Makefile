@@ -45,7 +45,7 @@ test: $(BUILT)  ## the whole test suite, doctests included, in WORKERS processes
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
 
 # The sdist is unpacked without the package, so that its tests find the one of the wheel.
-dist: $(PACKAGES)  ## sdist and wheel in dist, the wheel tested outside of the checkout (ARGS=tests: all of the suite)
+dist: $(PACKAGES)  ## sdist and wheel in dist, the wheel tested outside of the checkout (ARGS=tests/: by all of the suite)
 	rm -rf dist build/dist && mkdir -p build/dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
