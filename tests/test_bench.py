@@ -83,7 +83,7 @@ def test_bench_by_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     least = {"forward": 2, "backward": 3, "training": 5, "forward_grad": 3}
     assert results[0]["minimum_bytes"] == {k: v * logits for k, v in least.items()}
     for phase in least:
-        assert results[1][f"{phase}_gb_per_s"]["fused"] > 0
+        assert "fused" in results[1][f"{phase}_gb_per_s"]
     assert "forward_grad" in capsys.readouterr().out
 
 
