@@ -375,10 +375,13 @@ int main(int argc, char** argv) {
       for (DType dtype : {DType::kF32, DType::kF64, DType::kF16, DType::kBF16}) {
         // What is shared is the same for all dtypes.
         if (!only.empty() && names[size_t(dtype)] != (compare ? only : "f32")) continue;
+        // On a CPU halves have the kernels of float, which read them a tile at a time.
+        const bool own = !kSplits || size_of(dtype) > 2;
         for (int64_t classes : kShared)
-          if (kSplits || !compare) run(LossId(loss), target, dtype, classes, {}, true);
+          if ((kSplits && own) || !compare) run(LossId(loss), target, dtype, classes, {}, true);
         if (!compare) continue;
-        for (int64_t classes : kClasses) run(LossId(loss), target, dtype, classes, {}, false);
+        for (int64_t classes : kClasses)
+          if (own || classes < 8193) run(LossId(loss), target, dtype, classes, {}, false);
         run(LossId(loss), target, dtype, 513, {0.5, 30, true, 3}, false);
         run(LossId(loss), target, dtype, 8197, {0.5, 30, true, 1}, true);
       }
