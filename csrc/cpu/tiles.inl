@@ -31,6 +31,30 @@ void store_narrowed(void* row, int64_t i, int n, const float* __restrict tile) {
   FD_SIMD()
   for (int j = 0; j < n; ++j) narrow(tile[j], to + j);
 }
+#if defined(FD_F16C)
+// One instruction where widen() of eight halves takes fourteen, and narrow() twenty.
+template <>
+inline const float* load_widened<Half>(const void* row, int64_t i, int n, float* __restrict to) {
+  const Half* from = static_cast<const Half*>(row) + i;
+  int j = 0;
+  for (; j + 8 <= n; j += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
+    _mm256_storeu_ps(to + j, _mm256_cvtph_ps(halves));
+  }
+  for (; j < n; ++j) to[j] = _cvtsh_ss(from[j].bits);
+  return to;
+}
+template <>
+inline void store_narrowed<Half>(void* row, int64_t i, int n, const float* __restrict tile) {
+  Half* to = static_cast<Half*>(row) + i;
+  int j = 0;
+  for (; j + 8 <= n; j += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(tile + j), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), halves);
+  }
+  for (; j < n; ++j) to[j].bits = _cvtss_sh(tile[j], _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
 template <class real>
 void store_same(void* row, int64_t i, int n, const real* __restrict tile) {
   real* __restrict to = static_cast<real*>(row) + i;
