@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from . import _check
+from ._dtensor import takes_dtensors
 from ._topk_autograd import topk_loss
 from .reference_topk import TopKSpec
 
 MISSING = ("ignore", "renormalize", "uniform")
 
 
+@takes_dtensors
 def topk_kl_div(
     input: Tensor,
     values: Tensor,

@@ -253,5 +253,5 @@ def of_terms(spec: Spec, record: dict[str, Tensor], sums: dict[str, Tensor]) -> 
 
 
 def apart(value: Tensor) -> Tensor:
-    """1 where the textbook's terms will do: rows that are, see apart() in divergence_value.h."""
+    """Where the textbook's terms will do, 1; see its namesake in divergence_value.h."""
     return ((value > APART) & ~value.isinf()).to(value.dtype)
