@@ -104,7 +104,7 @@ def results(rows: ShardedRows, whole: Whole, dtype: torch.dtype) -> list[Tensor]
         packed = torch.where(counts.unsqueeze(1), packed, 0.0)
     of_mean = weight if whole.omega is None else weight * whole.omega
     total = torch.where(weight == 0, 0.0, of_mean).sum()
-    value = value.to(dtype)
+    value = value.to(dtype).contiguous()
     if rows.spec.reduction != "none":
         value = value.sum(dtype=torch.float64)
         if rows.spec.reduction != "sum":
