@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 MOST = 4
-SECONDS = 120  # that a task may take; far more than any does
+SECONDS = 60  # that a task may take; far more than any does
 
 
 class RankFailed(Exception):
@@ -46,50 +46,55 @@ class Ranks:
     """Runs ``function(group, rank, *arguments)`` on the ranks of a group, all at once."""
 
     def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fastdiv.distributed", "torch.distributed.tensor"])
+        self.folder, self.starts = folder, 0
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["fastdiv.distributed", "torch.distributed.tensor"])
         self.pipes: list[Connection] = []
-        self.processes = []
+        self.processes: list[Any] = []
+
+    def _start(self) -> None:
+        self.starts += 1
         for rank in range(MOST):
-            ours, theirs = context.Pipe()
-            arguments = (rank, str(folder / "store"), theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            ours, theirs = self.context.Pipe()
+            arguments = (rank, str(self.folder / f"store{self.starts}"), theirs)
+            process = self.context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What it returned on every rank, in their order."""
-        return self.run_each(function, [arguments] * size)
-
-    def run_each(
-        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
-    ) -> list[Any]:
-        """The same with arguments for every rank."""
-        pipes = self.pipes[: len(arguments)]
-        for pipe, of_rank in zip(pipes, arguments, strict=True):
-            pipe.send((len(arguments), function, of_rank))
-        results, failures = [], []
+        if not self.processes:
+            self._start()
+        pipes = self.pipes[:size]
+        for pipe in pipes:
+            pipe.send((size, function, arguments))
+        results, failures = [], {}
         for rank, pipe in enumerate(pipes):
-            if not pipe.poll(SECONDS + 10):
-                self.close()
-                raise RankFailed(f"rank {rank} does not answer")
+            # Who waits for a rank that has failed need not be waited for.
+            if not pipe.poll(5 if failures else SECONDS):
+                failures[rank] = "does not answer"
+                continue
             result, failure = pipe.recv()
             results.append(result)
             if failure:
-                failures.append(f"rank {rank} of {len(arguments)}:\n{failure}")
+                failures[rank] = failure
+        if any(text == "does not answer" for text in failures.values()):
+            self.close()
         if failures:
-            raise RankFailed("\n".join(failures))
+            lines = (f"rank {rank} of {size}: {text}" for rank, text in failures.items())
+            raise RankFailed("\n".join(lines))
         return results
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes; the next task starts new ones."""
         for pipe in self.pipes:
             try:
                 pipe.send(None)
             except OSError:
                 pass
         for process in self.processes:
-            process.join(5)
+            process.join(3)
             if process.is_alive():
                 process.kill()
+        self.pipes, self.processes = [], []

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import shard_edges
 import shards
 from ranks import Ranks
 
@@ -40,3 +41,9 @@ def test_reruns_have_the_same_bits(ranks: Ranks) -> None:
 
 def test_reference(ranks: Ranks) -> None:
     same_on_all(ranks.run(3, shards.compare, torch.float32, "reference"))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("what", ["divergences", "rows_of_logits", "next_to_zero"])
+def test_hard_rows(ranks: Ranks, what: str, size: int) -> None:
+    same_on_all(ranks.run(size, getattr(shard_edges, what)))

@@ -89,7 +89,7 @@ def entropy_of(x: Side, of_shards: Tensor) -> Tensor:
 
 def log_prob_of(x: Side, of_shards: Tensor, owner: Tensor) -> Tensor:
     """Of the label: log q of its shard's, and log Q."""
-    return of_owner(torch.where(x.empty, -torch.inf, of_shards + x.log_share), owner)
+    return of_owner(torch.where(x.empty, 0.0, of_shards) + x.log_share, owner)
 
 
 def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
