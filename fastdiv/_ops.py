@@ -175,9 +175,7 @@ if _backend._C is not None:
     _register("fastdiv::_row_forward_grad")(
         lambda grad, x, t, *a: (_fake_forward(x, a[3:-1], False)[0], _fake_gradient(t, x, a[-1]))
     )
-    _register("fastdiv::_row_terms")(
-        lambda x, t, y, cw, w, record, *_: record.new_empty((x.shape[0], TERM_SUMS))
-    )
+    _register("fastdiv::_row_terms")(lambda x, *a: a[4].new_empty((x.shape[0], TERM_SUMS)))
     torch.library.register_vmap("fastdiv::_row_forward", _vmap_forward)
     torch.library.register_vmap("fastdiv::_row_forward_stats", _vmap_forward_stats)
     torch.library.register_vmap("fastdiv::_row_backward", _vmap_backward)

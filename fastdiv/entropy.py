@@ -6,9 +6,11 @@ from torch import Tensor
 
 from . import _check
 from ._autograd import row_loss
+from ._dtensor import takes_dtensors
 from .reference import Spec
 
 
+@takes_dtensors
 def entropy(
     input: Tensor,
     *,
@@ -57,6 +59,7 @@ def entropy(
     return _check.as_input(value, input, dim) if reduction == "none" else value
 
 
+@takes_dtensors
 def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float = 1.0) -> Tensor:
     r"""Log-probability of one class a row, :math:`x_y / T - \log \sum_c e^{x_c / T}`, in nats.
 
@@ -86,6 +89,7 @@ def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float 
     return -_of_index("cross_entropy", input, index, dim, temperature)
 
 
+@takes_dtensors
 def log_prob_and_entropy(
     input: Tensor, index: Tensor, *, dim: int = -1, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _layer
+from ._dtensor import takes_dtensors
 from .cross_entropy import cross_entropy, cross_entropy_spec
 from .reference import Spec, Stats
 
@@ -65,6 +66,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Stats]: ...
 
 
+@takes_dtensors
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -196,6 +198,7 @@ def _logits_of_many_dimensions(input: Tensor, weight: Tensor, bias: Tensor | Non
     return F.linear(input, weight.flatten(0, -2), flat_bias).unflatten(-1, weight.shape[:-1])
 
 
+@takes_dtensors
 def linear_log_prob_and_entropy(
     input: Tensor,
     linear_weight: Tensor,

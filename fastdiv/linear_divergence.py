@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _check, _layer
+from ._dtensor import takes_dtensors
 from .divergence import js_loss
 from .reference import Spec
 
@@ -63,6 +64,7 @@ def check_teacher(
     return "logits", layer.tensors
 
 
+@takes_dtensors
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -126,6 +128,7 @@ def linear_kl_div(
     return _linear_divergence("kl_div", student, teacher, *how)
 
 
+@takes_dtensors
 def linear_reverse_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -161,6 +164,7 @@ def linear_reverse_kl_div(
     return _linear_divergence("reverse_kl_div", student, teacher, *how)
 
 
+@takes_dtensors
 def linear_js_div(
     input: Tensor,
     linear_weight: Tensor,

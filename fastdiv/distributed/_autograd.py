@@ -1,7 +1,7 @@
 """The one autograd.Function of the sharded losses of whole rows.
 
-The forward is the op of ``_shard``; the backward, from the record of whole rows, is the kernels' own
-and needs no exchange.  Second derivatives, transforms of torch.func and devices without kernels
+The forward is the op of ``_shard``; the backward, from the record of whole rows, is the kernels'
+own and needs no exchange.  Second derivatives, transforms of torch.func and devices without kernels
 take the loss of the gathered rows.
 """
 
@@ -130,8 +130,8 @@ class _ShardLoss(_TracedShardLoss):
                 refuse_second_derivative()
             grad, saved, options = _for_kernel(ctx, grad)
             dt = _ops.backward_in_place(grad, *saved, *options, need_t)
-            dx = overwritten(saved[0])
-            return None, dx, dt if need_t else None, None, None, None
+            assert saved[0] is not None
+            return None, overwritten(saved[0]), dt if need_t else None, None, None, None
         if differentiated:
             return _differentiable(ctx, grad)
         return _TracedShardLoss.backward(ctx, grad)

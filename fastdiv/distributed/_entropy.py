@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _check
 from ..reference import Spec
-from ._call import Arguments, global_labels, loss_of
+from ._call import RowArguments, global_labels, loss_of
 from ._world import Group
 
 
@@ -52,15 +52,16 @@ def entropy(
     Source: :func:`fastdiv.entropy`, by the chain rule over groups of classes.
     """
 
-    def prepare() -> tuple[Arguments, float]:
+    def prepare() -> RowArguments:
         _check.check_logits(input)
         d = _check.class_dim(input, dim)
         _check.check_reduction(reduction)
-        scale, unit = _check.scale_of(temperature), _check.log_of_base(base)
+        _check.log_of_base(base)
+        scale = _check.scale_of(temperature)
         spec = Spec("entropy", reduction=reduction, batch=input.shape[0], scale=scale)
-        return Arguments(spec, input, d, _check.as_rows(input, d)), unit
+        return RowArguments(spec, input=input, dim=d, x=_check.as_rows(input, d))
 
-    value, _ = loss_of(lambda: prepare()[0], group, mean_group)
+    value, _ = loss_of(prepare, group, mean_group)
     return value if base is None else value / _check.log_of_base(base)
 
 
@@ -139,13 +140,13 @@ def log_prob_and_entropy(
 def _of_index(
     loss: str, input: Tensor, index: Tensor, dim: int, temperature: float, group: Group
 ) -> Tensor:
-    def prepare() -> Arguments:
+    def prepare() -> RowArguments:
         _check.check_logits(input)
         d = _check.class_dim(input, dim)
         label = global_labels(input, d, index, "index")
         ignored = _check.NO_LABEL_IGNORED
         spec = Spec(loss, ignore_index=ignored, scale=_check.scale_of(temperature))
         x = _check.as_rows(input, d)
-        return Arguments(spec, input, d, x, label=label, label_name="index")
+        return RowArguments(spec, label, label_name="index", input=input, dim=d, x=x)
 
     return loss_of(prepare, group)[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +14,17 @@ from .._layer import Layer
 from ..cross_entropy import cross_entropy_spec
 from ..linear_divergence import check_teacher
 from ..reference import Spec, Stats, value_dtype
-from ._call import check_range, global_labels, plan_of, with_rates
-from ._mean import token_mean
+from ._call import Arguments, call_of, global_labels, mean_of, plan_of, size_of
 from ._tiles import LayerCall, layer_loss
 from ._world import Group, agree, checked, world_of
 
 
-@dataclass
-class Arguments:
-    """Those of a loss of a layer, checked as far as one rank can."""
+@dataclass(kw_only=True)
+class LayerArguments(Arguments):
+    """Those of a loss of a layer's logits."""
 
-    spec: Spec
     layer: Layer
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    label: Tensor | None = None  # global
-    class_weight: Tensor | None = None
-    row_weight: Tensor | None = None
-    smoothing: tuple[float, str] | None = None
-    stats: bool = False
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -39,31 +33,31 @@ class Arguments:
             raise ValueError(f"chunk_size must be a positive number of rows, got {size!r}")
 
 
-def _loss_of(prepare: Any, group: Group, mean_group: Group) -> tuple[Tensor, Stats | None]:
+def _loss_of(
+    prepare: Callable[[], LayerArguments], group: Group, mean_group: Group
+) -> tuple[Tensor, Stats | None]:
     world = world_of(group)
-    a: Arguments = checked(world, prepare)
+    a = checked(world, prepare)
     x, weight, bias = a.layer.tensors
-    t = a.teacher[0]
-    # Gradients of hidden states are added up over all ranks, or over none.
-    summed = [v.requires_grad for v in (x, t) if v is not None]
-    tensors = (bias, *a.teacher)
-    how = (a.stats, a.chunk_size, *summed)
-    plan = plan_of(a.spec, len(weight), x, a.label, a.row_weight, tensors, *how)
-    shards = agree(world, plan)
-    check_range(a.label, shards, "target", a.spec.ignore_index)
-    spec, over = with_rates(a.spec, a.smoothing, shards), mean_group is not None
-    over = over and spec.reduction == "mean"
+    t, t_weight, t_bias = a.teacher
+    more = {
+        "mean over": size_of(mean_group),
+        "of another layer": t_weight is not None,
+        # Which gradients are added up over the ranks.
+        "gradients of hidden states": [v is not None and v.requires_grad for v in (x, t)],
+    }
+    shards = agree(world, plan_of(a, x, len(weight), more))
+    call = call_of(a, shards, mean_group)
     # In the dtype of the value, which a float64 target makes float64.
     dtype = value_dtype(x.dtype if t is None else torch.promote_types(x.dtype, t.dtype))
     weights = (None if w is None else w.to(dtype) for w in (a.class_weight, a.row_weight))
-    summing = replace(spec, reduction="sum") if over else spec
-    call = LayerCall(summing, shards, a.stats, a.chunk_size or 0)
-    rows = (x, weight, bias, *a.teacher, a.label, *weights)
-    value, total, stats = layer_loss(call, *rows)
-    if over:
-        value = token_mean(value, total, mean_group)
+    value, total, stats = layer_loss(
+        LayerCall(call.spec, shards, a.stats, a.chunk_size or 0),
+        *(x, weight, bias, t, t_weight, t_bias, a.label, *weights),
+    )
+    value = mean_of(a, value, total, mean_group)
     shape = a.layer.logits.shape[:-1]
-    if spec.reduction == "none":
+    if a.spec.reduction == "none":
         value = value.reshape(shape)
     return value, None if stats is None else Stats(*(s.reshape(shape) for s in stats))
 
@@ -135,7 +129,7 @@ def linear_cross_entropy(
     Source: :func:`fastdiv.linear_cross_entropy`; Shoeybi et al., *Megatron-LM* (2019).
     """
 
-    def prepare() -> Arguments:
+    def prepare() -> LayerArguments:
         layer = _layer.make_layer(input, linear_weight, linear_bias)
         logits = layer.logits
         dim, classes = logits.dim() - 1, logits.shape[-1]
@@ -158,16 +152,16 @@ def linear_cross_entropy(
             t = _layer.as_rows(target)
         else:
             y = global_labels(logits, dim, target, "target")
-        return Arguments(
+        return LayerArguments(
             spec,
-            layer,
-            (t, None, None),
             y,
             _check.class_weights(logits, classes, weight),
             _check.token_weights(logits, dim, token_weight),
             (label_smoothing, smoothing),
-            return_stats,
-            chunk_size,
+            stats=return_stats,
+            layer=layer,
+            teacher=(t, None, None),
+            chunk_size=chunk_size,
         )
 
     value, stats = _loss_of(prepare, group, mean_group)
@@ -233,7 +227,7 @@ def linear_kl_div(
     Source: :func:`fastdiv.linear_kl_div`.
     """
 
-    def prepare() -> Arguments:
+    def prepare() -> LayerArguments:
         layer = _layer.make_layer(input, linear_weight, linear_bias)
         logits = layer.logits
         _check.check_reduction(reduction)
@@ -247,6 +241,8 @@ def linear_kl_div(
             scale=_check.scale_of(temperature),
         )
         weight = _check.token_weights(logits, logits.dim() - 1, token_weight)
-        return Arguments(spec, layer, tensors, row_weight=weight, chunk_size=chunk_size)
+        return LayerArguments(
+            spec, row_weight=weight, layer=layer, teacher=tensors, chunk_size=chunk_size
+        )
 
     return _loss_of(prepare, group, mean_group)[0]

@@ -1,4 +1,4 @@
-"""What a rank makes of its own shard, by the kernels of whole rows, and what it tells the others."""
+"""What a rank makes of its shard, by the kernels of whole rows, and what it tells the others."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class Dense:
     x: Tensor
     t: Tensor | None
 
-    def forward(self, spec: Spec, label: Any, class_weight: Any, weight: Any, stats: bool) -> Forward:
+    def forward(
+        self, spec: Spec, label: Any, class_weight: Any, weight: Any, stats: bool
+    ) -> Forward:
         """See ``Kernels``."""
         rows = (self.x, self.t, label, class_weight, weight)
         if stats:
@@ -93,9 +95,14 @@ class Rows:
         if self.label is not None:
             rate = 0.0 if self.smoothed else 1.0
         loss = "kl_div" if spec.loss == "js_div" else spec.loss
-        ignored = _check.NO_LABEL_IGNORED
-        how = {"reduction": "none", "ignore_index": ignored, "z_loss": 0.0, "inplace": False}
-        return replace(spec, loss=loss, label=rate, **how)
+        return replace(
+            spec,
+            loss=loss,
+            reduction="none",
+            ignore_index=_check.NO_LABEL_IGNORED,
+            label=rate,
+            z_loss=0.0,
+        )
 
 
 def columns(rows: Rows, kernels: Kernels, stats: bool) -> dict[str, Tensor]:

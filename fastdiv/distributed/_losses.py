@@ -10,7 +10,7 @@ from .. import _check
 from ..cross_entropy import cross_entropy_spec
 from ..divergence import js_loss
 from ..reference import Spec
-from ._call import Arguments, global_labels, loss_of
+from ._call import RowArguments, global_labels, loss_of
 from ._world import Group
 
 
@@ -35,8 +35,8 @@ def cross_entropy(
 ) -> Any:
     r"""Cross entropy of logits whose classes are sharded over the ranks of a group.
 
-    The value, on every rank, is that of :func:`fastdiv.cross_entropy` of whole rows; the gradient is
-    this shard's part of theirs.  Label smoothing is over all classes, the z-loss of their
+    The value, on every rank, is that of :func:`fastdiv.cross_entropy` of whole rows; the gradient
+    is this shard's part of theirs.  Label smoothing is over all classes, the z-loss of their
     log-sum-exp, and all other options mean what they mean there.
 
     Args:
@@ -57,8 +57,8 @@ def cross_entropy(
         inplace_backward: The gradient is written over the logits.
         return_stats: Also return statistics of the whole rows; the argmax is a global index.
         group: The ranks that share the vocabulary; all processes for None.
-        mean_group: Data-parallel ranks over all of whose rows ``reduction="mean"`` is to average, as
-            :func:`token_mean` does.  None: over this rank's rows.
+        mean_group: Data-parallel ranks over whose rows, all of them, ``reduction="mean"`` is to
+            average, as :func:`token_mean` does.  None: over this rank's rows.
 
     Returns:
         The loss, the same bits on every rank of ``group``, and the statistics if asked for.
@@ -82,7 +82,7 @@ def cross_entropy(
     Source: Shoeybi et al., *Megatron-LM* (2019), of the plain cross entropy.
     """
 
-    def prepare() -> Arguments:
+    def prepare() -> RowArguments:
         _check.check_logits(input)
         d = _check.class_dim(input, (1 if input.dim() > 1 else 0) if dim is None else dim)
         _check.check_reduction(reduction)
@@ -110,9 +110,17 @@ def cross_entropy(
             x, y = _check.as_rows(input, d), global_labels(input, d, target, "target")
         class_weight = _check.class_weights(logits, input.shape[d], weight)
         row_weight = _check.token_weights(logits, d, token_weight)
-        rates = (label_smoothing, smoothing)
-        return Arguments(
-            spec, input, d, x, t, y, class_weight, row_weight, rates, stats=return_stats
+        return RowArguments(
+            spec,
+            y,
+            class_weight,
+            row_weight,
+            (label_smoothing, smoothing),
+            stats=return_stats,
+            input=input,
+            dim=d,
+            x=x,
+            t=t,
         )
 
     value, stats = loss_of(prepare, group, mean_group)
@@ -133,7 +141,7 @@ def _divergence(
     mean_group: Group,
     beta: float = 0.0,
 ) -> Tensor:
-    def prepare() -> Arguments:
+    def prepare() -> RowArguments:
         name, shape = (loss, 0.0) if loss != "js_div" else js_loss(beta)
         _check.check_logits(input)
         _check.check_logits(target, "target")
@@ -154,7 +162,7 @@ def _divergence(
             shape=shape,
             inplace=inplace_backward,
         )
-        return Arguments(spec, input, d, x, t, row_weight=row_weight)
+        return RowArguments(spec, row_weight=row_weight, input=input, dim=d, x=x, t=t)
 
     return loss_of(prepare, group, mean_group)[0]
 

@@ -89,7 +89,7 @@ def entropy_of(x: Side, of_shards: Tensor) -> Tensor:
 
 def log_prob_of(x: Side, of_shards: Tensor, owner: Tensor) -> Tensor:
     """Of the label: log q of its shard's, and log Q."""
-    return of_owner(torch.where(x.empty, -torch.inf, of_shards + x.log_share), owner)
+    return of_owner(torch.where(x.empty, 0.0, of_shards) + x.log_share, owner)
 
 
 def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
@@ -253,5 +253,5 @@ def of_terms(spec: Spec, record: dict[str, Tensor], sums: dict[str, Tensor]) -> 
 
 
 def apart(value: Tensor) -> Tensor:
-    """1 where the textbook's terms will do: rows that are, see apart() in divergence_value.h."""
+    """Where the textbook's terms will do, 1; see its namesake in divergence_value.h."""
     return ((value > APART) & ~value.isinf()).to(value.dtype)

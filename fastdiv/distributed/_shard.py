@@ -39,9 +39,7 @@ class ShardedRows:
         if label is not None:
             own = self.shards.sizes[self.shards.world.rank]
             label = torch.where((label < 0) | (label >= own), 0, label)
-        rows = Rows(
-            self.spec, label, self.class_weight, self.weight, first, self.need_t, self.mass
-        )
+        rows = Rows(self.spec, label, self.class_weight, self.weight, first, self.need_t, self.mass)
         whole = self._merged(rows.of_shard, columns(rows, kernels, self.stats))
         return whole if self.spec.loss != "js_div" else self._mixed(kernels, whole, dtype)
 
@@ -106,10 +104,12 @@ def results(rows: ShardedRows, whole: Whole, dtype: torch.dtype) -> list[Tensor]
         packed = torch.where(counts.unsqueeze(1), packed, 0.0)
     of_mean = weight if whole.omega is None else weight * whole.omega
     total = torch.where(weight == 0, 0.0, of_mean).sum()
-    value = value.to(dtype)
+    value = value.to(dtype).contiguous()
     if rows.spec.reduction != "none":
-        divisor = {"mean": total, "batchmean": rows.spec.batch}.get(rows.spec.reduction, 1)
-        value = (value.sum(dtype=torch.float64) / divisor).to(dtype)
+        value = value.sum(dtype=torch.float64)
+        if rows.spec.reduction != "sum":
+            value = value / (total if rows.spec.reduction == "mean" else rows.spec.batch)
+        value = value.to(dtype)
     lse, entropy, log_prob, argmax = whole.stats or [weight[:0]] * 4
     if rows.stats and valid is not None:
         log_prob = torch.where(valid, log_prob, torch.nan)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 
 from .. import _check
 
@@ -60,18 +60,18 @@ class Shards:
 def world_of(group: Group) -> World:
     """The ranks of a group; of all processes for None."""
     if group is None:
-        return _default_world()
+        return World(*_default_world())
     return World(group.group_name, dist.get_rank(group), dist.get_world_size(group))
 
 
 @constant
-def _default_world() -> World:
+def _default_world() -> tuple[str, int, int]:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             "fastdiv.distributed needs a process group: call torch.distributed.init_process_group "
             "first, or use the functions of fastdiv, which take whole rows"
         )
-    return World(dist.group.WORLD.group_name, dist.get_rank(), dist.get_world_size())
+    return distributed_c10d._get_default_group().group_name, dist.get_rank(), dist.get_world_size()
 
 
 # --- what a rank is about to do ---------------------------------------------------------------
@@ -81,7 +81,7 @@ def _default_world() -> World:
 class Plan:
     """What must be the same on all ranks (``call``), and what each has of its own."""
 
-    call: tuple[Any, ...]
+    call: tuple[str, ...]
     classes: int = 0
     labels: tuple[int, int, int] = (0, 0, 0)  # smallest, largest, sum; of those that count
 
@@ -101,36 +101,46 @@ def checked(world: World, prepare: Callable[[], T]) -> T:
     except Exception as error:
         if world.size > 1 and _every_call(world.name):
             _gather_numbers(world, Plan(()).header(failed=True))
-            _gather_text(world, f"{type(error).__name__}: {error}")
+            _gather_objects(world, f"{type(error).__name__}: {error}")
         raise
 
 
-_agreed: dict[tuple[World, Plan], tuple[int, ...]] = {}
+def agree(world: World, plan: Plan) -> Shards:
+    """The shards of all ranks, if all are about to do the same."""
+    if world.size == 1:
+        return Shards(world, (plan.classes,))
+    if torch.compiler.is_compiling() or not _every_call(world.name):
+        of_plan = plan.call, plan.classes, plan.labels
+        return Shards(world, _agree_once((world.name, world.rank, world.size), of_plan))
+    return Shards(world, _agree(world, plan))
+
+
+_agreed: dict[tuple[Any, Any], tuple[int, ...]] = {}
 
 
 @constant
-def agree(world: World, plan: Plan) -> Shards:
-    """The shards of all ranks, if all are about to do the same."""
-    if _every_call(world.name) and not torch.compiler.is_compiling():
-        return Shards(world, _agree(world, plan))
+def _agree_once(world: tuple[str, int, int], plan: tuple[Any, ...]) -> tuple[int, ...]:
+    """The sizes; plain values only, for the compiler can pass and take no others."""
     if (world, plan) not in _agreed:
         if len(_agreed) >= 1024:  # of groups that are gone, or of ever new numbers of rows
             _agreed.clear()
-        _agreed[world, plan] = _agree(world, plan)
-    return Shards(world, _agreed[world, plan])
+        _agreed[world, plan] = _agree(World(*world), Plan(*plan))
+    return _agreed[world, plan]
 
 
 def _agree(world: World, plan: Plan) -> tuple[int, ...]:
     headers = _gather_numbers(world, plan.header())
     failed, codes, classes, *labels = zip(*headers, strict=True)
     if any(failed):
-        texts = _gather_text(world, None)
+        texts = _gather_objects(world, None)
         rank = next(r for r, text in enumerate(texts) if text)
         raise RuntimeError(f"rank {rank} of the group refused its arguments: {texts[rank]}")
     if len(set(codes)) > 1:
+        calls = _gather_objects(world, plan.call)
+        common = set.intersection(*map(set, calls))
+        differing = [", ".join(i for i in call if i not in common) for call in calls]
         raise RuntimeError(
-            "the ranks of the group do not call the same loss of the same rows:\n"
-            + _by_rank(_gather_text(world, _described(plan.call)))
+            "the ranks of the group do not call the same loss alike:\n" + _by_rank(differing)
         )
     if len(set(zip(*labels, strict=True))) > 1:
         texts = [f"{a} to {b}, which add up to {s}" for a, b, s in zip(*labels, strict=True)]
@@ -138,10 +148,6 @@ def _agree(world: World, plan: Plan) -> tuple[int, ...]:
             "every rank must have the same labels, all of them global:\n" + _by_rank(texts)
         )
     return classes
-
-
-def _described(call: tuple[Any, ...]) -> str:
-    return ", ".join(map(str, call))
 
 
 def _by_rank(texts: list[str]) -> str:
@@ -163,10 +169,14 @@ def labels_in_short(label: Tensor | None, weight: Tensor | None) -> tuple[int, i
 
 def _device(name: str) -> torch.device:
     """Where headers travel: between CPUs where the group can, so that no GPU is waited for."""
-    group = _resolve_process_group(name)
+    group = _group(name)
     if torch.device("cpu") in group._device_types:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _group(name: str) -> Any:
+    return distributed_c10d._resolve_process_group(name)  # type: ignore
 
 
 def _every_call(name: str) -> bool:
@@ -179,10 +189,10 @@ def _gather_numbers(world: World, mine: list[int]) -> list[list[int]]:
     return gather(world, numbers).tolist()
 
 
-def _gather_text(world: World, mine: str | None) -> list[Any]:
-    texts: list[Any] = [None] * world.size
-    dist.all_gather_object(texts, mine, group=_resolve_process_group(world.name))
-    return texts
+def _gather_objects(world: World, mine: Any) -> list[Any]:
+    objects: list[Any] = [None] * world.size
+    dist.all_gather_object(objects, mine, group=_group(world.name))
+    return objects
 
 
 def gather(world: World, mine: Tensor) -> Tensor:
