@@ -329,9 +329,8 @@ WITH_OPTIONS: dict[str, Callable[..., Any]] = {"to": _to, "cross_entropy": _cros
 
 # What a tensor without memory knows.
 METADATA = frozenset(
-    "shape dtype device requires_grad grad_fn is_leaf ndim layout is_cpu is_cuda is_sparse is_meta "
-    "is_mps is_xpu is_xla is_nested is_quantized is_mkldnn grad itemsize nbytes names output_nr "
-    "_version _base _backward_hooks size dim ndimension numel nelement stride storage_offset "
-    "element_size get_device is_floating_point is_complex is_signed is_contiguous is_inference "
-    "is_same_size register_hook retain_grad __len__".split()
+    "shape dtype device requires_grad grad_fn grad is_leaf ndim layout is_cpu is_cuda is_sparse "
+    "is_meta is_nested is_quantized itemsize nbytes size dim ndimension numel nelement stride "
+    "storage_offset element_size get_device is_floating_point is_complex is_contiguous "
+    "register_hook retain_grad __len__".split()
 )
