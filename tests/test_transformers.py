@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
@@ -17,26 +16,10 @@ from transformers import LlamaForCausalLM
 
 import fastdiv
 from fastdiv.integrations.transformers import _forward, _logits, apply
-from transformers_models import CLASSES, KINDS, WIDTH, agree, step
+from transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
 
 pytestmark = pytest.mark.cpu_only("the models are made on the CPU")
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-
-
-class Sizes(TorchDispatchMode):
-    """The most float32 numbers in memory that an operation returned, and which of them are ours."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.ours = 0, set[str]()
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = op(*args, **(kwargs or {}))
-        tensors = [v for v in (out if isinstance(out, (list, tuple)) else [out]) if type(v) is Tensor]
-        self.largest = max([self.largest, *(v.untyped_storage().nbytes() // 4 for v in tensors)])
-        if op.namespace == "fastdiv":
-            self.ours.add(op.name())
-        return out
 
 
 @pytest.fixture(autouse=True)
