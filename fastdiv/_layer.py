@@ -41,8 +41,8 @@ def make_layer(
     _check.check_logits(weight, names[0])
     if bias is not None:
         _check.check_logits(bias, names[1])
-    input, weight = _as_autocast(input), _as_autocast(weight)
-    bias = None if bias is None else _as_autocast(bias)
+    input, weight = as_autocast(input), as_autocast(weight)
+    bias = None if bias is None else as_autocast(bias)
     if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"{prefix}linear_weight must have shape (classes, {input.shape[-1]}) for {name} of "
@@ -61,7 +61,7 @@ def make_layer(
     return Layer(input, weight, bias)
 
 
-def _as_autocast(v: Tensor) -> Tensor:
+def as_autocast(v: Tensor) -> Tensor:
     device = v.device.type
     if v.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return v
