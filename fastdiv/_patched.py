@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.overrides import (
     _get_current_function_mode_stack,
     handle_torch_function,
@@ -17,7 +16,7 @@ from torch.overrides import (
 from torch.utils._device import DeviceContext
 
 from ._backend import use_kernel
-from ._check import FLOATS, row_shape
+from ._check import FLOATS, are_plain, row_shape
 from .cross_entropy import cross_entropy as ours
 
 on = False  # whether a patch stands
@@ -105,14 +104,7 @@ def _watched() -> bool:
 
 def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
     """Whether these are tensors of which torch and we make the same, and there is a kernel."""
-    for v in (input, target, weight):
-        if v is not None and not (
-            type(v) in (Tensor, Parameter)
-            and v.layout is torch.strided
-            and v.device == input.device
-        ):
-            return False
-    if input.dtype not in FLOATS or input.dim() == 0:
+    if not are_plain(input, target, weight) or input.dtype not in FLOATS or input.dim() == 0:
         return False
     dim = 1 if input.dim() > 1 else 0
     classes = input.shape[dim]

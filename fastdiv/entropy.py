@@ -108,8 +108,8 @@ def log_prob_and_entropy(
 
     Source: :func:`log_prob` and :func:`entropy`.
     """
-    log_prob, entropy = _of_index("log_prob_and_entropy", input, index, dim, temperature).unbind(0)
-    return log_prob, entropy
+    both = _of_index("log_prob_and_entropy", input, index, dim, temperature)
+    return both[0], both[1]  # not unbound, of which autograd lets nobody overwrite a part
 
 
 def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: float) -> Tensor:

@@ -249,5 +249,4 @@ def linear_log_prob_and_entropy(
     scale = _check.scale_of(temperature)
     spec = Spec("log_prob_and_entropy", ignore_index=ignored, scale=scale)
     value, _ = _layer.loss_of_layer(spec, layer, label=label, chunk_size=chunk_size)
-    log_prob, entropy = value.unbind(0)
-    return log_prob, entropy
+    return value[0], value[1]

@@ -94,7 +94,9 @@ def _replace_forward(cls: type) -> None:
     """A class's own, or the one it inherits."""
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
     if "labels" in inspect.signature(vars(owner)["forward"]).parameters:
-        _replace(owner, "forward", lambda theirs: _labelled(theirs, theirs, partial(partial, theirs)))
+        _replace(
+            owner, "forward", lambda theirs: _labelled(theirs, theirs, partial(partial, theirs))
+        )
 
 
 def _own_forward(model: nn.Module, theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,9 +133,7 @@ def _labelled(
 
 
 def _transformed() -> bool:
-    return (
-        torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
-    )
+    return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
 
 
 def _compute_loss(theirs: Callable[..., Any]) -> Callable[..., Any]:
