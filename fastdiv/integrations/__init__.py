@@ -1,1 +1,1 @@
-"""Other libraries' training on fastdiv's losses, by one line each; none is needed to import fastdiv."""
+"""Other libraries on our losses, each by one line; none is needed to import fastdiv."""
