@@ -1,4 +1,4 @@
-"""Builds fastdiv._C with whatever torch this environment has; metadata is in pyproject.toml.
+"""Builds fastdiv._C with the torch that build_backend.py finds; metadata is in pyproject.toml.
 
 The CUDA kernels are built too where nvcc is found: in CUDA_HOME, on PATH, or of the PyPI packages.
 Torch itself need not have CUDA: they are plain objects, linked against nothing of torch's.
@@ -21,25 +21,12 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+from build_backend import TORCH, torch_is_installed
 
 ROOT = Path(__file__).parent
-
-
-def installed_torch() -> bool:
-    """Whether torch can be imported, also from inside an isolated build.
-
-    Pip hides site-packages from an isolated build, which would then download a torch of several
-    gigabytes beside the one that is already there.
-    """
-    site_packages = Path(sysconfig.get_path("purelib"))
-    if (site_packages / "torch").is_dir() and str(site_packages) not in sys.path:
-        sys.path.append(str(site_packages))
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def find_nvcc() -> str | None:
@@ -152,7 +139,7 @@ def extension(cuda: bool):
     )
 
 
-if installed_torch():
+if torch_is_installed():
     from torch.utils.cpp_extension import BuildExtension
 
     nvcc = find_nvcc()
@@ -180,5 +167,11 @@ if installed_torch():
 
     setup(ext_modules=[extension(bool(archs))], cmdclass={"build_ext": Build})
 else:
-    # Asked for its requirements before anything is built, setuptools reads them here.
-    setup(setup_requires=["torch>=2.11", "numpy"])
+
+    class NoBuild(build_ext):
+        """An sdist gets by without torch; a wheel without kernels would only be slow, silently."""
+
+        def run(self):
+            raise SystemExit("fastdiv is compiled against torch {}.{} or newer".format(*TORCH))
+
+    setup(ext_modules=[Extension("fastdiv._C", [])], cmdclass={"build_ext": NoBuild})

@@ -119,6 +119,17 @@ struct Call {
     device.run(kernels.backward, args);
   }
 
+  // For each row the sums of its terms: f, u, v, q and p of TermSums.
+  Tensor terms(const Tensor& record) {
+    require(kernels.terms != nullptr, "fastdiv: this loss has no terms");
+    constexpr int64_t kSums = sizeof(TermSums<float>) / sizeof(float);
+    const Tensor sums = make({args.rows, kSums}, real);
+    set_record(record);
+    args.terms = sums.data_ptr();
+    device.run(kernels.terms, args);
+    return sums;
+  }
+
   // Straight through the C interface: torch::stable::new_empty goes through the dispatcher, which
   // takes three times as long, and on tiny inputs that is what there is to save.
   Tensor make(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType type) const {
@@ -201,6 +212,12 @@ std::tuple<Tensor, Tensor> row_forward_grad(const Tensor& grad, const Tensor& x,
   return {rows, dt};
 }
 
+template <class Device>
+Tensor row_terms(const Tensor& x, FD_ROWS, const Tensor& record, FD_OPTIONS) {
+  FD_CALL;
+  return call.terms(record);
+}
+
 #undef FD_CALL
 
 }  // namespace fastdiv
@@ -213,4 +230,5 @@ std::tuple<Tensor, Tensor> row_forward_grad(const Tensor& grad, const Tensor& x,
     m.impl("_row_backward", TORCH_BOX(&fastdiv::row_backward<Device>));           \
     m.impl("_row_backward_", TORCH_BOX(&fastdiv::row_backward_in_place<Device>)); \
     m.impl("_row_forward_grad", TORCH_BOX(&fastdiv::row_forward_grad<Device>));   \
+    m.impl("_row_terms", TORCH_BOX(&fastdiv::row_terms<Device>));                 \
   }

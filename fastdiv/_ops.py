@@ -12,6 +12,7 @@ from . import _backend, reference
 from .reference import Spec, value_dtype
 
 RECORD_SIZE = 8  # numbers a row that the forward leaves for the backward: Row in row_state.h
+TERM_SUMS = 5  # of a divergence: TermSums in divergence.h
 LOSS, REDUCTION, BATCH, IGNORE_INDEX = 0, 2, 3, 4  # their places among the options
 
 _LOSS_IDS = (
@@ -36,6 +37,13 @@ def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
         spec.spread,
         spec.z_loss,
     )
+
+
+def spec_of(options: Sequence[Any]) -> Spec:
+    """The losses and options that these are, but for ``inplace``."""
+    loss, target_type, reduction, *rest = options
+    name = list(_LOSS_IDS)[loss]
+    return Spec(name, list(_TARGET_TYPES)[target_type], list(REDUCTIONS)[reduction], *rest)
 
 
 def reduces(options: Sequence[Any]) -> bool:
@@ -155,6 +163,7 @@ if _backend._C is not None:
     backward = torch.ops.fastdiv._row_backward.default
     backward_in_place = torch.ops.fastdiv._row_backward_.default
     forward_grad = torch.ops.fastdiv._row_forward_grad.default
+    terms = torch.ops.fastdiv._row_terms.default
 
     _register = torch.library.register_fake
     _register("fastdiv::_row_forward")(lambda x, *a: _fake_forward(x, a[4:], False))
@@ -166,6 +175,7 @@ if _backend._C is not None:
     _register("fastdiv::_row_forward_grad")(
         lambda grad, x, t, *a: (_fake_forward(x, a[3:-1], False)[0], _fake_gradient(t, x, a[-1]))
     )
+    _register("fastdiv::_row_terms")(lambda x, *a: a[4].new_empty((x.shape[0], TERM_SUMS)))
     torch.library.register_vmap("fastdiv::_row_forward", _vmap_forward)
     torch.library.register_vmap("fastdiv::_row_forward_stats", _vmap_forward_stats)
     torch.library.register_vmap("fastdiv::_row_backward", _vmap_backward)

@@ -20,9 +20,7 @@ TOPK = {
 }
 
 
-def teacher(
-    missing: str, values_type: str, scale: float, values: Tensor
-) -> tuple[Tensor, Tensor]:
+def teacher(missing: str, values_type: str, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
     """``log p`` and ``p`` at the indices; a probability of 0 gets no gradient."""
     if values_type == "probs":
         p = torch.where(values == 0, values.detach(), values)

@@ -8,11 +8,13 @@ from torch import Tensor
 from . import _check, reference_topk
 from ._autograd import row_loss
 from ._backend import use_kernel
+from ._dtensor import takes_dtensors
 from .reference import Spec, value_dtype
 
 LOSSES = {missing: loss for loss, missing in reference_topk.TOPK.items()}
 
 
+@takes_dtensors
 def topk_kl_div(
     input: Tensor,
     values: Tensor,

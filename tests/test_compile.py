@@ -84,8 +84,8 @@ def test_inductor() -> None:
         weights = torch.linspace(1, 2, len(values))
         return (torch.stack(values) @ weights + inplace.exp(), *values)
 
-    compiled = torch.compile(everything, backend="inductor", fullgraph=True)
-    for rows in (6, 3):
+    compiled = torch.compile(everything, backend="inductor", fullgraph=True, dynamic=True)
+    for rows in (6, 3):  # one compilation, which takes half a minute
         x, t = make_inputs((rows, 19), torch.float32)
         close(with_gradients(compiled, x, t), with_gradients(everything, x, t))
 
@@ -227,6 +227,4 @@ def test_export(strict: bool) -> None:
     for shape in ((4, 9), (7, 9)):
         args = make_inputs(shape, torch.float32)
         actual, expected = program.module()(*args), Losses()(*args)
-        for case, a, e in zip(KERNELS, actual, expected, strict=False):
-            same(a, e)
-        same(actual[len(KERNELS) :], expected[len(KERNELS) :])
+        same(actual, expected)

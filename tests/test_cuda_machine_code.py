@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,21 +32,24 @@ DTYPES = {"float": "f32", "double": "f64", "Half": "f16", "BFloat16": "bf16"}
 KERNEL = re.compile(
     rf"(forward|backward)_rows<(.*), ({'|'.join(DTYPES)}), (true|false)(?:, (true|false))?>\("
 )
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
 pytestmark = pytest.mark.cpu_only("no GPU is used")
 
 
-def cuobjdump(*options: str) -> str:
-    """Of the toolkit, or of the PyPI package, next to which lies nvdisasm."""
+def tool(name: str, *arguments: str | Path, cwd: Path | None = None) -> str:
+    """What a tool of the toolkit, or of the PyPI packages, prints."""
     packages = Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin")
     path = os.pathsep.join([*map(str, packages), os.environ["PATH"]])
-    tool = shutil.which("cuobjdump", path=path)
-    if tool is None:
-        pytest.skip("needs cuobjdump")
-    command = [tool, *options, native.__file__]
-    environment = os.environ | {"PATH": path}
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    names = ["c++filt"]
-    plain = subprocess.run(names, input=text.stdout, capture_output=True, text=True, check=True)
+    program = shutil.which(name, path=path)
+    if program is None:
+        pytest.skip(f"needs {name}")
+    command = [program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
+
+
+def demangled(names: str) -> str:
+    command = ["c++filt"]
+    plain = subprocess.run(command, input=names, capture_output=True, text=True, check=True)
     return re.sub(r"fastdiv::|cuda::", "", plain.stdout)
 
 
@@ -90,7 +93,7 @@ class Kernel(NamedTuple):
 def resources() -> dict[Kernel, dict[str, int]]:
     """REG, STACK, LOCAL and SHARED of every kernel."""
     found, architecture = {}, ""
-    lines = iter(cuobjdump("-res-usage").splitlines())
+    lines = iter(demangled(tool("cuobjdump", "-res-usage", native.__file__)).splitlines())
     for line in lines:
         if match := re.match(r"arch = sm_(\w+)", line):
             architecture = match[1]
@@ -102,17 +105,22 @@ def resources() -> dict[Kernel, dict[str, int]]:
     return found
 
 
-@functools.cache
-def instructions(architecture: str) -> dict[Kernel, Counter[str]]:
-    counts: dict[Kernel, Counter[str]] = defaultdict(Counter)
-    kernel = None
-    for line in cuobjdump("-sass", "-arch", f"sm_{architecture}").splitlines():
-        if "Function : " in line:
-            kernel = Kernel.parse(architecture, line)
-        elif kernel and (
-            match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line)
-        ):
-            counts[kernel][match[1]] += 1
+def instructions(architecture: str, folder: Path) -> dict[Kernel, Counter[str]]:
+    """How often each kernel has each.
+
+    Of all dtypes for the newest architecture, which takes half a minute; for the others of one.
+    What is read at a time depends on the dtype in the source, not on the architecture.
+    """
+    tool("cuobjdump", "-xelf", "all", "-arch", f"sm_{architecture}", native.__file__, cwd=folder)
+    counts = {}
+    for cubin in folder.glob("*.cubin"):
+        if architecture != CUBINS[-1] and b"BFloat16" not in cubin.read_bytes():
+            continue
+        functions = tool("nvdisasm", "-c", cubin).split("\n.text.")[1:]
+        names = demangled("\n".join(f[: f.index(":")] for f in functions)).splitlines()
+        for name, code in zip(names, functions, strict=True):
+            if kernel := Kernel.parse(architecture, name):
+                counts[kernel] = Counter(INSTRUCTION.findall(code))
     return counts
 
 
@@ -122,7 +130,7 @@ def count(code: Counter[str], prefix: str) -> int:
 
 @needs_cuda_build
 def test_every_kernel_is_there_for_every_architecture() -> None:
-    listing = cuobjdump("-lelf", "-lptx")
+    listing = tool("cuobjdump", "-lelf", "-lptx", native.__file__)
     assert set(re.findall(r"sm_(\d+)\.cubin", listing)) == set(CUBINS)
     ptx = {a.removesuffix("+PTX") for a in ARCHITECTURES if a.endswith("+PTX")}
     assert set(re.findall(r"sm_(\d+)\.ptx", listing)) == ptx
@@ -148,9 +156,13 @@ def test_registers_and_local_memory() -> None:
 @needs_cuda_build
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", CUBINS)
-def test_memory_is_accessed_16_bytes_at_a_time(architecture: str) -> None:
-    kernels = instructions(architecture)
-    assert kernels
+def test_memory_is_accessed_16_bytes_at_a_time(architecture: str, tmp_path: Path) -> None:
+    kernels = instructions(architecture, tmp_path)
+    dtypes = set(DTYPES.values()) if architecture == CUBINS[-1] else {"bf16"}
+    assert {k.dtype for k in kernels} == dtypes
+    assert kernels.keys() == {
+        k for k in resources() if k.architecture == architecture and k.dtype in dtypes
+    }
     for kernel, code in kernels.items():
         rows = 2 if kernel.divergence or "(Target)3" in kernel.policy else 1
         # One of an aligned row, two of one that is not (of which double needs half of the second).

@@ -43,6 +43,8 @@ struct RowArgs {
   void* stats = nullptr;      // real [3, rows]: lse, entropy, log_prob
   int64_t* argmax = nullptr;  // [rows]
 
+  void* terms = nullptr;  // TermSums<real> [rows]: what a second sweep adds up
+
   // backward
   const void* grad = nullptr;          // real: upstream gradient of value
   const void* grad_entropy = nullptr;  // real: of entropy

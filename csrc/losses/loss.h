@@ -40,8 +40,9 @@ struct Loss {
   static constexpr bool kStats = false;
   static constexpr bool kSoftcap = false;  // takes softcapped logits
   static constexpr bool kTilted = false;   // keeps a log-sum-exp of a mixture of both rows
-  static constexpr bool kPlain = false;    // has terms of a PlainPair
-  static constexpr int kSums = 0;          // how many of Sums it uses, the first ones
+  static constexpr bool kPlain = false;  // has a cheaper way with rows that are apart, PlainPair's
+  static constexpr bool kExactRatio = false;  // sums Column::ratio, and that is its value
+  static constexpr int kSums = 0;             // how many of Sums it uses, the first ones
 
   static constexpr bool takes(Target given) { return given == target; }
 
@@ -49,6 +50,12 @@ struct Loss {
   FD_FN Sums<real> partial(const Column<real>&) const { return {}; }
   FD_FN void rebase(Sums<real>&, Shift<real>, Shift<real>) const {}
 };
+
+// Whether a second sweep can give the loss and its gradients, from terms of each class.
+template <class P>
+constexpr bool has_terms() {
+  return P::kDivergence && !P::kTilted;
+}
 
 // What a loss wants to be given, for the torch side.
 struct LossTraits {

@@ -95,6 +95,10 @@ struct RowOf {
     a.argmax[r] = argmax;
   }
 
+  FD_FN void store_terms(const TermSums<real>& sum) const {
+    static_cast<TermSums<real>*>(a.terms)[r] = sum;
+  }
+
   // What comes from upstream, over what a mean was divided by.
   FD_FN Outputs<real> upstream() const { return {upstream(a.grad), upstream(a.grad_entropy)}; }
 

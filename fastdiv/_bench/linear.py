@@ -185,12 +185,15 @@ def run_linear(
 
 def memory_by_rows(size: LinearJob, advance: Advance) -> list[LinearMemory]:
     """Memory for a quarter of the rows up to eight times as many, for the plot."""
-    points = []
+    plan = []
     for factor in FACTORS:
         at = size._replace(rows=max(1, int(size.rows * factor)))
         slow = ("chunked",) if size.device == "cpu" and factor > 2 else ()
-        variants = [v for v in _variants(at) if v not in slow]
-        points.append(LinearMemory(at, _memory_of(at, variants)))
+        plan.append((at, [v for v in _variants(at) if v not in slow]))
+    peaks = extra_memory([at._replace(variant=v) for at, variants in plan for v in variants])
+    points = []
+    for at, variants in plan:
+        points.append(LinearMemory(at, {v: next(peaks) for v in variants}))
         advance(f"memory of {at.rows} rows, {at.dtype}")
     return points
 
