@@ -10,6 +10,7 @@ VENV     := .venv
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.stamp-venv
 PACKAGES := $(VENV)/.stamp-packages
+DOCS     := $(VENV)/.stamp-docs
 BUILT    := $(VENV)/.stamp-built
 
 # The cheap part of the suite that a forgotten file or a wrong binary would fail.
@@ -26,7 +27,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test dist lint format check bench gpu-check clean distclean
+.PHONY: help build demo test docs dist lint format check bench gpu-check clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,9 @@ demo: $(BUILT)  ## train a small language model with the fused loss
 
 test: $(BUILT)  ## the whole test suite, doctests included, in WORKERS processes
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
+
+docs: $(BUILT) $(DOCS)  ## the documentation, into docs/_build/index.html; a warning is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build
 
 # The sdist is unpacked without the package, so that its tests find the one of the wheel.
 dist: $(PACKAGES)  ## sdist and wheel in dist, the wheel tested outside of the checkout (ARGS=tests/: by all of the suite)
@@ -75,7 +79,7 @@ gpu-check:  ## build, test and measure on a GPU, with the packages of PYTHON (no
 	$(PYTHON) tests/gpu_check.py $(STEPS) $(if $(DRY_RUN),--dry-run) $(ARGS)
 
 clean:  ## remove what was built and all caches; keep .venv and its packages
-	rm -rf build dist *.egg-info fastdiv/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info fastdiv/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove .venv
@@ -93,6 +97,10 @@ $(READY):
 $(PACKAGES): requirements-dev.txt $(READY)
 	@echo 'installing the pinned packages; torch is a large one'
 	$(BIN)/python -m pip install -qq -r requirements-dev.txt
+	@touch $@
+
+$(DOCS): requirements-docs.txt $(PACKAGES)
+	$(BIN)/python -m pip install -qq -r requirements-docs.txt
 	@touch $@
 
 $(BUILT): setup.py pyproject.toml $(NATIVE) $(PACKAGES)

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/check_indices.h"
 #include "cpu/kernels.h"
 #include "losses/row.h"
 #include "row_call.h"
@@ -32,6 +33,7 @@ void sum_rows(const RowArgs& a, bool mean, double divisor, void* value, void* to
 
 struct CpuDevice {
   using Kernels = RowKernels;
+  static constexpr bool kKeepsOverwritten = false;
   static constexpr int32_t index = 0;
 
   explicit CpuDevice(const Tensor&) {}
@@ -68,6 +70,7 @@ struct CpuDevice {
   }
 
   static void check_labels(const RowArgs& a) {
+    if (a.k) check_indices(a, parallel_for);
     if (!a.label) return;
     for (int64_t r = 0; r < a.rows; ++r) {
       const int64_t y = a.label[r];

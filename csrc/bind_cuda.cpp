@@ -64,6 +64,7 @@ const cuda::Gpu& gpu(int32_t index) {
 
 struct CudaDevice {
   using Kernels = cuda::RowKernels;
+  static constexpr bool kKeepsOverwritten = true;
 
   const int32_t index;
   const Current current{index};

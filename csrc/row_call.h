@@ -13,26 +13,22 @@ struct Call {
   const Tensor& x;
   const Options& options;
   Device device{x};
-  RowArgs args;
   const typename Device::Kernels& kernels;
+  RowArgs args;
   const ScalarType real = compute_type(x);
   const int64_t outputs = kernels.traits.two_outputs ? 2 : 1;
+  OptionalTensor overwritten;
 
   Call(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
        const OptionalTensor& class_weight, const OptionalTensor& row_weight, const Options& options)
       : x(x),
         options(options),
-        args(row_args(x, t, label, class_weight, row_weight, options)),
-        kernels(find(options, args)) {
-    require(kernels.traits.label == label.has_value(),
-            "fastdiv: a label where none belongs, or none");
-    require(kernels.traits.softcap || options.softcap == 0,
-            "fastdiv: this loss does not take softcapped logits");
-  }
+        kernels(find(options, dtype_of(x))),
+        args(row_args(x, t, label, class_weight, row_weight, options, kernels.traits)) {}
 
-  static const typename Device::Kernels& find(const Options& o, const RowArgs& a) {
+  static const typename Device::Kernels& find(const Options& o, DType dtype) {
     require(o.loss < LossId::kCount, "fastdiv: unknown loss");
-    const typename Device::Kernels* kernels = Device::find(o.loss, o.target, a.dtype);
+    const typename Device::Kernels* kernels = Device::find(o.loss, o.target, dtype);
     require(kernels != nullptr, "fastdiv: this loss does not take this target type");
     return *kernels;
   }
@@ -48,12 +44,20 @@ struct Call {
     return outputs == 2 ? make({2, args.rows}, real) : make({args.rows}, real);
   }
   Tensor make_record() const { return make({args.rows, kRecordSize}, real); }
-  Tensor make_gradient(Matrix& d, bool needed) const {
-    if (!needed) return make({0}, x.scalar_type());
-    Tensor gradient = make({args.rows, args.classes}, x.scalar_type());
-    Device::before_first_write(gradient.data_ptr(), gradient.numel() * size_of(args.dtype));
-    d = matrix_of(gradient, x);
+  // Of x or t.
+  Tensor make_gradient(const Tensor& of, Matrix& d, bool needed) const {
+    if (!needed) return make({0}, of.scalar_type());
+    Tensor gradient = make({of.size(0), of.size(1)}, of.scalar_type());
+    Device::before_first_write(gradient.data_ptr(), gradient.numel() * size_of(dtype_of(of)));
+    d = matrix_of(gradient, of);
     return gradient;
+  }
+
+  void write_over_x() {
+    args.dx = args.x;
+    if (!Device::kKeepsOverwritten || args.k == 0) return;
+    overwritten = make({args.rows, args.k}, real);
+    args.overwritten = overwritten->data_ptr();
   }
 
   // Of rows [outputs, rows], where the second output begins.
@@ -115,6 +119,17 @@ struct Call {
     device.run(kernels.backward, args);
   }
 
+  // For each row the sums of its terms: f, u, v, q and p of TermSums.
+  Tensor terms(const Tensor& record) {
+    require(kernels.terms != nullptr, "fastdiv: this loss has no terms");
+    constexpr int64_t kSums = sizeof(TermSums<float>) / sizeof(float);
+    const Tensor sums = make({args.rows, kSums}, real);
+    set_record(record);
+    args.terms = sums.data_ptr();
+    device.run(kernels.terms, args);
+    return sums;
+  }
+
   // Straight through the C interface: torch::stable::new_empty goes through the dispatcher, which
   // takes three times as long, and on tiny inputs that is what there is to save.
   Tensor make(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType type) const {
@@ -164,8 +179,8 @@ std::tuple<Tensor, Tensor> row_backward(const Tensor& grad, const Tensor& x, FD_
                                         const Tensor& record, const Tensor& total, FD_OPTIONS,
                                         bool need_x, bool need_t) {
   FD_CALL;
-  const Tensor dx = call.make_gradient(call.args.dx, need_x);
-  const Tensor dt = call.make_gradient(call.args.dt, need_t);
+  const Tensor dx = call.make_gradient(x, call.args.dx, need_x);
+  const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
   call.backward(grad, record, total);
   return {dx, dt};
 }
@@ -174,8 +189,8 @@ template <class Device>
 Tensor row_backward_in_place(const Tensor& grad, const Tensor& x, FD_ROWS, const Tensor& record,
                              const Tensor& total, FD_OPTIONS, bool need_t) {
   FD_CALL;
-  const Tensor dt = call.make_gradient(call.args.dt, need_t);
-  call.args.dx = call.args.x;
+  const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
+  call.write_over_x();
   call.backward(grad, record, total);
   return dt;
 }
@@ -188,13 +203,19 @@ std::tuple<Tensor, Tensor> row_forward_grad(const Tensor& grad, const Tensor& x,
           "fastdiv: forward_grad takes an upstream gradient for each row, and no statistics");
   call.device.check_labels(call.args);
   const Tensor rows = call.make_rows(), record = call.make_record();
-  const Tensor dt = call.make_gradient(call.args.dt, need_t);
+  const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
   call.set_values(rows);
   call.set_record(record);
   call.set_upstream(grad);
-  call.args.dx = call.args.x;
+  call.write_over_x();
   call.device.run(call.kernels.forward_grad, call.args);
   return {rows, dt};
+}
+
+template <class Device>
+Tensor row_terms(const Tensor& x, FD_ROWS, const Tensor& record, FD_OPTIONS) {
+  FD_CALL;
+  return call.terms(record);
 }
 
 #undef FD_CALL
@@ -209,4 +230,5 @@ std::tuple<Tensor, Tensor> row_forward_grad(const Tensor& grad, const Tensor& x,
     m.impl("_row_backward", TORCH_BOX(&fastdiv::row_backward<Device>));           \
     m.impl("_row_backward_", TORCH_BOX(&fastdiv::row_backward_in_place<Device>)); \
     m.impl("_row_forward_grad", TORCH_BOX(&fastdiv::row_forward_grad<Device>));   \
+    m.impl("_row_terms", TORCH_BOX(&fastdiv::row_terms<Device>));                 \
   }

@@ -13,4 +13,5 @@ STABLE_TORCH_LIBRARY(fastdiv, m) {
         "Tensor record, Tensor total, " FD_OPTIONS_SCHEMA ", bool need_t) -> Tensor dt");
   m.def("_row_forward_grad(Tensor grad, Tensor(a!) x, " FD_ROWS_SCHEMA FD_OPTIONS_SCHEMA
         ", bool need_t) -> (Tensor value, Tensor dt)");
+  m.def("_row_terms(Tensor x, " FD_ROWS_SCHEMA "Tensor record, " FD_OPTIONS_SCHEMA ") -> Tensor");
 }

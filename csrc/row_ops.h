@@ -46,7 +46,7 @@ struct Options {
         ignore_index(ignore_index),
         scale(scale),
         softcap(softcap),
-        params{LossId(loss), shape, label_rate, spread, z_loss} {}
+        params{LossId(loss), shape, label_rate, spread, z_loss, Target(target)} {}
 };
 
 inline DType dtype_of(const Tensor& x) {
@@ -76,12 +76,15 @@ inline void require_same_device(const Tensor& v, const Tensor& x) {
   require(v.is_cpu() == x.is_cpu() && v.get_device_index() == x.get_device_index(),
           "fastdiv: all tensors must be on one device");
 }
-inline Matrix matrix_of(const Tensor& m, const Tensor& like) {
-  require_same_device(m, like);
-  require(m.dim() == 2 && m.size(0) == like.size(0) && m.size(1) == like.size(1) &&
-              (m.stride(1) == 1 || m.size(1) == 1) && m.scalar_type() == like.scalar_type(),
+inline Matrix matrix_of(const Tensor& m, int64_t columns, ScalarType type, const Tensor& x) {
+  require_same_device(m, x);
+  require(m.dim() == 2 && m.size(0) == x.size(0) && m.size(1) == columns &&
+              (m.stride(1) == 1 || m.size(1) == 1) && m.scalar_type() == type,
           "fastdiv: input and target must be matrices of one shape and dtype, rows contiguous");
   return {m.data_ptr(), m.stride(0)};
+}
+inline Matrix matrix_of(const Tensor& m, const Tensor& like) {
+  return matrix_of(m, like.size(1), like.scalar_type(), like);
 }
 inline const void* vector_of(const OptionalTensor& v, int64_t size, ScalarType type,
                              const Tensor& x) {
@@ -94,15 +97,27 @@ inline const void* vector_of(const OptionalTensor& v, int64_t size, ScalarType t
 
 inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
                         const OptionalTensor& class_weight, const OptionalTensor& row_weight,
-                        const Options& o) {
+                        const Options& o, const LossTraits& traits) {
   RowArgs a;
   a.dtype = dtype_of(x);
   a.x = matrix_of(x, x);
   a.rows = x.size(0), a.classes = x.size(1);
   require(a.classes > 0, "fastdiv: there must be at least one class");
   require((o.target != Target::kNone) == t.has_value(), "fastdiv: target type without target");
-  if (t) a.t = matrix_of(*t, x);
-  a.label = static_cast<const int64_t*>(vector_of(label, a.rows, ScalarType::Long, x));
+  require((traits.label || traits.topk) == label.has_value(),
+          "fastdiv: a label where none belongs, or none");
+  require(traits.softcap || o.softcap == 0, "fastdiv: this loss does not take softcapped logits");
+  if (traits.topk) {
+    a.k = label->dim() == 2 ? label->size(1) : 0;
+    require(0 < a.k && a.k <= a.classes && compute_type(*t) == compute_type(x),
+            "fastdiv: values at some classes, double only where the logits are");
+    a.t_dtype = dtype_of(*t);
+    a.t = matrix_of(*t, a.k, t->scalar_type(), x);
+    a.indices = matrix_of(*label, a.k, ScalarType::Long, x);
+  } else {
+    if (t) a.t = matrix_of(*t, x);
+    a.label = static_cast<const int64_t*>(vector_of(label, a.rows, ScalarType::Long, x));
+  }
   a.class_weight = vector_of(class_weight, a.classes, compute_type(x), x);
   a.row_weight = vector_of(row_weight, a.rows, compute_type(x), x);
   a.ignore_index = o.ignore_index;

@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 from ._backend import use_kernel
 from .reference import value_dtype
@@ -29,6 +30,15 @@ def check_logits(x: Tensor, name: str = "input") -> None:
         )
     if x.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, got a scalar")
+
+
+def are_plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether these are torch's own strided tensors on one device; some may be absent."""
+    return all(
+        type(v) in (Tensor, Parameter) and v.layout is torch.strided and v.device == x.device
+        for v in (x, *others)
+        if v is not None
+    )
 
 
 def class_dim(x: Tensor, dim: int) -> int:

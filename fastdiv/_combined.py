@@ -53,8 +53,11 @@ class LabelSmoothingLoss(nn.Module):
         >>> loss(torch.zeros(2, 3, 4), torch.tensor([[0, 3, 1], [2, -1, -1]]))
         tensor(1.9027)
 
+    A model that holds it can be scripted, as WeNet exports its own; the loss itself cannot run there.
+
     Source: ``wenet/models/transformer/label_smoothing_loss.py``,
-    ``espnet/nets/pytorch_backend/transformer/label_smoothing_loss.py``.
+    ``espnet/nets/pytorch_backend/transformer/label_smoothing_loss.py``, whose argument
+    ``criterion`` it has not.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class LabelSmoothingLoss(nn.Module):
         self.entropy = float(stats.entropy([1 - smoothing, smoothing]))
         self.entropy += smoothing * math.log(max(size - 1, 1))
 
+    @torch.jit.unused  # a recogniser is scripted for its users with the loss it was trained with
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         if x.dim() != 3 or x.shape[-1] != self.size:
             raise ValueError(f"x must be of shape (batch, length, {self.size}), got {(*x.shape,)}")

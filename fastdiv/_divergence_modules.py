@@ -65,7 +65,8 @@ class _Divergence(nn.Module):
 
     def extra_repr(self) -> str:
         """The options."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        shown = {**self._options(), "scale_by_temperature": self.scale_by_temperature}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 class _DivergenceLoss(_Divergence):
@@ -106,7 +107,7 @@ class KLDivLoss(_DivergenceLoss):
         target_type: ``"logits"``, ``"log_probs"`` or ``"probs"``.
         dim: Dimension of the classes.
         reduction: As for the function.
-        temperature: T.
+        temperature: :math:`T`.
         scale_by_temperature: Multiply the value by T squared, which keeps the size of the gradient
             about the same for every temperature (Hinton et al., 2015).
         inplace_backward: Write the gradient over the logits.
@@ -250,7 +251,7 @@ class TopKKLDivLoss(_Divergence):
         missing: ``"ignore"``, ``"renormalize"`` or ``"uniform"``.
         dim: Dimension of the classes.
         reduction: As for the function.
-        temperature: T.
+        temperature: :math:`T`.
         scale_by_temperature: Multiply the value by T squared, see :class:`fastdiv.nn.KLDivLoss`.
         inplace_backward: Write the gradient over the logits.
 

@@ -14,10 +14,10 @@ def build_info() -> dict[str, Any]:
     """What was compiled into fastdiv, and what of it this machine runs.
 
     Returns:
-        A dictionary: versions of fastdiv and torch, the compiler, the instruction sets that were
-        built, those that this machine runs and the one in use; whether CUDA kernels were built,
-        with which toolkit and for which architectures; the number of threads, the current backend,
-        and why the kernels are missing where they are.
+        A dictionary of the versions of fastdiv and torch, the compiler, the instruction sets that
+        were built, those that this machine runs and the one in use; whether CUDA kernels were
+        built, with which toolkit and for which architectures; the number of threads, the current
+        backend, and why the kernels are missing where they are.
 
     Example:
         >>> import fastdiv

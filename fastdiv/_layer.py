@@ -41,8 +41,8 @@ def make_layer(
     _check.check_logits(weight, names[0])
     if bias is not None:
         _check.check_logits(bias, names[1])
-    input, weight = _as_autocast(input), _as_autocast(weight)
-    bias = None if bias is None else _as_autocast(bias)
+    input, weight = as_autocast(input), as_autocast(weight)
+    bias = None if bias is None else as_autocast(bias)
     if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"{prefix}linear_weight must have shape (classes, {input.shape[-1]}) for {name} of "
@@ -61,7 +61,7 @@ def make_layer(
     return Layer(input, weight, bias)
 
 
-def _as_autocast(v: Tensor) -> Tensor:
+def as_autocast(v: Tensor) -> Tensor:
     device = v.device.type
     if v.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return v
@@ -84,6 +84,12 @@ def check_target(logits: Tensor, target: Tensor) -> None:
     _check.same_device(logits, target, "target")
 
 
+def check_chunk_size(chunk_size: int | None) -> None:
+    """None, or a positive number of rows."""
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
+
+
 def loss_of_layer(
     spec: Spec,
     student: Layer,
@@ -95,8 +101,7 @@ def loss_of_layer(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Stats | None]:
     """The loss, reduced or in the shape of the rows, and statistics if asked for."""
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
-        raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
+    check_chunk_size(chunk_size)
     logits, t = student.logits, teacher[0]
     # In the dtype of the value, which a float64 target makes float64.
     dtype = value_dtype(logits.dtype if t is None else torch.promote_types(logits.dtype, t.dtype))

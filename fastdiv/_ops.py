@@ -12,7 +12,7 @@ from . import _backend, reference
 from .reference import Spec, value_dtype
 
 RECORD_SIZE = 8  # numbers a row that the forward leaves for the backward: Row in row_state.h
-LOG_SUM_EXP_AND_SUM = (0, 1, 5, 6)  # x_max, x_logz, a and b of it: log_sum_exp.h
+TERM_SUMS = 5  # of a divergence: TermSums in divergence.h
 LOSS, REDUCTION, BATCH, IGNORE_INDEX = 0, 2, 3, 4  # their places among the options
 
 _LOSS_IDS = (
@@ -39,6 +39,13 @@ def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
     )
 
 
+def spec_of(options: Sequence[Any]) -> Spec:
+    """The losses and options that these are, but for ``inplace``."""
+    loss, target_type, reduction, *rest = options
+    name = list(_LOSS_IDS)[loss]
+    return Spec(name, list(_TARGET_TYPES)[target_type], list(REDUCTIONS)[reduction], *rest)
+
+
 def reduces(options: Sequence[Any]) -> bool:
     """Whether the values of the rows become one."""
     return options[REDUCTION] != REDUCTIONS["none"]
@@ -48,8 +55,7 @@ def value_shape(options: Sequence[Any], rows: int) -> tuple[int, ...]:
     """Shape of the value of so many rows."""
     if reduces(options):
         return ()
-    two = options[LOSS] in (_LOSS_IDS["log_prob_and_entropy"], _LOSS_IDS["log_sum_exp_and_sum"])
-    return (2, rows) if two else (rows,)
+    return (2, rows) if options[LOSS] == _LOSS_IDS["log_prob_and_entropy"] else (rows,)
 
 
 def of_each_row(options: Sequence[Any]) -> list[Any]:
@@ -69,8 +75,9 @@ def _fake_forward(x: Tensor, options: tuple[Any, ...], stats: bool) -> tuple[Ten
     return (*out, x.new_empty((3, rows), dtype=dtype), x.new_empty(rows, dtype=torch.int64))
 
 
-def _fake_gradient(x: Tensor, needed: bool) -> Tensor:
-    return x.new_empty(x.shape if needed else (0,))
+def _fake_gradient(of: Tensor | None, x: Tensor, needed: bool) -> Tensor:
+    of = x if of is None else of
+    return of.new_empty(of.shape if needed else (0,))
 
 
 # --- vmap: the batch is more rows -------------------------------------------------------------
@@ -156,17 +163,19 @@ if _backend._C is not None:
     backward = torch.ops.fastdiv._row_backward.default
     backward_in_place = torch.ops.fastdiv._row_backward_.default
     forward_grad = torch.ops.fastdiv._row_forward_grad.default
+    terms = torch.ops.fastdiv._row_terms.default
 
     _register = torch.library.register_fake
     _register("fastdiv::_row_forward")(lambda x, *a: _fake_forward(x, a[4:], False))
     _register("fastdiv::_row_forward_stats")(lambda x, *a: _fake_forward(x, a[4:], True))
     _register("fastdiv::_row_backward")(
-        lambda grad, x, *a: (_fake_gradient(x, a[-2]), _fake_gradient(x, a[-1]))
+        lambda grad, x, t, *a: (_fake_gradient(x, x, a[-2]), _fake_gradient(t, x, a[-1]))
     )
-    _register("fastdiv::_row_backward_")(lambda grad, x, *a: _fake_gradient(x, a[-1]))
+    _register("fastdiv::_row_backward_")(lambda grad, x, t, *a: _fake_gradient(t, x, a[-1]))
     _register("fastdiv::_row_forward_grad")(
-        lambda grad, x, *a: (_fake_forward(x, a[4:-1], False)[0], _fake_gradient(x, a[-1]))
+        lambda grad, x, t, *a: (_fake_forward(x, a[3:-1], False)[0], _fake_gradient(t, x, a[-1]))
     )
+    _register("fastdiv::_row_terms")(lambda x, *a: a[4].new_empty((x.shape[0], TERM_SUMS)))
     torch.library.register_vmap("fastdiv::_row_forward", _vmap_forward)
     torch.library.register_vmap("fastdiv::_row_forward_stats", _vmap_forward_stats)
     torch.library.register_vmap("fastdiv::_row_backward", _vmap_backward)

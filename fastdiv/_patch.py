@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -12,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _backend, _patched
+from . import _patched
+from ._reversible import Patch, require_kernels
 
-_lock = threading.Lock()
-_standing = 0  # patches that are not undone
 _disguised: Callable[..., Tensor] | None = None
 
 
@@ -41,7 +39,7 @@ def patch_torch() -> TorchPatch:
     is made inside of compiled code.
 
     Returns:
-        A handle: ``undo()`` undoes this patch, and so does leaving a ``with`` block of it.  With
+        A handle whose ``undo()`` undoes this patch, as does leaving a ``with`` block of it.  With
         several patches torch has its function back when the last is undone, in whatever order.
 
     Raises:
@@ -60,43 +58,25 @@ def patch_torch() -> TorchPatch:
     return TorchPatch()
 
 
-class TorchPatch:
+class TorchPatch(Patch):
     """What ``patch_torch()`` returns."""
 
-    def __init__(self) -> None:
-        self._stands = False
-        self.__enter__()
+    @classmethod
+    def _install(cls) -> None:
+        if F.cross_entropy is not _disguised:
+            _replace(F.cross_entropy)
+        _patched.on = True
 
-    def __enter__(self) -> TorchPatch:
-        global _standing
-        with _lock:
-            if not self._stands:
-                if F.cross_entropy is not _disguised:
-                    _install()
-                self._stands = _patched.on = True
-                _standing += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
-    def undo(self) -> None:
-        """Takes this patch back; nothing happens the second time."""
-        global _standing
-        with _lock:
-            if self._stands:
-                self._stands = False
-                _standing -= 1
-                _patched.on = _standing > 0
-                # Who replaced ours meanwhile stays; ours, if he calls it, is torch's again.
-                if not _patched.on and F.cross_entropy is _disguised:
-                    F.cross_entropy = _patched.torchs
+    @classmethod
+    def _restore(cls) -> None:
+        _patched.on = False  # ours, if somebody kept it, is torch's again
+        if F.cross_entropy is _disguised:
+            F.cross_entropy = _patched.torchs
 
 
-def _install() -> None:
+def _replace(found: Callable[..., Tensor]) -> None:
     """Puts ours in the place of torch's, if torch's is what we take it for."""
     global _disguised
-    found = F.cross_entropy
     if getattr(found, "__globals__", None) is not vars(F):
         raise RuntimeError(
             "fastdiv.patch_torch(): torch.nn.functional.cross_entropy is not torch's, but "
@@ -108,11 +88,7 @@ def _install() -> None:
             f"fastdiv.patch_torch() does not know torch.nn.functional.cross_entropy{theirs} of "
             f"torch {torch.__version__}, only cross_entropy{known}; use fastdiv.cross_entropy"
         )
-    if _backend._C is None:
-        raise RuntimeError(
-            "fastdiv.patch_torch() would change nothing: the extension module fastdiv._C could "
-            f"not be loaded ({_backend.load_error})"
-        )
+    require_kernels("fastdiv.patch_torch()")
     # The compiler looks up by name, once, what it need not trace into: that must be torch's.  (The
     # import takes a second, but is not ours alone: an optimizer does the same.)
     from torch._dynamo.trace_rules import get_torch_obj_rule_map

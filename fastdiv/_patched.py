@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.overrides import (
     _get_current_function_mode_stack,
     handle_torch_function,
@@ -17,7 +16,7 @@ from torch.overrides import (
 from torch.utils._device import DeviceContext
 
 from ._backend import use_kernel
-from ._check import FLOATS, row_shape
+from ._check import FLOATS, are_plain, row_shape
 from .cross_entropy import cross_entropy as ours
 
 on = False  # whether a patch stands
@@ -35,15 +34,43 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Ours where it means the same, else torch's."""
+    options = {
+        "weight": weight,
+        "size_average": size_average,
+        "ignore_index": ignore_index,
+        "reduce": reduce,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
+    if on and not _watched():
+        loss = fused(input, target, **options)
+        if loss is not None:
+            return loss
+    if has_torch_function_variadic(input, target, weight):
+        # As torch's function does, which would hand over ours as the one that was called.
+        overridable = (input, target, weight)
+        return handle_torch_function(torchs, overridable, input, target, **options)
+    return torchs(input, target, **options)
+
+
+def fused(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """Ours in the dtype of torch's, or None where it would mean something else."""
     if (
-        on
-        and size_average is None
+        size_average is None
         and reduce is None
         and reduction in ("mean", "sum", "none")
         and isinstance(label_smoothing, (int, float))
         and 0 <= label_smoothing <= 1
         and isinstance(ignore_index, int)
-        and not _watched()
         and _fit(input, target, weight, ignore_index)
     ):
         try:
@@ -59,20 +86,8 @@ def cross_entropy(
             if not input.is_cpu:  # there it would say so by stopping the device
                 raise
         else:
-            return value.to(_result_dtype(input, target))
-    options = {
-        "weight": weight,
-        "size_average": size_average,
-        "ignore_index": ignore_index,
-        "reduce": reduce,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-    }
-    if has_torch_function_variadic(input, target, weight):
-        # As torch's function does, which would hand over ours as the one that was called.
-        overridable = (input, target, weight)
-        return handle_torch_function(torchs, overridable, input, target, **options)
-    return torchs(input, target, **options)
+            return value.to(result_dtype(input, target))
+    return None
 
 
 def _watched() -> bool:
@@ -89,14 +104,7 @@ def _watched() -> bool:
 
 def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
     """Whether these are tensors of which torch and we make the same, and there is a kernel."""
-    for v in (input, target, weight):
-        if v is not None and not (
-            type(v) in (Tensor, Parameter)
-            and v.layout is torch.strided
-            and v.device == input.device
-        ):
-            return False
-    if input.dtype not in FLOATS or input.dim() == 0:
+    if not are_plain(input, target, weight) or input.dtype not in FLOATS or input.dim() == 0:
         return False
     dim = 1 if input.dim() > 1 else 0
     classes = input.shape[dim]
@@ -108,7 +116,7 @@ def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
         fit = (
             fit
             and weight.shape == (classes,)
-            and _without_autocast(weight) is _result_dtype(input, target)
+            and _without_autocast(weight) is result_dtype(input, target)
             and not _differentiated(weight)
         )
     return fit and classes > 0 and use_kernel(input)
@@ -120,7 +128,7 @@ def _differentiated(weight: Tensor) -> bool:
     return weight.requires_grad or transformed
 
 
-def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+def result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
     """What torch returns."""
     dtype = _without_autocast(input)
     if target.is_floating_point():

@@ -15,9 +15,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _check
+from ._dtensor import takes_dtensors
 from .divergence import of_rows
 
 
+@takes_dtensors
 def alpha_div(
     input: Tensor,
     target: Tensor,
@@ -68,6 +70,7 @@ def alpha_div(
     return of_rows(loss, input, target, *how, shape=alpha)
 
 
+@takes_dtensors
 def renyi_div(
     input: Tensor,
     target: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _check
 from ._autograd import row_loss, row_loss_and_stats
+from ._dtensor import takes_dtensors
 from .reference import Spec, Stats
 
 Smoothing = Literal["all", "others"]
@@ -103,6 +104,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Stats]: ...
 
 
+@takes_dtensors
 def cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ._dtensor import takes_dtensors
 from .divergence import of_rows
 
 
+@takes_dtensors
 def tv_distance(
     input: Tensor,
     target: Tensor,
@@ -42,6 +44,7 @@ def tv_distance(
     return of_rows("tv_distance", input, target, *how)
 
 
+@takes_dtensors
 def hellinger_distance(
     input: Tensor,
     target: Tensor,

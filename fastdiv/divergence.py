@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _check
 from ._autograd import row_loss
+from ._dtensor import takes_dtensors
 from .reference import Spec
 
 
@@ -58,6 +59,7 @@ def js_loss(beta: float) -> tuple[str, float]:
     return {0.0: "kl_div", 1.0: "reverse_kl_div"}.get(beta, "js_div"), beta
 
 
+@takes_dtensors
 def kl_div(
     input: Tensor,
     target: Tensor,
@@ -120,6 +122,7 @@ def kl_div(
     return of_rows("kl_div", input, target, *how)
 
 
+@takes_dtensors
 def reverse_kl_div(
     input: Tensor,
     target: Tensor,
@@ -152,6 +155,7 @@ def reverse_kl_div(
     return of_rows("reverse_kl_div", input, target, *how)
 
 
+@takes_dtensors
 def js_div(
     input: Tensor,
     target: Tensor,
@@ -191,6 +195,7 @@ def js_div(
     return of_rows(loss, input, target, *how, shape=beta)
 
 
+@takes_dtensors
 def skew_kl_div(
     input: Tensor,
     target: Tensor,

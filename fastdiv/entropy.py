@@ -6,9 +6,11 @@ from torch import Tensor
 
 from . import _check
 from ._autograd import row_loss
+from ._dtensor import takes_dtensors
 from .reference import Spec
 
 
+@takes_dtensors
 def entropy(
     input: Tensor,
     *,
@@ -57,6 +59,7 @@ def entropy(
     return _check.as_input(value, input, dim) if reduction == "none" else value
 
 
+@takes_dtensors
 def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float = 1.0) -> Tensor:
     r"""Log-probability of one class a row, :math:`x_y / T - \log \sum_c e^{x_c / T}`, in nats.
 
@@ -86,6 +89,7 @@ def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float 
     return -_of_index("cross_entropy", input, index, dim, temperature)
 
 
+@takes_dtensors
 def log_prob_and_entropy(
     input: Tensor, index: Tensor, *, dim: int = -1, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -104,8 +108,8 @@ def log_prob_and_entropy(
 
     Source: :func:`log_prob` and :func:`entropy`.
     """
-    log_prob, entropy = _of_index("log_prob_and_entropy", input, index, dim, temperature).unbind(0)
-    return log_prob, entropy
+    both = _of_index("log_prob_and_entropy", input, index, dim, temperature)
+    return both[0], both[1]  # not unbound, of which autograd lets nobody overwrite a part
 
 
 def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: float) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _layer
+from ._dtensor import takes_dtensors
 from .cross_entropy import cross_entropy, cross_entropy_spec
 from .reference import Spec, Stats
 
@@ -65,6 +66,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Stats]: ...
 
 
+@takes_dtensors
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -136,6 +138,9 @@ def linear_cross_entropy(
     Large-Vocabulary Language Models* (2024); Hsu et al., *Liger Kernel* (2024).
     """
     ignored = -100 if ignore_index is None else ignore_index
+    if chunk_size is None:
+        chunk_size = getattr(options, "batch_chunk_size", None)
+    _layer.check_chunk_size(chunk_size)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         return cross_entropy(
             _logits_of_many_dimensions(input, linear_weight, linear_bias),
@@ -182,7 +187,7 @@ def linear_cross_entropy(
         _check.class_weights(logits, classes, weight),
         _check.token_weights(logits, dim, token_weight),
         stats=return_stats,
-        chunk_size=getattr(options, "batch_chunk_size", None) if chunk_size is None else chunk_size,
+        chunk_size=chunk_size,
     )
     return value if stats is None else (value, stats)
 
@@ -193,6 +198,7 @@ def _logits_of_many_dimensions(input: Tensor, weight: Tensor, bias: Tensor | Non
     return F.linear(input, weight.flatten(0, -2), flat_bias).unflatten(-1, weight.shape[:-1])
 
 
+@takes_dtensors
 def linear_log_prob_and_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -243,5 +249,4 @@ def linear_log_prob_and_entropy(
     scale = _check.scale_of(temperature)
     spec = Spec("log_prob_and_entropy", ignore_index=ignored, scale=scale)
     value, _ = _layer.loss_of_layer(spec, layer, label=label, chunk_size=chunk_size)
-    log_prob, entropy = value.unbind(0)
-    return log_prob, entropy
+    return value[0], value[1]

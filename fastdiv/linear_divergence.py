@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _check, _layer
+from ._dtensor import takes_dtensors
 from .divergence import js_loss
 from .reference import Spec
 
@@ -23,7 +24,7 @@ def _linear_divergence(
     layer = _layer.make_layer(*student)
     logits = layer.logits
     _check.check_reduction(reduction)
-    target_type, target = _check_teacher(logits, *teacher)
+    target_type, target = check_teacher(logits, *teacher)
     spec = Spec(
         loss=loss,
         target_type=target_type,
@@ -39,7 +40,7 @@ def _linear_divergence(
     return value
 
 
-def _check_teacher(
+def check_teacher(
     logits: Tensor,
     target: Tensor,
     target_type: str | None,
@@ -63,6 +64,7 @@ def _check_teacher(
     return "logits", layer.tensors
 
 
+@takes_dtensors
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -126,6 +128,7 @@ def linear_kl_div(
     return _linear_divergence("kl_div", student, teacher, *how)
 
 
+@takes_dtensors
 def linear_reverse_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -144,7 +147,7 @@ def linear_reverse_kl_div(
 
     .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c (\log q_c - \log p_c)
 
-    Arguments, result and errors are those of :func:`linear_kl_div`.
+    Arguments, result and errors are those of :func:`fastdiv.linear_kl_div`.
 
     Example:
         >>> import torch, fastdiv
@@ -161,6 +164,7 @@ def linear_reverse_kl_div(
     return _linear_divergence("reverse_kl_div", student, teacher, *how)
 
 
+@takes_dtensors
 def linear_js_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -183,7 +187,7 @@ def linear_js_div(
         \qquad m = \beta\,p + (1 - \beta)\,q
 
     ``beta`` is that of :func:`fastdiv.js_div`; all other arguments, result and errors are those of
-    :func:`linear_kl_div`.
+    :func:`fastdiv.linear_kl_div`.
 
     Example:
         >>> import torch, fastdiv

@@ -128,7 +128,10 @@ class CrossEntropyLoss(nn.Module):
         """The options."""
         return (
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-            f"label_smoothing={self.label_smoothing}"
+            f"label_smoothing={self.label_smoothing}, dim={self.dim}, "
+            f"smoothing={self.smoothing!r}, temperature={self.temperature}, "
+            f"softcap={self.softcap}, z_loss={self.z_loss}, "
+            f"inplace_backward={self.inplace_backward}, return_stats={self.return_stats}"
         )
 
 
@@ -137,7 +140,7 @@ class EntropyLoss(nn.Module):
 
     Args:
         dim: Dimension of the classes.
-        temperature: T.
+        temperature: :math:`T`.
         base: Base of the logarithm; nats by default.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
 
@@ -173,4 +176,7 @@ class EntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"dim={self.dim}, temperature={self.temperature}, reduction={self.reduction!r}"
+        return (
+            f"dim={self.dim}, temperature={self.temperature}, base={self.base}, "
+            f"reduction={self.reduction!r}"
+        )

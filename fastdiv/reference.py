@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .reference_divergences import DIVERGENCES as DIVERGENCES
 from .reference_divergences import OUTER, log_of, masked_product
+from .reference_topk import TOPK, topk_kl_div
 
 
 @dataclass
@@ -132,7 +133,9 @@ def row_weights(
     """Weight of every row; 0: it does not count."""
     dtype = value_dtype(x.dtype)
     weight = x.new_ones(x.shape[:-1], dtype=dtype) if row_weight is None else row_weight
-    return weight if label is None else torch.where(label == ignore_index, 0.0, weight)
+    if label is None or label.dim() == x.dim():  # or the k classes that a teacher names
+        return weight
+    return torch.where(label == ignore_index, 0.0, weight)
 
 
 def mean_weights(
@@ -174,6 +177,9 @@ def rows(
     if spec.loss in DIVERGENCES:
         assert t is not None
         value = divergence(spec, lq, t)
+    elif spec.loss in TOPK:
+        assert t is not None and label is not None
+        value = topk_kl_div(TOPK[spec.loss], spec.target_type, spec.scale, lq, t, label)
     elif spec.loss == "entropy":
         value = entropy(lq)
     elif label is None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _check
-from ._topk_autograd import topk_loss
-from .reference_topk import TopKSpec
+from . import _check, reference_topk
+from ._autograd import row_loss
+from ._backend import use_kernel
+from ._dtensor import takes_dtensors
+from .reference import Spec, value_dtype
 
-MISSING = ("ignore", "renormalize", "uniform")
+LOSSES = {missing: loss for loss, missing in reference_topk.TOPK.items()}
 
 
+@takes_dtensors
 def topk_kl_div(
     input: Tensor,
     values: Tensor,
@@ -94,8 +97,8 @@ def topk_kl_div(
     _check.check_logits(values, "values")
     _check.check_label_type(indices, "indices")
     _check.check_target_type(values_type, "values_type")
-    if missing not in MISSING:
-        raise ValueError(f"missing must be one of {MISSING}, got {missing!r}")
+    if missing not in LOSSES:
+        raise ValueError(f"missing must be one of {tuple(LOSSES)}, got {missing!r}")
     if reduction == "pointwise":
         raise ValueError(
             "reduction 'pointwise' is not for topk_kl_div, whose terms are not of the shape of "
@@ -107,23 +110,25 @@ def topk_kl_div(
         _check.check_in_place(input)
     row_weight = _check.token_weights(input, dim, token_weight)
     _check_shapes(input, values, indices, dim)
+    x, v = _check.as_rows(input, dim), _check.as_rows(values, dim)
     y = _check.as_rows(indices, dim).to(torch.int64)
-    v = _check.as_rows(values, dim)
-    if _check.values_may_be_read(y):
-        _check_indices(y, input.shape[dim], row_weight)
-    else:
-        y, v = _mark_wrong_rows(y, v, input.shape[dim])
-    if row_weight is not None:  # whose rows of weight 0 may hold any indices
-        y = y.clamp(0, input.shape[dim] - 1)
-    spec = TopKSpec(
-        values_type=values_type,
-        missing=missing,
+    native = use_kernel(x)
+    if not (native and x.is_cpu):  # whose kernel looks for itself
+        if _check.values_may_be_read(y):
+            _check_indices(y, x.shape[1], row_weight)
+        elif native:
+            v = reference_topk.without_wrong_rows(v, y, x.shape[1])
+    if (v.dtype is torch.float64) != (x.dtype is torch.float64):
+        v = v.to(value_dtype(x.dtype))
+    spec = Spec(
+        LOSSES[missing],
+        target_type=values_type,
         reduction=reduction,
         batch=input.shape[0],
         scale=_check.scale_of(temperature),
         inplace=inplace_backward,
     )
-    value = topk_loss(spec, _check.as_rows(input, dim), v, y, row_weight)
+    value = row_loss(spec, x, v, y, None, row_weight)
     return _check.as_input(value, input, dim) if reduction == "none" else value
 
 
@@ -147,37 +152,20 @@ def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
     _check.same_device(x, indices, "indices")
 
 
-def _repeated(y: Tensor) -> Tensor:
-    """Of sorted rows, where an index is the one before it again."""
-    return y[:, 1:] == y[:, :-1]
-
-
 def _check_indices(y: Tensor, classes: int, row_weight: Tensor | None) -> None:
     """Raises for an index that is no class, or twice in a row, where the row counts."""
-    if y.numel() == 0:
-        return
-    ordered = y.sort(-1).values
-    wrong = _check.out_of_range(ordered, classes)
-    again = _repeated(ordered)
+    wrong = reference_topk.wrong_rows(y, classes)
     if row_weight is not None:
-        counts = (row_weight != 0).unsqueeze(-1)
-        wrong, again = wrong & counts, again & counts
-    if bool(wrong.any()):
-        row, i = wrong.nonzero()[0].tolist()
-        raise IndexError(
-            f"indices has {int(ordered[row, i])} in row {row}, out of range for {classes} classes"
-        )
-    if bool(again.any()):
-        row, i = again.nonzero()[0].tolist()
-        raise ValueError(f"indices has {int(ordered[row, i])} twice in row {row}")
-
-
-def _mark_wrong_rows(y: Tensor, values: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Indices that are safe to use, and values whose wrong rows are NaN, as will be all made of it.
-
-    That is what can be done where no value may be read.
-    """
-    ordered = y.sort(-1).values
-    wrong = _check.out_of_range(y, classes).any(-1) | _repeated(ordered).any(-1)
-    nan = torch.where(wrong, torch.nan, 0.0).to(values.dtype).unsqueeze(-1)
-    return y.clamp(0, classes - 1), values + nan
+        wrong = wrong & (row_weight != 0)
+    if not bool(wrong.any()):
+        return
+    row = int(wrong.nonzero()[0])
+    seen: set[int] = set()
+    for index in y[row].tolist():
+        if not 0 <= index < classes:
+            raise IndexError(
+                f"indices has {index} in row {row}, out of range for {classes} classes"
+            )
+        if index in seen:
+            raise ValueError(f"indices has {index} twice in row {row}")
+        seen.add(index)

@@ -14,8 +14,6 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
-# topk_kl_div writes over what its op leaves at k classes; tests/test_topk.py looks at the op.
-OP_ALONE = pytest.mark.parametrize("case", [c for c in KERNELS if c.name != "topk_kl_div"], ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d)[6:])
 
 
@@ -122,7 +120,7 @@ def test_alignment(case: Case, dtype: torch.dtype, classes: int) -> None:
         assert_same(got, expected, slice(None), f"{offset} elements further")
 
 
-@OP_ALONE
+@EVERY_CASE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_alignment_in_place(case: Case, dtype: torch.dtype) -> None:
     """The gradient written over logits at any address."""
@@ -173,7 +171,7 @@ def test_scalar_reductions(name: str, dtype: torch.dtype) -> None:
             assert_same(got, expected, slice(None), f"with {threads} threads")
 
 
-@OP_ALONE
+@EVERY_CASE
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", [(6, 700), (1, 8193)], ids=str)
 def test_forward_grad(case: Case, dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -182,13 +180,14 @@ def test_forward_grad(case: Case, dtype: torch.dtype, shape: tuple[int, int]) ->
     expected = evaluate(case, x, t)
     _, (upstream, _, *rest), _ = backward_call(case, x, t)
     rows, (_record, _total), options = rest[:4], rest[4:6], rest[6:-2]
-    need_t = t is not None and t.is_floating_point()
+    # (A teacher of k classes gets k gradients, not those of the dense one: see test_topk.py.)
+    need_t = t is not None and t.is_floating_point() and case.name != "topk_kl_div"
     over = x.clone()
     value, dt = torch.ops.fastdiv._row_forward_grad(upstream, over, *rows, *options, need_t)
     if case.name == "log_prob":
         value = -value  # the op is the cross entropy
     got = [value.movedim(-1, 0), over, dt] if need_t else [value.movedim(-1, 0), over]
-    assert_same(got, expected, slice(None), "from forward_grad")
+    assert_same(got, expected[: len(got)], slice(None), "from forward_grad")
 
 
 def statistics(case: Case, x: Tensor, t: Tensor | None) -> tuple[Tensor, fastdiv.Stats]:

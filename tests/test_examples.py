@@ -49,3 +49,21 @@ def test_fused_linear(tmp_path: Path) -> None:
     done = run("train_lm.py", "--fused-linear", *steps, "--output", picture)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "linear_cross_entropy" in done.stdout and done.stdout.count("same curve") == 2
+
+
+@pytest.mark.slow
+def test_patch_torch(tmp_path: Path) -> None:
+    picture = tmp_path / "lm.png"
+    done = run("patch_torch.py", "--steps", "4", "--vocab", "5000", "--output", picture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same curve" in done.stdout and picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_gkd_of_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl", exc_type=ImportError)
+    picture = tmp_path / "gkd.png"
+    steps = ("--steps", "3", "--teacher-steps", "2", "--vocab", "3000")
+    done = run("gkd_trl.py", *steps, "--output", picture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same curve" in done.stdout and picture.stat().st_size > 10_000

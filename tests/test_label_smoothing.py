@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiv
@@ -154,6 +154,31 @@ def test_in_one_graph(by_length: bool) -> None:
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(gradients(compiled, x, y), gradients(module, x, y), strict=True):
         same(actual, expected)
+
+
+class Recogniser(nn.Module):
+    """What WeNet scripts, to export it: the loss is there, but not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 33)
+        self.criterion = LabelSmoothingLoss(33, -1, 0.1)
+
+    @torch.jit.unused
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.criterion(self.layer(x), y)
+
+    @torch.jit.export
+    def recognise(self, x: Tensor) -> Tensor:
+        return self.layer(x).argmax(-1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_with_it_can_be_scripted() -> None:
+    model, x = Recogniser(), torch.randn(2, 4, 3)
+    assert torch.jit.script(model).recognise(x).equal(model.recognise(x))
+    model(x, torch.zeros(2, 4, dtype=torch.int64)).backward()
+    assert model.layer.weight.grad is not None
 
 
 def test_copies_and_name() -> None:

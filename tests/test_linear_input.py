@@ -36,6 +36,7 @@ OF_TORCH = pytest.mark.skipif(
         (ValueError, "token_weight must have", {"token_weight": torch.ones(3)}),
         (ValueError, "reduction must be", {"reduction": "pointwise"}),
         (ValueError, "chunk_size must be a positive number", {"chunk_size": 0}),
+        (ValueError, "chunk_size must be", {"linear_weight": W.unsqueeze(1), "chunk_size": 0}),
         (ValueError, "temperature must be", {"temperature": 0.0}),
         (ValueError, "label_smoothing must be", {"label_smoothing": 1.5}),
     ],

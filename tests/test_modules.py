@@ -49,10 +49,12 @@ def test_modules(case: Case, reduction: str) -> None:
     module = MODULES[case.name](**options)
     for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         close(m(*args), expected, rtol=0, atol=0)
-        assert repr(m).startswith(type(module).__name__) and reduction in repr(m)
+        assert repr(m).startswith(type(module).__name__)
+        assert all(f"{name}={value!r}" in repr(m) for name, value in options.items())
     assert not module.state_dict()
     if case.divergence:
         squared = MODULES[case.name](**options, scale_by_temperature=True)
+        assert "scale_by_temperature=True" in repr(squared)
         close(squared(*args), expected * case.options.get("temperature", 1.0) ** 2)
         weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
         weighted = case.call(*args, reduction=reduction, token_weight=weight)

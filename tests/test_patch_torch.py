@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastdiv
-from fastdiv import _backend, _patch, _patched
+from fastdiv import _backend, _patched
+from fastdiv._patch import TorchPatch
 
 TORCHS = F.cross_entropy
 
@@ -513,10 +514,10 @@ def test_an_early_import_keeps_torchs(ours: list[Any]) -> None:
 
 
 def test_handles_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = _patch._standing
+    before = TorchPatch.standing
     handles = [fastdiv.patch_torch() for _ in range(4)]
-    assert _patch._standing == before + 4
+    assert TorchPatch.standing == before + 4
     for i in (2, 0, 3, 1):
         assert F.cross_entropy is not TORCHS
         handles[i].undo()
-    assert F.cross_entropy is TORCHS and _patch._standing == before
+    assert F.cross_entropy is TORCHS and TorchPatch.standing == before

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastdiv
 from cases import make_inputs
 from edges import gradients, same
-from fastdiv import _ops
+from fastdiv import _ops, reference
 from fastdiv.reference import Spec
 
 INF, NAN = torch.inf, torch.nan
@@ -94,7 +94,8 @@ def test_is_kl_div_of_the_dense_teacher(
             skipped = want[2].new_zeros(want[2].shape, dtype=torch.bool)
             skipped[1] = missing == "uniform" and values_type != "logits"
             skipped |= (values == 0) & (values_type == "probs")
-            same(dv[~skipped], want[2][~skipped], 1e-10)
+            # (What 39 classes leave is known to the digits of a difference from 1.)
+            same(dv[~skipped], want[2][~skipped], 1e-8 if missing == "uniform" else 1e-10)
             assert dv.isfinite().all()
 
 
@@ -266,7 +267,9 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize("inside", ["vmap", "compile"])
-def test_wrong_rows_are_nan_where_no_value_may_be_read(inside: str) -> None:
+@BACKENDS
+def test_wrong_rows_where_python_may_read_no_value(inside: str, backend: str) -> None:
+    """The kernel raises, as it does elsewhere; the reference's rows are NaN."""
     x, t = make_inputs((4, 6), torch.float32)
     values, indices = teacher(t, 3, "log_probs")
     indices[1, 2], indices[2, 0] = 6, indices[2, 1]
@@ -284,7 +287,12 @@ def test_wrong_rows_are_nan_where_no_value_may_be_read(inside: str) -> None:
     else:
         compiled = torch.compile(rows, backend="aot_eager", fullgraph=True)
         function = lambda x, v: compiled(x, v, token_weight)  # noqa: E731
-    value, dx, dv = gradients(function, x, values)
+    with fastdiv.backend(backend):
+        if backend == "native" and x.is_cpu:
+            with pytest.raises(IndexError, match="indices has 6 in row 1, out of range for 6"):
+                function(x, values)
+            return
+        value, dx, dv = gradients(function, x, values)
     assert value.isnan().tolist() == [False, True, True, False] and value[3] == 0
     for d in (dx, dv):
         assert d[0].isfinite().all() and d[1:3].isnan().all() and (d[3] == 0).all()
@@ -293,27 +301,26 @@ def test_wrong_rows_are_nan_where_no_value_may_be_read(inside: str) -> None:
 # --- how it runs ---
 
 
-def test_the_kernel_of_the_dense_part(isa: str) -> None:
-    """log_sum_exp_and_sum: both at once are the bits of forward and backward."""
+def test_both_directions_in_one_op_have_the_bits_of_two(isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        x, _ = make_inputs((4, 8193), dtype)
+        x, t = make_inputs((4, 8193), dtype)
         x[2, 5] = -INF
-        options = _ops.options(Spec("log_sum_exp_and_sum", scale=0.5))
-        rows, record, total = _ops.forward(x, None, None, None, None, *options)
-        real = x.to(rows.dtype) * 0.5
-        finite = torch.where(real.isinf(), 0.0, real)
-        same(rows[0], real.logsumexp(-1), 1e-6)
-        # As a difference of the maxima: to the digits of the sum of the sizes.
-        error = (rows[1].double() - finite.double().sum(-1)).abs()
-        assert (error <= 5e-7 * 8193 * real.amax(-1)).all()
-        grad = torch.randn_like(rows)
-        none = (None, None, None, None)
-        dx, _ = _ops.backward(grad, x, *none, record, total, *options, True, False)
-        want = 0.5 * (grad[0, :, None] * real.softmax(-1) + grad[1, :, None])
-        same(dx, want, 1e-2 if dtype == torch.bfloat16 else 1e-6)
-        over = x.clone()
-        again, _ = torch.ops.fastdiv._row_forward_grad(grad, over, *none, *options, False)
-        assert again.equal(rows) and over.equal(dx)
+        weight = torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=reference.value_dtype(dtype))
+        for k in (3, 5000):
+            values, indices = teacher(t, k, "log_probs")
+            for loss in reference.TOPK:
+                options = _ops.options(Spec(loss, target_type="log_probs", scale=0.5))
+                rows = (values, indices, None, weight)
+                value, record, total = _ops.forward(x, *rows, *options)
+                grad = torch.randn_like(value)
+                dx, dv = _ops.backward(grad, x, *rows, record, total, *options, True, True)
+                over = x.clone()
+                again, dv_again = _ops.forward_grad(grad, over, *rows, *options, True)
+                assert again.equal(value) and over.equal(dx) and dv_again.equal(dv)
+                no_dx, dv_alone = _ops.backward(
+                    grad, x, *rows, record, total, *options, False, True
+                )
+                assert no_dx.numel() == 0 and dv_alone.equal(dv)
 
 
 @EVERY_POLICY

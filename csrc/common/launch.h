@@ -24,6 +24,10 @@ struct RowArgs {
   int64_t rows = 0, classes = 0;
   DType dtype = DType::kF32;  // of x, t, dx and dt
   Matrix x, t;
+  // Of a teacher known at k classes: t and dt are [rows, k], of a dtype of their own.
+  int64_t k = 0;
+  DType t_dtype = DType::kF32;
+  Matrix indices;  // int64 [rows, k]
   const int64_t* label = nullptr;      // [rows]
   int64_t ignore_index = 0;            // a label that makes its row not count
   const void* class_weight = nullptr;  // real [classes]
@@ -39,6 +43,8 @@ struct RowArgs {
   void* stats = nullptr;      // real [3, rows]: lse, entropy, log_prob
   int64_t* argmax = nullptr;  // [rows]
 
+  void* terms = nullptr;  // TermSums<real> [rows]: what a second sweep adds up
+
   // backward
   const void* grad = nullptr;          // real: upstream gradient of value
   const void* grad_entropy = nullptr;  // real: of entropy
@@ -49,6 +55,9 @@ struct RowArgs {
   // Where rows are fewer than threads, each row's column segments are shared out.
   ParallelFor split_columns = nullptr;
   void* scratch = nullptr;  // kScratchPerSegment bytes a segment
+
+  // On a GPU, where dx is x: what k classes hold before it is overwritten.
+  void* overwritten = nullptr;  // real [rows, k]
 };
 
 // Segments are the same whoever works on them, and merge in order: the bits of a row depend on

@@ -227,17 +227,24 @@ FD_FN real max_of(const real* x, int n, real m) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
   for (int i = 0; i < n; ++i) m = larger_of(x[i], m);
-#else
-  constexpr int kLanes = 32;  // independent lanes: a plain maximum loop needs -ffast-math
-  real lane[kLanes];
-  for (int j = 0; j < kLanes; ++j) lane[j] = m;
-  // (x[i + j] would be gathered, by vectors of i + j.)
-  for (; n >= kLanes; x += kLanes, n -= kLanes)
-    for (int j = 0; j < kLanes; ++j) lane[j] = x[j] > lane[j] ? x[j] : lane[j];
-  for (int i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
-  for (int j = 0; j < kLanes; ++j) m = lane[j] > m ? lane[j] : m;
-#endif
   return m;
+#else
+  // Independent lanes, for a plain maximum loop needs -ffast-math; each array of them a vector,
+  // which stays in a register.  (x[i + j] would be gathered, by vectors of i + j.)
+  constexpr int kLanes = 8;
+  real a[kLanes], b[kLanes];
+  for (int j = 0; j < kLanes; ++j) a[j] = b[j] = m;
+  for (; n >= 2 * kLanes; x += 2 * kLanes, n -= 2 * kLanes) {
+    for (int j = 0; j < kLanes; ++j) a[j] = larger_of(x[j], a[j]);
+    for (int j = 0; j < kLanes; ++j) b[j] = larger_of(x[kLanes + j], b[j]);
+  }
+  for (int j = 0; j < kLanes; ++j) a[j] = larger_of(a[j], b[j]);
+  for (; n >= kLanes; x += kLanes, n -= kLanes)
+    for (int j = 0; j < kLanes; ++j) a[j] = larger_of(x[j], a[j]);
+  for (int j = 0; j < n; ++j) a[0] = larger_of(x[j], a[0]);
+  for (int j = 0; j < 4; ++j) a[j] = larger_of(a[j], a[j + 4]);
+  return larger_of(larger_of(a[0], a[1]), larger_of(a[2], a[3]));
+#endif
 }
 
 // --- softcap ----------------------------------------------------------------------------------

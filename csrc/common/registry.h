@@ -12,7 +12,9 @@
   X(soft_cross_entropy_stats, WithStats<SoftCrossEntropy<real>>)         \
   X(entropy, Entropy<real>)                                              \
   X(log_prob_and_entropy, LogProbAndEntropy<real>)                       \
-  X(log_sum_exp_and_sum, LogSumExpAndSum<real>)
+  X(topk_kl_div, TopKKlDiv<real>)                                        \
+  X(renormalized_topk_kl_div, TopKKlDiv<real>)                           \
+  X(uniform_topk_kl_div, TopKKlDiv<real>)
 
 // name, policy of <real, target>
 #define FD_DIVERGENCES(X)           \

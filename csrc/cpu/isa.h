@@ -6,6 +6,10 @@
 
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "common/dtype.h"
 #include "cpu/kernels.h"
 #include "losses/find_kernels.h"

@@ -8,12 +8,13 @@ namespace fastdiv {
 
 using RowKernel = void (*)(const RowArgs& args, int64_t begin, int64_t end);
 
-// The three skeletons, over rows [begin, end).
+// The skeletons, over rows [begin, end).
 struct RowKernels {
   RowKernel forward;       // value and record
   RowKernel backward;      // gradients from the record
   RowKernel forward_grad;  // both, while the row is in the cache
-  // The last two are null for a loss with statistics: its gradients are those of the plain one.
+  // These two are null for a loss with statistics: its gradients are those of the plain one.
+  RowKernel terms;  // sums of a divergence's terms from a given record, of what is part of a row
   LossTraits traits;
 };
 

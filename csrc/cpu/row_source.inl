@@ -22,14 +22,21 @@ struct RowSource {
   }
 
   RowReader<real> input(int64_t r) const {
-    return {row_of(a.x, r), convert.load, {real(P::kSoftcap ? a.softcap : 0)}};
+    const real cap = real(P::kSoftcap ? a.softcap : 0);
+    return {row_of(a.x, r), convert.load, {cap}, -Limits<real>::infinity};
   }
-  RowReader<real> target(int64_t r) const { return {row_of(a.t, r), convert.load, {real(0)}}; }
+  RowReader<real> target(int64_t r) const {
+    const real nothing = kTarget == Target::kProbs ? real(0) : -Limits<real>::infinity;
+    return {row_of(a.t, r), convert.load, {real(0)}, nothing};
+  }
   RowWriter<real> output(const Matrix& m, int64_t r, bool direct) const {
     return {row_of(m, r), convert, direct && convert.same};
   }
   const real* weights(int64_t i) const {
     return a.class_weight ? static_cast<const real*>(a.class_weight) + i : ones.data;
+  }
+  const real* whole_weights(int64_t i, int n, Buffer<real>& b) const {
+    return fill_up(weights(i), n, real(0), b);
   }
 
   RowOf<P> row(int64_t r) const { return {a, r}; }
@@ -89,10 +96,10 @@ struct RowSource {
     return total;
   }
 
- private:
-  Buffer<real> ones;
-
   void* row_of(const Matrix& m, int64_t r) const {
     return static_cast<char*>(m.data) + r * m.stride * size_of(a.dtype);
   }
+
+ private:
+  Buffer<real> ones;
 };

@@ -6,6 +6,7 @@ namespace FD_ISA {
 
 #include "cpu/tiles.inl"
 #include "cpu/row_source.inl"
+#include "cpu/named_classes.inl"
 
 // --- forward ----------------------------------------------------------------------------------
 
@@ -14,11 +15,12 @@ RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
         RowState<P> s;
-        Buffer<real> bx, bt, tilted;
+        Buffer<real> bx, bt, bw, tilted;
         source.for_tiles(begin, end, [&](int64_t i, int n) {
-          const Tile<real> tile{source.input(r).tile(i, n, bx),
-                                source.kTeacher ? source.target(r).tile(i, n, bt) : nullptr,
-                                P::kWeights ? source.weights(i) : nullptr, n, tilted.data};
+          const Tile<real> tile{source.input(r).whole_tile(i, n, bx),
+                                source.kTeacher ? source.target(r).whole_tile(i, n, bt) : nullptr,
+                                P::kWeights ? source.whole_weights(i, n, bw) : nullptr,
+                                whole_vectors(n), tilted.data};
           s.push(source.loss, tile, scale);
         });
         return s;
@@ -26,43 +28,70 @@ RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
       [&](RowState<P>& total, const RowState<P>& part) { total.merge(source.loss, part, scale); });
 }
 
+// TermSums, of every kLanes-th column: a vector each, which stays in a register.
+template <class real>
+struct LaneSums {
+  real f[kLanes] = {}, u[kLanes] = {}, v[kLanes] = {}, q[kLanes] = {}, p[kLanes] = {};
+
+  void add(const LaneSums& o) {
+    for (int j = 0; j < kLanes; ++j) f[j] += o.f[j];
+    for (int j = 0; j < kLanes; ++j) u[j] += o.u[j];
+    for (int j = 0; j < kLanes; ++j) v[j] += o.v[j];
+    for (int j = 0; j < kLanes; ++j) q[j] += o.q[j];
+    for (int j = 0; j < kLanes; ++j) p[j] += o.p[j];
+  }
+  TermSums<real> sum() const { return {sum(f), sum(u), sum(v), sum(q), sum(p)}; }
+
+ private:
+  static real sum(const real* lane) {
+    real four[4] = {};
+    for (int i = 0; i < kLanes; i += 4)
+      for (int j = 0; j < 4; ++j) four[j] += lane[i + j];
+    return (four[0] + four[1]) + (four[2] + four[3]);
+  }
+};
+
 // The terms of a divergence: the second sweep, over a row which is in the cache.
 template <class PairOf, class P, class L, class real>
 TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r,
                             const Row<real>& row) {
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
-        TermSums<real> total;
+        LaneSums<real> total;
         Buffer<real> bx, bt;
         source.for_tiles(begin, end, [&](int64_t i, int n) {
-          const real *x = source.input(r).tile(i, n, bx), *t = source.target(r).tile(i, n, bt);
+          const real* x = source.input(r).whole_tile(i, n, bx);
+          const real* t = source.target(r).whole_tile(i, n, bt);
           // Copies, which the compiler can keep in registers.
           const Row<real> k = row;
           const L policy = loss;
           const real scale = source.scale;
           // In short runs, for the rounding errors of a sum grow with the number of its terms.
           constexpr int kRun = 64;
-          for (int begin = 0; begin < n; begin += kRun) {
-            const int end = begin + kRun < n ? begin + kRun : n;
-            real f = 0, u = 0, v = 0, q = 0, p = 0;
-            FD_SIMD(reduction(+ : f, u, v, q, p))
-            for (int j = begin; j < end; ++j) {
-              const PairOf pair = PairOf::template of<P::kTarget>(x[j], t[j], scale, k);
-              const Terms<real> term = policy.terms(pair);
-              f += term.f, u += term.u, v += term.v, q += pair.q, p += pair.p;
+          for (int left = whole_vectors(n); left > 0; left -= kRun) {
+            LaneSums<real> run;
+            for (const real* end = x + (left < kRun ? left : kRun); x != end;
+                 x += kLanes, t += kLanes) {
+              FD_SIMD()
+              for (int j = 0; j < kLanes; ++j) {
+                const PairOf pair = PairOf::template of<P::kTarget>(x[j], t[j], scale, k);
+                const Terms<real> term = policy.terms(pair);
+                run.f[j] += term.f, run.u[j] += term.u, run.v[j] += term.v;
+                run.q[j] += pair.q, run.p[j] += pair.p;
+              }
             }
-            total.add({f, u, v, q, p});
+            total.add(run);
           }
         });
-        return total;
+        return total.sum();
       },
       [](TermSums<real>& total, const TermSums<real>& part) { total.add(part); });
 }
 template <class P, class L, class real>
 TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
                          const Row<real>& row) {
-  if constexpr (P::kPlain && std::is_same<P, L>::value)
-    if (row.c != real(0)) return sum_terms_of<PlainPair<real>>(source, loss, r, row);
+  if constexpr (P::kPlain && !P::kTilted && std::is_same<P, L>::value)
+    if (P::apart(row)) return sum_terms_of<PlainPair<real>>(source, loss, r, row);
   return sum_terms_of<Pair<real>>(source, loss, r, row);
 }
 
@@ -85,10 +114,16 @@ void forward_row(const RowSource<P>& source, int64_t r) {
   const RowOf<P> row = source.row(r);
   if (row.weight() == real(0) && !P::kStats) return row.store({});
   const RowState<P> s = first_sweep(source, r, source.scale);
-  const auto sweep = [&](const auto& loss, const Row<real>& record) {
-    return sum_terms(source, loss, r, record);
+  const auto finish = [&](const auto& sweep) {
+    return row.finish(source.loss, s, source.label_logit(r), source.scale, sweep);
   };
-  const auto result = row.finish(source.loss, s, source.label_logit(r), source.scale, sweep);
+  typename RowOf<P>::Result result;
+  if constexpr (P::kTopK)
+    result = finish(NamedClasses<P>(source, r));
+  else
+    result = finish([&](const auto& loss, const Row<real>& record) {
+      return sum_terms(source, loss, r, record);
+    });
   row.store(result);
   if constexpr (P::kStats)
     row.store_stats(result, s, source.scale, first_maximum(source, r, s.x.max));
@@ -168,8 +203,10 @@ void backward_row_of(const RowSource<P>& source, int64_t r) {
 template <class P>
 void backward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
+  if constexpr (P::kTopK)
+    return backward_named(source, r, [&] { backward_row_of<Pair<real>>(source, r); });
   if constexpr (P::kPlain)
-    if (source.row(r).record().c != real(0)) return backward_row_of<PlainPair<real>>(source, r);
+    if (P::apart(source.row(r).record())) return backward_row_of<PlainPair<real>>(source, r);
   backward_row_of<Pair<real>>(source, r);
 }
 
@@ -190,6 +227,17 @@ void forward_grad_rows(const RowArgs& a, int64_t begin, int64_t end) {
   const RowSource<P> source(a);
   for (int64_t r = begin; r < end; ++r) forward_row(source, r), backward_row(source, r);
 }
+template <class P>
+void terms_rows(const RowArgs& a, int64_t begin, int64_t end) {
+  using real = typename P::real;
+  const RowSource<P> source(a);
+  for (int64_t r = begin; r < end; ++r) {
+    const RowOf<P> row = source.row(r);
+    TermSums<real> sum;
+    if (row.weight() != real(0)) sum = sum_terms(source, source.loss, r, row.record());
+    row.store_terms(sum);
+  }
+}
 
 struct Kernels {
   template <class P>
@@ -201,10 +249,10 @@ struct Kernels {
  private:
   template <class P>
   static constexpr RowKernels make() {
-    if constexpr (P::kStats)
-      return {forward_rows<P>, nullptr, nullptr, traits_of<P>()};
-    else
-      return {forward_rows<P>, backward_rows<P>, forward_grad_rows<P>, traits_of<P>()};
+    RowKernels k{forward_rows<P>, nullptr, nullptr, nullptr, traits_of<P>()};
+    if constexpr (!P::kStats) k.backward = backward_rows<P>, k.forward_grad = forward_grad_rows<P>;
+    if constexpr (has_terms<P>()) k.terms = terms_rows<P>;
+    return k;
   }
 };
 

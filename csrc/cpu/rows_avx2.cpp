@@ -3,6 +3,8 @@
 #if defined(__x86_64__)
 FD_BEGIN_ISA("avx2,fma,f16c")
 #define FD_ISA avx2
+#define FD_F16C
+#define FD_LANES 8
 #include "cpu/rows.inl"
 FD_END_ISA
 

@@ -3,6 +3,8 @@
 #if defined(__x86_64__)
 FD_BEGIN_ISA("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" FD_WIDE_VECTORS)
 #define FD_ISA avx512
+#define FD_F16C
+#define FD_LANES 16
 #include "cpu/rows.inl"
 FD_END_ISA
 

@@ -3,6 +3,7 @@
 #include "cpu/isa.h"
 
 #define FD_ISA baseline
+#define FD_LANES 8
 #include "cpu/rows.inl"
 
 const fastdiv::RowKernels* fastdiv::baseline::find_kernels(LossId loss, Target target, bool f64) {

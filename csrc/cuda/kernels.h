@@ -20,7 +20,7 @@ using Status = const char*;
 using RowKernel = Status (*)(const RowArgs& args, const Gpu& gpu, void* stream);
 
 struct RowKernels {
-  RowKernel forward, backward, forward_grad;  // as in cpu/kernels.h
+  RowKernel forward, backward, forward_grad, terms;  // as in cpu/kernels.h
   LossTraits traits;
 };
 

@@ -18,7 +18,8 @@ constexpr int kColumns = sizeof(typename P::real) == 8 ? 2 : 8;
 template <class P, class T, bool kCapped>
 struct RowReader {
   using real = typename P::real;
-  static constexpr bool kTeacher = P::kTarget != Target::kNone;
+  static constexpr Target kTarget = P::kTarget;
+  static constexpr bool kTeacher = kTarget != Target::kNone;
   static constexpr int kSize = Pack<T>::kSize, kPacks = kColumns<P> / kSize;
   using Packs = Pack<T>[kPacks];
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/launch.cuh"
+#include "cuda/named_classes.cuh"
 #include "cuda/row_reader.cuh"
 #include "losses/find_kernels.h"
 
@@ -18,9 +19,9 @@ __device__ __forceinline__ void set(Pack<T>& pack, int k, real v) {
 // dL/dx and dL/dt of columns [begin, end) of a row, in packs that are aligned where they are
 // written; a pack at the edge shares its 16 bytes with the neighbouring stretch.
 template <class P, class T, bool kCapped>
-__device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& reader, int64_t r,
-                                                Row<typename P::real> row, int begin, int end,
-                                                int thread, int threads) {
+__device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCapped>& reader,
+                                                      int64_t r, Row<typename P::real> row,
+                                                      int begin, int end, int thread, int threads) {
   using real = typename P::real;
   using Reader = RowReader<P, T, kCapped>;
   constexpr int kSize = Reader::kSize, kPacks = Reader::kPacks;
@@ -84,6 +85,18 @@ __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& 
   }
 }
 
+template <class P, class T, bool kCapped>
+__device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& reader, int64_t r,
+                                                const Row<typename P::real>& row, int begin,
+                                                int end, int thread, int threads) {
+  const auto dense = [&] { write_dense_gradients(reader, r, row, begin, end, thread, threads); };
+  if constexpr (P::kTopK)
+    write_named_gradients(reader, r, row, RowOf<P>{reader.a, r}.upstream().value, begin, end,
+                          thread, threads, dense);
+  else
+    dense();
+}
+
 // Blocks of 256 threads that share the 65536 registers of a multiprocessor: four leave each thread
 // 64, three 80, two 128, one 255.  Where fewer would spill, fewer threads with more in flight each
 // are the better bargain.
@@ -99,6 +112,22 @@ constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1
                         : !has_moment<P>()                   ? 2
                         : P::kDivergence || P::kWeights      ? 3
                                                              : 4;
+
+// The terms of a divergence: the second sweep, over what the cache has of the row, or memory.
+template <class Reader, class L, class real>
+__device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& team, const L& loss,
+                                                    const Row<real>& row) {
+  TermSums<real> sum;
+  reader.template sweep<false>(team, [&](const auto& tile, int, int) {
+    reader.for_columns([&](int c, int, int) {
+      const auto pair =
+          Pair<real>::template of<Reader::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
+      const Terms<real> term = loss.terms(pair);
+      sum.add({term.f, term.u, term.v, pair.q, pair.p});
+    });
+  });
+  return team.all(sum, MergeTerms<real>());
+}
 
 template <class P, class T, bool kCapped, bool kGradient>
 __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
@@ -130,18 +159,13 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
     const real x_label = self.label_is_read() ? reader.logit(a.label[r]) : real(0);
     state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
     const auto second_sweep = [&](const auto& loss, const Row<real>& row) {
-      TermSums<real> sum;
-      reader.template sweep<false>(team, [&](const auto& tile, int, int) {
-        reader.for_columns([&](int c, int, int) {
-          const auto pair =
-              Pair<real>::template of<P::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
-          const Terms<real> term = loss.terms(pair);
-          sum.add({term.f, term.u, term.v, pair.q, pair.p});
-        });
-      });
-      return team.all(sum, MergeTerms<real>());
+      return sum_terms(reader, team, loss, row);
     };
-    result = self.finish(reader.loss, state, x_label, reader.scale, second_sweep);
+    if constexpr (P::kTopK)
+      result = self.finish(reader.loss, state, x_label, reader.scale,
+                           NamedClasses<RowReader<P, T, kCapped>>{{reader, r}, team});
+    else
+      result = self.finish(reader.loss, state, x_label, reader.scale, second_sweep);
     if constexpr (P::kStats) {
       largest = team.all(largest, MergeArgMax<real>());
       if (team.leads()) self.store_stats(result, state, reader.scale, largest.column);
@@ -149,7 +173,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
   }
   if (team.leads()) self.store(result);
   if constexpr (kGradient) {
-    team.sync();
+    sync_threads(team.threads);
     write_gradients(reader, r, result.row, begin, end, team.thread, team.threads);
   }
   team.leave();
@@ -174,6 +198,27 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, false>)
   write_gradients(reader, r, RowOf<P>{a, r}.record(), begin, end,
                   warps ? int(threadIdx.x) % kWarp : int(threadIdx.x),
                   warps ? kWarp : shape.threads);
+}
+
+// From a record that is given: of a shard, that of the whole row.
+template <class P, class T>
+__global__ void __launch_bounds__(256, kBlocks<P, false, false>)
+    terms_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
+  using real = typename P::real;
+  const int warp = int(threadIdx.x) / kWarp;
+  const bool warps = shape.rows > 1;  // each has a row
+  const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + warp : blockIdx.x / shape.blocks;
+  if (r >= a.rows) return;
+  Team team{warps ? kWarp : shape.threads, shape.blocks,
+            warps ? int(threadIdx.x) % kWarp : int(threadIdx.x), int(blockIdx.x % shape.blocks)};
+  const RowOf<P> self{a, r};
+  const int classes = int(a.classes), begin = team.block * shape.slice;
+  const int end = begin + shape.slice < classes ? begin + shape.slice : classes;
+  const RowReader<P, T, false> reader(a, r, begin, end, nullptr, 0);
+  TermSums<real> sum;
+  if (self.weight() != real(0)) sum = sum_terms(reader, team, reader.loss, self.record());
+  if (team.leads()) self.store_terms(sum);
+  team.leave();
 }
 
 // --- launches ---------------------------------------------------------------------------------
@@ -203,6 +248,15 @@ Status launch_backward(const RowArgs& a, const Gpu&, void* stream) {
   return launch(backward_rows<P, T, false>, grid, stream, a, shape);
 }
 
+template <class P, class T>
+Status launch_terms(const RowArgs& a, const Gpu& gpu, void* stream) {
+  const ForwardShape shape =
+      forward_shape(gpu, sizeof(T), kColumns<P>, 0, 0, int(a.classes));
+  const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.blocks, shape.threads,
+                  shape.blocks, 0, 0};
+  return launch(terms_rows<P, T>, grid, stream, a, shape);
+}
+
 template <class T>
 struct Kernels {
   template <class P>
@@ -214,11 +268,12 @@ struct Kernels {
  private:
   template <class P>
   static RowKernels make() {
-    RowKernels k{launch_forward<P, T, false>, nullptr, nullptr, traits_of<P>()};
+    RowKernels k{launch_forward<P, T, false>, nullptr, nullptr, nullptr, traits_of<P>()};
     if constexpr (!P::kStats) {
       k.backward = launch_backward<P, T>;
       k.forward_grad = launch_forward<P, T, true>;
     }
+    if constexpr (has_terms<P>()) k.terms = launch_terms<P, T>;
     return k;
   }
 };

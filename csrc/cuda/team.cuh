@@ -77,6 +77,14 @@ struct MergeArgMax {
   }
 };
 
+// Before a thread overwrites what another one of its row reads or writes.
+__device__ __forceinline__ void sync_threads(int threads) {
+  if (threads == kWarp)
+    __syncwarp();
+  else
+    __syncthreads();
+}
+
 // A warp, a block of 2^n warps, or a cluster of 2^n such blocks.
 struct Team {
   int threads, blocks;  // of a block, of a cluster
@@ -111,13 +119,6 @@ struct Team {
     return v;
   }
 
-  // Before a thread overwrites what another one reads.
-  __device__ __forceinline__ void sync() const {
-    if (threads == kWarp)
-      __syncwarp();
-    else
-      __syncthreads();
-  }
   // No block leaves while another one may read its shared memory.
   __device__ __forceinline__ void leave() const {
     if (blocks > 1) cluster_leave();

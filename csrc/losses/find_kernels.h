@@ -5,7 +5,7 @@
 #include "losses/cross_entropy.h"
 #include "losses/divergences.h"
 #include "losses/entropy.h"
-#include "losses/log_sum_exp.h"
+#include "losses/topk.h"
 
 namespace fastdiv {
 
@@ -15,7 +15,7 @@ auto find_kernels(LossId loss, Target target) -> decltype(Kernels::template of<E
   switch (loss) {
 #define FD_CASE(name, ...) \
   case LossId::k_##name:   \
-    return target == __VA_ARGS__::kTarget ? Kernels::template of<__VA_ARGS__>() : nullptr;
+    return __VA_ARGS__::takes(target) ? Kernels::template of<__VA_ARGS__>() : nullptr;
     FD_ROW_LOSSES(FD_CASE)
 #undef FD_CASE
 #define FD_CASE(name, policy)                                                                      \

@@ -13,6 +13,7 @@ struct LossParams {
   double label;   // hard target: what the label weighs; soft target: factor of its probabilities
   double spread;  // what label smoothing gives to every class
   double z_loss;  // factor of lse^2
+  Target target;  // what the target is, where a policy takes several kinds
 };
 
 // Of the target class of a row: its shifted scaled logit and its class weight.
@@ -32,27 +33,37 @@ struct Loss {
   using real = Real;
   static constexpr Target kTarget = target;
   static constexpr bool kDivergence = false;
+  static constexpr bool kTopK = false;        // reads k classes of a teacher, by their indices
   static constexpr bool kLabel = false;       // reads the class index
   static constexpr bool kWeights = false;     // reads a weight for every class
   static constexpr bool kTwoOutputs = false;  // a second one, with its own upstream gradient
   static constexpr bool kStats = false;
   static constexpr bool kSoftcap = false;  // takes softcapped logits
   static constexpr bool kTilted = false;   // keeps a log-sum-exp of a mixture of both rows
-  static constexpr bool kPlain = false;    // has terms of a PlainPair
-  static constexpr int kSums = 0;          // how many of Sums it uses, the first ones
+  static constexpr bool kPlain = false;  // has a cheaper way with rows that are apart, PlainPair's
+  static constexpr bool kExactRatio = false;  // sums Column::ratio, and that is its value
+  static constexpr int kSums = 0;             // how many of Sums it uses, the first ones
+
+  static constexpr bool takes(Target given) { return given == target; }
 
   FD_FN explicit Loss(const LossParams&) {}
   FD_FN Sums<real> partial(const Column<real>&) const { return {}; }
   FD_FN void rebase(Sums<real>&, Shift<real>, Shift<real>) const {}
 };
 
+// Whether a second sweep can give the loss and its gradients, from terms of each class.
+template <class P>
+constexpr bool has_terms() {
+  return P::kDivergence && !P::kTilted;
+}
+
 // What a loss wants to be given, for the torch side.
 struct LossTraits {
-  bool label, two_outputs, stats, softcap;
+  bool label, two_outputs, stats, softcap, topk;
 };
 template <class P>
 constexpr LossTraits traits_of() {
-  return {P::kLabel, P::kTwoOutputs, P::kStats, P::kSoftcap};
+  return {P::kLabel, P::kTwoOutputs, P::kStats, P::kSoftcap, P::kTopK};
 }
 
 }  // namespace fastdiv

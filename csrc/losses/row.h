@@ -4,6 +4,7 @@
 #include "common/launch.h"
 #include "losses/divergence_value.h"
 #include "losses/entropy.h"
+#include "losses/topk.h"
 
 namespace fastdiv {
 
@@ -38,7 +39,8 @@ struct RowOf {
   FD_FN Row<real>& record() const { return static_cast<Row<real>*>(a.record)[r]; }
 
   // All that the row's sums come to.  `x_label` is the logit of the label, where that is read;
-  // `sweep(loss, row)` walks the row again for the terms of a divergence.
+  // `sweep(loss, row)` walks the row again for the terms of a divergence; for a teacher of k
+  // classes it is what walks these.
   struct Result {
     Row<real> row;
     Outputs<real> out;
@@ -46,7 +48,7 @@ struct RowOf {
   };
   template <class Sweep>
   FD_FN Result finish(const P& loss, const RowState<P>& s, real x_label, real scale,
-                      Sweep sweep) const {
+                      const Sweep& sweep) const {
     Result result{s.row(), {0, 0}, 0};
     Row<real>& row = result.row;
     Label<real> y{0, 0};
@@ -60,6 +62,10 @@ struct RowOf {
     if (weight() != real(0)) {
       if constexpr (P::kDivergence)
         result.out.value = divergence_value(loss, s, row, sweep, a.params);
+      else if constexpr (P::kTopK)
+        with_named_class(loss.target, row, scale, [&](const auto& one) {
+          result.out.value = topk_value(loss, one, row, sweep, a.classes - a.k);
+        });
       else
         result.out = loss.finish(s.x, s.sums, y, scale, row);
       if (P::kLabel && !has_class(a, r)) {
@@ -87,6 +93,10 @@ struct RowOf {
     stats[a.rows + r] = entropy_of(s.x, s.sums.c, s.row());
     stats[2 * a.rows + r] = result.log_prob;
     a.argmax[r] = argmax;
+  }
+
+  FD_FN void store_terms(const TermSums<real>& sum) const {
+    static_cast<TermSums<real>*>(a.terms)[r] = sum;
   }
 
   // What comes from upstream, over what a mean was divided by.

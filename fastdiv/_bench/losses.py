@@ -90,7 +90,8 @@ class BenchmarkedLoss:
         """What the op of both directions in one go takes; None where it does not fit."""
         if self.variation or self.function not in _ops._LOSS_IDS:
             return None
-        matrix = self.target if self.target in MATRICES else "none"
+        topk = {"topk": "logits", "labels": "none"}
+        matrix = topk.get(self.target, self.target)
         return Spec(self.function, target_type=matrix, shape=self.shape)
 
     def forward_grad(self, x: Tensor, *target: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+// The indices of a teacher of k classes, looked at before any is used.
+#pragma once
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/launch.h"
+#include "losses/row.h"
+
+namespace fastdiv {
+
+// Whether row after row names classes, and each of them once.
+class IndexCheck {
+ public:
+  explicit IndexCheck(const RowArgs& a) : a(a), seen(size_t(a.classes)) {}
+
+  bool passes(int64_t r) {
+    if (++row == 0) row = 1, seen.assign(seen.size(), 0);
+    const int64_t* indices = row_of(a, r);
+    bool ok = true;
+    for (int64_t j = 0; j < a.k; ++j) {
+      const bool valid = uint64_t(indices[j]) < uint64_t(a.classes);
+      uint8_t& last = seen[size_t(valid ? indices[j] : 0)];
+      ok &= valid & (last != row);
+      last = row;
+    }
+    return ok;
+  }
+  static const int64_t* row_of(const RowArgs& a, int64_t r) {
+    return static_cast<const int64_t*>(a.indices.data) + r * a.indices.stride;
+  }
+
+ private:
+  const RowArgs& a;
+  std::vector<uint8_t> seen;  // in which row a class was named last, modulo 255
+  uint8_t row = 0;
+};
+
+[[noreturn]] inline void throw_wrong_indices(const RowArgs& a, int64_t r) {
+  const int64_t* indices = IndexCheck::row_of(a, r);
+  const std::string where = " in row " + std::to_string(r);
+  std::vector<bool> seen(size_t(a.classes));
+  for (int64_t j = 0;; ++j) {
+    const std::string has = "indices has " + std::to_string(indices[j]);
+    if (uint64_t(indices[j]) >= uint64_t(a.classes))
+      throw std::out_of_range(has + where + ", out of range for " + std::to_string(a.classes) +
+                              " classes");
+    if (seen[size_t(indices[j])]) throw std::invalid_argument(has + " twice" + where);
+    seen[size_t(indices[j])] = true;
+  }
+}
+
+// Of the rows that count: throws for the first with an index that is no class, or twice there.
+inline void check_indices(const RowArgs& a, ParallelFor parallel_for) {
+  struct Task {
+    const RowArgs& a;
+    std::atomic<int64_t> wrong;
+  } task{a, {a.rows}};
+  parallel_for(
+      0, a.rows, (1 << 15) / a.k + 1,
+      [](int64_t begin, int64_t end, void* context) {
+        Task& t = *static_cast<Task*>(context);
+        const bool f64 = t.a.dtype == DType::kF64;
+        IndexCheck check(t.a);
+        for (int64_t r = begin; r < end; ++r) {
+          const bool counts =
+              f64 ? weight_of_row<double>(t.a, r) != 0 : weight_of_row<float>(t.a, r) != 0;
+          if (!counts || check.passes(r)) continue;
+          for (int64_t first = t.wrong; r < first && !t.wrong.compare_exchange_weak(first, r);) {
+          }
+          return;
+        }
+      },
+      &task);
+  if (task.wrong < a.rows) throw_wrong_indices(a, task.wrong);
+}
+
+}  // namespace fastdiv

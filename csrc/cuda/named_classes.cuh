@@ -1,0 +1,154 @@
+// The k classes of a row that its teacher names (topk.h), shared out over the threads of a team.
+#pragma once
+
+#include "cuda/row_reader.cuh"
+#include "cuda/team.cuh"
+#include "losses/topk.h"
+
+namespace fastdiv {
+
+template <class real>
+struct MergeLargest {
+  __device__ __forceinline__ void operator()(real& v, int width) const {
+    reduce_lanes<1>(&v, width, [](real a, real b) { return larger_of(a, b); });
+  }
+};
+template <class real>
+struct MergeNamed {
+  __device__ __forceinline__ void operator()(NamedSums<real>& s, int width) const {
+    real sum[] = {s.f, s.v};
+    sum_lanes<2>(sum, width);
+    sum_lanes<1>(&s.mass, width);
+    s.f = sum[0], s.v = sum[1];
+  }
+};
+struct MergeFinite {
+  __device__ __forceinline__ void operator()(FiniteSum& s, int width) const {
+    double sum[] = {s.sum, s.count};
+    sum_lanes<2>(sum, width);
+    s = {sum[0], sum[1]};
+  }
+};
+
+// One row's named classes, where Reader reads the row.
+template <class Reader>
+struct NamedOf {
+  using real = typename Reader::real;
+  const Reader& reader;
+  const int64_t r;
+
+  __device__ __forceinline__ int64_t index(int64_t j) const {
+    const Matrix& m = reader.a.indices;
+    return static_cast<const int64_t*>(m.data)[r * m.stride + j];
+  }
+  __device__ __forceinline__ bool is_class(int64_t y) const {
+    return uint64_t(y) < uint64_t(reader.a.classes);
+  }
+  __device__ __forceinline__ real logit(int64_t j) const {
+    const int64_t y = index(j);
+    return is_class(y) ? reader.logit(y) : Limits<real>::nan;
+  }
+
+  __device__ __forceinline__ real value(int64_t j) const {
+    const Matrix& m = reader.a.t;
+    const int64_t i = r * m.stride + j;
+    if constexpr (sizeof(real) == 4) {
+      if (reader.a.t_dtype == DType::kF16) return widen(static_cast<const Half*>(m.data)[i]);
+      if (reader.a.t_dtype == DType::kBF16) return widen(static_cast<const BFloat16*>(m.data)[i]);
+    }
+    return static_cast<const real*>(m.data)[i];
+  }
+  __device__ __forceinline__ void set_grad_value(int64_t j, real v) const {
+    const Matrix& m = reader.a.dt;
+    const int64_t i = r * m.stride + j;
+    if constexpr (sizeof(real) == 4) {
+      if (reader.a.t_dtype == DType::kF16) return narrow(v, static_cast<Half*>(m.data) + i);
+      if (reader.a.t_dtype == DType::kBF16) return narrow(v, static_cast<BFloat16*>(m.data) + i);
+    }
+    static_cast<real*>(m.data)[i] = v;
+  }
+};
+
+// What the forward asks of them; every thread of the team gets the same bits.
+template <class Reader>
+struct NamedClasses {
+  using real = typename Reader::real;
+  const NamedOf<Reader> named;
+  Team& team;
+
+  __device__ __forceinline__ real largest_value() const {
+    real most = Limits<real>::lowest;
+    for_each([&](int64_t j) { most = larger_of(named.value(j), most); });
+    return team.all(most, MergeLargest<real>());
+  }
+  template <class Term>
+  __device__ __forceinline__ NamedSums<real> sum(const Term& term) const {
+    NamedSums<real> total;
+    for_each([&](int64_t j) {
+      const Terms<real> t = term(named.logit(j), named.value(j));
+      total.add({t.f, t.v, -double(t.u)});
+    });
+    return team.all(total, MergeNamed<real>());
+  }
+  __device__ __forceinline__ FiniteSum sum_of_logits() const {
+    FiniteSum total;
+    for_each([&](int64_t j) { add_finite(total, named.logit(j)); });
+    return team.all(total, MergeFinite());
+  }
+  __device__ __forceinline__ FiniteSum sum_of_all_logits() const {
+    FiniteSum total;
+    named.reader.template sweep<false>(team, [&](const auto& tile, int, int) {
+      Reader::for_columns([&](int c, int, int) { add_finite(total, tile.x[c]); });
+    });
+    return team.all(total, MergeFinite());
+  }
+
+ private:
+  template <class Body>
+  __device__ __forceinline__ void for_each(Body body) const {
+    const int first = team.block * team.threads + team.thread;
+    for (int64_t j = first; j < named.reader.a.k; j += team.threads * team.blocks) body(j);
+  }
+  // (A column outside of the row is at -inf.)
+  static __device__ __forceinline__ void add_finite(FiniteSum& total, real x) {
+    if (!is_infinite(x)) total.add({double(x), 1});
+  }
+};
+
+// The gradient of columns [begin, end), as `dense` writes it, with that of the named classes among
+// them in its place.
+template <class Reader, class Dense>
+__device__ __forceinline__ void write_named_gradients(const Reader& reader, int64_t r,
+                                                      const Row<typename Reader::real>& row,
+                                                      typename Reader::real g, int begin, int end,
+                                                      int thread, int threads, Dense dense) {
+  using real = typename Reader::real;
+  const RowArgs& a = reader.a;
+  const NamedOf<Reader> named{reader, r};
+  real* const overwritten = a.overwritten ? static_cast<real*>(a.overwritten) + r * a.k : nullptr;
+  // Each is one thread's, which owns an index that is no class as if it were the first.
+  const auto for_own = [&](auto body) {
+    for (int64_t j = thread; j < a.k; j += threads) {
+      const int64_t y = named.index(j), column = named.is_class(y) ? y : 0;
+      if (column >= begin && column < end) body(j, y);
+    }
+  };
+  if (overwritten) {
+    for_own([&](int64_t j, int64_t) { overwritten[j] = named.logit(j); });
+    sync_threads(threads);
+  }
+  if (a.dx.data) {
+    dense();
+    sync_threads(threads);
+  }
+  with_named_class(reader.loss.target, row, reader.scale, [&](const auto& one) {
+    for_own([&](int64_t j, int64_t y) {
+      const real x = overwritten ? overwritten[j] : named.logit(j), v = named.value(j);
+      if (a.dt.data) named.set_grad_value(j, g == real(0) ? real(0) : one.grad_value(x, v, g));
+      if (a.dx.data && g != real(0) && named.is_class(y))
+        narrow(one.grad_x(x, v, g), Reader::row_of(a.dx, r) + y);
+    });
+  });
+}
+
+}  // namespace fastdiv

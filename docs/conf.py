@@ -1,0 +1,39 @@
+"""How Sphinx builds these pages; `make docs` runs it."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import fastdiv
+
+project = "fastdiv"
+copyright = "the fastdiv authors"
+version = release = fastdiv.__version__
+
+exclude_patterns = ["_build"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints = "none"  # what the text says of an argument is more than Tensor
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # torch's, of what every module does
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
+
+# Links that lead nowhere are errors, but for names of other libraries.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(torch|scipy|numpy)\..*")]
+
+# The navigation may name pages that are still to come; that it leaves none out, the suite sees.
+suppress_warnings = ["toc.not_readable"]
+
+html_theme = "furo"
+html_title = "fastdiv"
+pygments_dark_style = "monokai"
+MATHJAX = files("mathjax") / "static/mathjax/es5/tex-svg.js"  # one file, no other host
+html_static_path = ["_static", str(MATHJAX)]
+mathjax_path = MATHJAX.name
+html_css_files = ["fastdiv.css"]
+html_copy_source = False

@@ -1,0 +1,33 @@
+"""DTensors whose classes are sharded: the public functions hand them to ``fastdiv.distributed``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+from torch.nn import Parameter
+
+F = TypeVar("F", bound=Callable[..., Any])
+PLAIN = {Tensor, Parameter}
+
+
+def takes_dtensors(function: F) -> F:
+    """The same function, which of DTensors takes the shards.
+
+    Nothing but a look at a dictionary where nobody has imported torch's DTensor.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch.distributed.tensor" in sys.modules:
+            tensors = (*args, *kwargs.values())
+            if any(isinstance(v, Tensor) and type(v) not in PLAIN for v in tensors):
+                from .distributed import _dtensor
+
+                return _dtensor.call(function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return cast(F, call)

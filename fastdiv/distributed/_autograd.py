@@ -1,0 +1,163 @@
+"""The one autograd.Function of the sharded losses of whole rows.
+
+The forward is the op of ``_shard``; the backward, from the record of whole rows, is the kernels'
+own and needs no exchange.  Second derivatives, transforms of torch.func and devices without kernels
+take the loss of the gathered rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
+
+from .. import _check, _ops, reference
+from .._autograd import overwritten, refuse_second_derivative, row_loss, row_loss_and_stats
+from .._backend import use_kernel
+from ..reference import Spec, Stats
+from . import _shard
+from ._whole import gathered
+from ._world import Shards
+
+Tensors = Sequence[Tensor | None]  # x, t, label (global), class_weight, row_weight
+
+
+@dataclass
+class Call:
+    """A sharded loss with all of its options that are not tensors."""
+
+    spec: Spec
+    shards: Shards
+    stats: bool = False
+
+    @property
+    def without_labels_to_ignore(self) -> Spec:
+        """The spec once weights of 0 say which rows do not count."""
+        return replace(self.spec, ignore_index=_check.NO_LABEL_IGNORED)
+
+    def options(self) -> tuple[Any, ...]:
+        """What the op takes after its tensors."""
+        options = _ops.options(self.without_labels_to_ignore)
+        ints = sum(isinstance(o, int) for o in options)
+        world = self.shards.world
+        sizes = list(self.shards.sizes)
+        return list(options[:ints]), list(options[ints:]), sizes, world.rank, world.name, self.stats
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward mode looks at what is computed."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def shard_loss(call: Call, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:
+    """The loss, the sum of the weights in a mean, and statistics if the call asks for them."""
+    x, t, label, class_weight, row_weight = rows
+    assert x is not None
+    if call.shards.world.size == 1 or is_transformed() or not use_kernel(x):
+        return whole_loss(call, *rows)
+    weight = row_weight
+    if label is not None:
+        weight = reference.row_weights(call.spec.ignore_index, x, label, row_weight)
+        label = label - call.shards.first
+    rows = (x, t, label, class_weight, weight)
+    if not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for v in (x, t)):
+        value, _, total, stats, argmax = _shard.forward(*rows, *call.options(), False)
+    else:
+        function = _TracedShardLoss if torch.compiler.is_compiling() else _ShardLoss
+        value, _, total, stats, argmax = function.apply(call, *rows)
+    found = Stats(stats[0], stats[1], argmax, stats[2]) if call.stats else None
+    return value, total, found
+
+
+def whole_loss(call: Call, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:
+    """The same of gathered rows, or of a single rank's."""
+    x, t, label, class_weight, row_weight = rows
+    if call.shards.world.size > 1:
+        x, t, class_weight = (
+            None if v is None else gathered(call.shards, v) for v in (x, t, class_weight)
+        )
+    assert x is not None
+    weights = (label, class_weight, row_weight)
+    total = reference.mean_weights(call.spec.ignore_index, x, *weights).sum()
+    if call.stats:
+        value, stats = row_loss_and_stats(call.spec, x, t, *weights)
+        return value, total, stats
+    return row_loss(call.spec, x, t, *weights), total, None
+
+
+class _TracedShardLoss(torch.autograd.Function):
+    """The form that ``torch.compile`` can trace."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *rows: Tensor | None) -> tuple[Tensor, ...]:
+        out = _shard.forward(*rows, *call.options(), ctx.needs_input_grad[2])
+        ctx.call = call
+        ctx.mark_non_differentiable(*out[1:])
+        ctx.save_for_backward(*rows, *out[1:3])
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        need_x, need_t = ctx.needs_input_grad[1:3]
+        grad, saved, options = _for_kernel(ctx, grad)
+        dx, dt = _ops.backward(grad, *saved, *options, need_x, need_t)
+        return None, dx if need_x else None, dt if need_t else None, None, None, None
+
+
+class _ShardLoss(_TracedShardLoss):
+    """The same with gradients in place and second derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *rows: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return _TracedShardLoss.forward(ctx, call, *rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        need_x, need_t = ctx.needs_input_grad[1:3]
+        differentiated = (
+            torch.is_grad_enabled() or is_batchedtensor(grad) or is_legacy_batchedtensor(grad)
+        )
+        if ctx.call.spec.inplace and need_x:
+            if differentiated:
+                refuse_second_derivative()
+            grad, saved, options = _for_kernel(ctx, grad)
+            dt = _ops.backward_in_place(grad, *saved, *options, need_t)
+            assert saved[0] is not None
+            return None, overwritten(saved[0]), dt if need_t else None, None, None, None
+        if differentiated:
+            return _differentiable(ctx, grad)
+        return _TracedShardLoss.backward(ctx, grad)
+
+
+def _for_kernel(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensors, tuple[Any, ...]]:
+    """Upstream gradient, tensors and options of an op whose divisor is 1."""
+    spec = ctx.call.without_labels_to_ignore
+    *rows, record, total = ctx.saved_tensors
+    if spec.reduction in ("mean", "batchmean"):
+        grad = grad / (total if spec.reduction == "mean" else spec.batch)
+        spec = replace(spec, reduction="sum")
+    return grad.contiguous(), (*rows, record, total), _ops.options(spec)
+
+
+def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients that may be differentiated or batched."""
+    create_graph = torch.is_grad_enabled()
+    x, t, label, class_weight, weight = ctx.saved_tensors[:5]
+    needed = ctx.needs_input_grad[1:3]
+    with torch.enable_grad():
+        # Each its own alias: one tensor in two places would get the gradient of both twice.
+        own = [None if v is None else v.view_as(v) for v in (x, t)]
+        label = None if label is None else label + ctx.call.shards.first
+        call = Call(replace(ctx.call.without_labels_to_ignore, inplace=False), ctx.call.shards)
+        value = whole_loss(call, *own, label, class_weight, weight)[0]
+    wanted = [v for v, need in zip(own, needed, strict=True) if need and v is not None]
+    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))
+    return None, *(next(found) if need else None for need in needed), None, None, None

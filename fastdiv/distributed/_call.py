@@ -1,0 +1,124 @@
+"""From the arguments of a public function to its loss: checked, agreed upon, computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from .._backend import use_kernel
+from ..cross_entropy import smoothing_rates
+from ..reference import Spec, Stats
+from ._autograd import Call, is_transformed, shard_loss
+from ._mean import token_mean
+from ._world import Group, Plan, Shards, agree, checked, labels_in_short, world_of
+
+
+@dataclass
+class Arguments:
+    """Those of a loss, checked as far as one rank can."""
+
+    spec: Spec
+    label: Tensor | None = None  # global
+    class_weight: Tensor | None = None
+    row_weight: Tensor | None = None
+    smoothing: tuple[float, str] | None = None  # whose rates depend on how many classes there are
+    label_name: str = "target"
+    stats: bool = False
+
+
+@dataclass(kw_only=True)
+class RowArguments(Arguments):
+    """Those of a loss of logits."""
+
+    input: Tensor
+    dim: int
+    x: Tensor  # input, and target, as rows
+    t: Tensor | None = None
+
+
+def loss_of(
+    prepare: Callable[[], RowArguments], group: Group, mean_group: Group = None
+) -> tuple[Tensor, Stats | None]:
+    """The loss of what ``prepare`` makes of the arguments, in their shape, and statistics."""
+    world = world_of(group)
+    a = checked(world, prepare)
+    shards = agree(world, plan_of(a, a.x, a.x.shape[1], {"mean over": size_of(mean_group)}))
+    call = call_of(a, shards, mean_group)
+    value, total, stats = shard_loss(call, a.x, a.t, a.label, a.class_weight, a.row_weight)
+    if stats is not None:
+        stats = Stats(*(_check.as_input(s, a.input, a.dim) for s in stats))
+    value = mean_of(a, value, total, mean_group)
+    if a.spec.reduction == "none":
+        value = value.reshape((*value.shape[:-1], *_check.row_shape(a.input, a.dim)))
+    return value, stats
+
+
+def call_of(a: Arguments, shards: Shards, mean_group: Group) -> Call:
+    """What is asked of the shards, with all that depends on how many classes there are in all."""
+    if a.label is not None and _check.values_may_be_read(a.label):
+        # On all ranks or on none, for they have the same labels.
+        ignored = None if a.label_name == "index" else a.spec.ignore_index
+        _check.check_labels(a.label, shards.classes, a.label_name, ignored)
+    spec = a.spec
+    if a.smoothing is not None:
+        label, spread = smoothing_rates(*a.smoothing, shards.classes)
+        spec = replace(spec, label=label, spread=spread)
+    if mean_group is not None and spec.reduction == "mean":
+        spec = replace(spec, reduction="sum")
+    return Call(spec, shards, a.stats)
+
+
+def mean_of(a: Arguments, value: Tensor, total: Tensor, mean_group: Group) -> Tensor:
+    """The value, or its share in the mean over a group."""
+    if mean_group is None or a.spec.reduction != "mean":
+        return value
+    return token_mean(value, total, mean_group)
+
+
+def size_of(group: Group) -> int | None:
+    """How many ranks a group has, if there is one."""
+    return None if group is None else world_of(group).size
+
+
+def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan:
+    """What all ranks must do alike; of traced tensors, what does not depend on the batch."""
+    spec, compiling = a.spec, torch.compiler.is_compiling()
+    what = {
+        "loss": spec.loss,
+        "target type": spec.target_type,
+        "reduction": spec.reduction,
+        "ignore_index": spec.ignore_index,
+        "1 / temperature": spec.scale,
+        "softcap": spec.softcap,
+        "beta": spec.shape,
+        "label smoothing": a.smoothing,
+        "z_loss": spec.z_loss,
+        "in place": spec.inplace,
+        "statistics": a.stats,
+        "class weights": a.class_weight is not None,
+        "token weights": a.row_weight is not None,
+        "dtype": x.dtype,
+        "device": x.device.type,
+        "kernels": use_kernel(x) and not is_transformed(),
+        "rows": None if compiling else x.shape[0],
+        **more,
+    }
+    counts = None
+    if a.label is not None and not compiling:
+        counts = a.label != spec.ignore_index
+    return Plan(
+        tuple(f"{name}: {value}" for name, value in what.items()),
+        classes,
+        labels_in_short(a.label, counts),
+    )
+
+
+def global_labels(x: Tensor, dim: int, y: Tensor, name: str) -> Tensor:
+    """Class indices as an int64 vector; their range is known once all ranks have been heard."""
+    _check.check_label_type(y, name)
+    return _check.row_vector(x, dim, y, name).to(torch.int64)

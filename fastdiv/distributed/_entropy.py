@@ -1,0 +1,152 @@
+"""Entropy of sharded rows, and log-probability of their tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _check
+from ..reference import Spec
+from ._call import RowArguments, global_labels, loss_of
+from ._world import Group
+
+
+def entropy(
+    input: Tensor,
+    *,
+    dim: int = -1,
+    temperature: float = 1.0,
+    base: float | None = None,
+    reduction: str = "none",
+    group: Group = None,
+    mean_group: Group = None,
+) -> Tensor:
+    r"""Shannon entropy of rows of logits whose classes are sharded.
+
+    That of :func:`fastdiv.entropy` of whole rows, on every rank, with gradient.
+
+    Args:
+        input: This rank's logits, with its classes on ``dim``; see :func:`cross_entropy`.
+        dim: Dimension of the classes.
+        temperature: Divides the logits.
+        base: Base of the logarithm: nats by default.
+        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
+        group: The ranks that share the vocabulary; all processes for None.
+        mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
+
+    Returns:
+        The entropy, the same bits on every rank of ``group``.
+
+    Raises:
+        TypeError: a dtype that is not one of those of :func:`fastdiv.entropy`.
+        ValueError: no classes along ``dim``, an option out of its range.
+        RuntimeError: as of :func:`cross_entropy`.
+
+    Example:
+        >>> import torch, fastdiv.distributed
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> fastdiv.distributed.entropy(torch.zeros(8), base=2)
+        tensor(3.)
+        >>> dist.destroy_process_group()
+
+    Source: :func:`fastdiv.entropy`, by the chain rule over groups of classes.
+    """
+
+    def prepare() -> RowArguments:
+        _check.check_logits(input)
+        d = _check.class_dim(input, dim)
+        _check.check_reduction(reduction)
+        _check.log_of_base(base)
+        scale = _check.scale_of(temperature)
+        spec = Spec("entropy", reduction=reduction, batch=input.shape[0], scale=scale)
+        return RowArguments(spec, input=input, dim=d, x=_check.as_rows(input, d))
+
+    value, _ = loss_of(prepare, group, mean_group)
+    return value if base is None else value / _check.log_of_base(base)
+
+
+def log_prob(
+    input: Tensor,
+    index: Tensor,
+    *,
+    dim: int = -1,
+    temperature: float = 1.0,
+    group: Group = None,
+) -> Tensor:
+    r"""Log-probability of one class a row of logits whose classes are sharded.
+
+    That of :func:`fastdiv.log_prob` of whole rows, on every rank, with gradient.
+
+    Args:
+        input: This rank's logits, with its classes on ``dim``; see :func:`cross_entropy`.
+        index: Class indices, counted over the whole vocabulary and the same on every rank.
+        dim: Dimension of the classes.
+        temperature: Divides the logits.
+        group: The ranks that share the vocabulary; all processes for None.
+
+    Returns:
+        One value a row in nats, the same bits on every rank of ``group``.
+
+    Raises:
+        TypeError: a dtype that is not one of those of :func:`fastdiv.log_prob`.
+        ValueError: shapes that do not fit, an option out of its range.
+        IndexError: an index outside of the vocabulary (on CPU; elsewhere the row is NaN).
+        RuntimeError: as of :func:`cross_entropy`.
+
+    Example:
+        >>> import torch, fastdiv.distributed
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> fastdiv.distributed.log_prob(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor([-1.3863, -1.3863])
+        >>> dist.destroy_process_group()
+
+    Source: :func:`fastdiv.log_prob`.
+    """
+    return -_of_index("cross_entropy", input, index, dim, temperature, group)
+
+
+def log_prob_and_entropy(
+    input: Tensor,
+    index: Tensor,
+    *,
+    dim: int = -1,
+    temperature: float = 1.0,
+    group: Group = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Log-probability of one class a row, and entropy of the row, of sharded logits.
+
+    Both in one pass and one exchange, with gradient; arguments and errors are those of
+    :func:`log_prob`.
+
+    Returns:
+        ``(log_prob, entropy)`` in nats, one value a row each.
+
+    Example:
+        >>> import torch, fastdiv.distributed
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> fastdiv.distributed.log_prob_and_entropy(torch.zeros(1, 4), torch.tensor([2]))
+        (tensor([-1.3863]), tensor([1.3863]))
+        >>> dist.destroy_process_group()
+
+    Source: :func:`fastdiv.log_prob_and_entropy`.
+    """
+    both = _of_index("log_prob_and_entropy", input, index, dim, temperature, group)
+    log_prob, entropy = both.unbind(0)
+    return log_prob, entropy
+
+
+def _of_index(
+    loss: str, input: Tensor, index: Tensor, dim: int, temperature: float, group: Group
+) -> Tensor:
+    def prepare() -> RowArguments:
+        _check.check_logits(input)
+        d = _check.class_dim(input, dim)
+        label = global_labels(input, d, index, "index")
+        ignored = _check.NO_LABEL_IGNORED
+        spec = Spec(loss, ignore_index=ignored, scale=_check.scale_of(temperature))
+        x = _check.as_rows(input, d)
+        return RowArguments(spec, label, label_name="index", input=input, dim=d, x=x)
+
+    return loss_of(prepare, group)[0]

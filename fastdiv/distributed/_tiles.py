@@ -1,0 +1,256 @@
+"""Sharded losses of a linear layer's logits, as torch sees them: ops, and their autograd.Function.
+
+Every rank has the rows of the weight that belong to its classes; hidden states are the same on all.
+The logits of a shard are made tile by tile, in the forward and once more in the backward, and all
+rows are merged in one exchange in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+
+from .. import _linear_ops, _ops, reference
+from .._backend import use_kernel
+from .._linear import Problem, by_classes, by_rows
+from .._linear_autograd import linear_loss
+from .._linear_ops import HEADS, LinearCall, Tensors
+from .._linear_tiles import Head
+from ..reference import Spec, Stats, value_dtype
+from . import _shard
+from ._autograd import Call, is_transformed, whole_loss
+from ._local import Forward
+from ._shard import ShardedRows
+from ._whole import shared
+from ._world import Shards, World, sum_over
+
+
+@dataclass
+class LayerCall(Call):
+    """A sharded linear loss with all of its options that are not tensors."""
+
+    chunk_size: int = 0
+
+
+@dataclass
+class Tiles:
+    """The logits of a shard's layer, and of a teacher's, of which a tile is held at a time."""
+
+    tensors: Tensors
+    chunk_size: int
+
+    def _problem(self, spec: Spec, label: Any, class_weight: Any, weight: Any) -> Problem:
+        x, w, b, t, t_weight, t_bias = self.tensors[:HEADS]
+        assert x is not None
+        teacher = None if t is None else Head(t, t_weight, t_bias)
+        rows = (label, class_weight, weight)
+        return Problem(Head(x, w, b), teacher, *rows, [*_ops.options(spec)], self.chunk_size)
+
+    def forward(
+        self, spec: Spec, label: Any, class_weight: Any, weight: Any, stats: bool
+    ) -> Forward:
+        """See ``Kernels``."""
+        p = self._problem(spec, label, class_weight, weight)
+        out = by_rows(p, _ops.options(spec, stats=True)[0] if stats else -1, None, [])
+        return Forward(out.value, out.record, *((out.stats, out.argmax) if stats else ()))
+
+    def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
+        """See ``Kernels``."""
+        p = self._problem(spec, None, None, weight)
+        sums = record.new_zeros(p.rows, _ops.TERM_SUMS)
+        for rows in p.pieces(p.rows_of_chunk(False)):
+            tiles = p.tiles(rows, slice(0, p.classes))
+            sums[rows] = _ops.terms(*tiles, record[rows], *p.options)
+        return sums
+
+
+def layer_loss(call: LayerCall, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:
+    """The loss, the sum of the weights in a mean, and statistics if the call asks for them."""
+    x, weight, *_ = tensors
+    assert x is not None and weight is not None
+    if call.shards.world.size == 1:
+        value, stats = linear_loss(LinearCall(call.spec, call.stats, call.chunk_size), *tensors)
+        logits = x.new_empty(()).expand(len(x), len(weight))  # for its shape
+        total = reference.mean_weights(call.spec.ignore_index, logits, *tensors[HEADS:]).sum()
+        return value, total.to(value.dtype), stats
+    if is_transformed() or not use_kernel(x):
+        return _whole_layer(call, *tensors)
+    label, class_weight, row_weight = tensors[HEADS:]
+    if label is not None:
+        row_weight = reference.row_weights(call.spec.ignore_index, x, label, row_weight)
+        label = label - call.shards.first
+    tensors = (*tensors[:HEADS], label, class_weight, row_weight)
+    recording = torch.is_grad_enabled()
+    needed = tuple(recording and v is not None and v.requires_grad for v in tensors[:HEADS])
+    if not any(needed):
+        value, _, total, found, argmax = forward(*tensors, *call.options(), False, call.chunk_size)
+    else:
+        function = _TracedLayerLoss if torch.compiler.is_compiling() else _LayerLoss
+        value, _, total, found, argmax = function.apply(call, needed, *tensors)
+    return value, total, Stats(found[0], found[1], argmax, found[2]) if call.stats else None
+
+
+def _whole_layer(call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:
+    """The same of logits that are gathered."""
+    x, weight, bias, t, t_weight, t_bias, *rest = tensors
+    assert x is not None and weight is not None
+    x = F.linear(shared(call.shards, x), weight, bias)
+    if t is not None:
+        t = t if t_weight is None else F.linear(shared(call.shards, t), t_weight, t_bias)
+        dtype = torch.promote_types(x.dtype, t.dtype)
+        x, t = x.to(dtype), t.to(dtype)
+    return whole_loss(call, x, t, *rest)
+
+
+class _TracedLayerLoss(torch.autograd.Function):
+    """The form that ``torch.compile`` can trace."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: LayerCall, needed: tuple[bool, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        out = forward(*tensors, *call.options(), any(needed[3:]), call.chunk_size)
+        ctx.call, ctx.needed = call, needed
+        ctx.mark_non_differentiable(*out[1:])
+        ctx.save_for_backward(*tensors, *out[1:3])
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *tensors, record, total = ctx.saved_tensors
+        call = ctx.call
+        spec = call.without_labels_to_ignore
+        if spec.reduction in ("mean", "batchmean"):
+            grad = grad / (total if spec.reduction == "mean" else spec.batch)
+        ints, floats, _, _, name, _ = call.options()
+        gradients = backward(
+            grad.contiguous(), record, *tensors, ints, floats, call.chunk_size, ctx.needed, name
+        )
+        return _for_apply(ctx, gradients)
+
+
+class _LayerLoss(_TracedLayerLoss):
+    """The same with second derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: LayerCall, needed: tuple[bool, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return _TracedLayerLoss.forward(ctx, call, needed, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (HEADS + 5)
+        if torch.is_grad_enabled() or is_batchedtensor(grad) or is_legacy_batchedtensor(grad):
+            return _for_apply(ctx, _differentiable(ctx, grad))
+        return _TracedLayerLoss.backward(ctx, grad)
+
+
+def _differentiable(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Gradients that may be differentiated or batched, from logits that are held whole."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Each its own alias: one tensor in two places would get the gradient of both twice.
+        own = [None if v is None else v.view_as(v) for v in ctx.saved_tensors[: HEADS + 3]]
+        if own[HEADS] is not None:
+            own[HEADS] = own[HEADS] + ctx.call.shards.first
+        call = Call(ctx.call.without_labels_to_ignore, ctx.call.shards)
+        value = _whole_layer(call, *own)[0]
+    wanted = [v for v, need in zip(own, ctx.needed, strict=False) if need and v is not None]
+    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))
+    return [next(found) if need else None for need in ctx.needed]
+
+
+def _for_apply(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """One for each argument of ``apply``."""
+    of_heads = (g if need else None for g, need in zip(gradients, ctx.needed, strict=True))
+    return None, None, *of_heads, None, None, None
+
+
+# --- the ops ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastdiv::_shard_linear_forward", mutates_args=())
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    t: Tensor | None,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+    label: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+    ints: Sequence[int],
+    floats: Sequence[float],
+    sizes: Sequence[int],
+    rank: int,
+    group: str,
+    stats: bool,
+    need_t: bool,
+    chunk_size: int,
+) -> list[Tensor]:
+    """Of whole rows: value, record, sum of the weights, statistics and argmax."""
+    shards = Shards(World(group, rank, len(sizes)), tuple(sizes))
+    tensors = (x, weight, bias, t, t_weight, t_bias)
+    dtype, spec = _value_dtype(x, t), _ops.spec_of([*ints, *floats])
+    rows = ShardedRows(spec, shards, label, class_weight, row_weight, stats, need_t)
+    if stats and t is not None:
+        rows = replace(rows, mass=t.sum(-1, dtype=dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        return _shard.results(rows, rows.whole(Tiles(tensors, chunk_size), dtype), dtype)
+
+
+@forward.register_fake
+def _(x, weight, bias, t, tw, tb, label, cw, rw, ints, floats, sizes, rank, group, stats, need, n):  # type: ignore[no-untyped-def]
+    return _shard.fake_results(x, ints, _value_dtype(x, t), stats)
+
+
+def _value_dtype(x: Tensor, t: Tensor | None) -> torch.dtype:
+    return value_dtype(x.dtype if t is None else torch.promote_types(x.dtype, t.dtype))
+
+
+@torch.library.custom_op("fastdiv::_shard_linear_backward", mutates_args=())
+def backward(
+    grad: Tensor,
+    record: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    t: Tensor | None,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+    label: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+    ints: Sequence[int],
+    floats: Sequence[float],
+    chunk_size: int,
+    needed: Sequence[bool],
+    group: str,
+) -> list[Tensor]:
+    """The gradients that are needed; those of hidden states added up over the ranks."""
+    tensors = (x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight)
+    p = _linear_ops._problem(tensors, ints, floats, chunk_size)
+    if grad.dim() == 0:
+        grad = grad.expand(p.rows)
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = _linear_ops._gradients(p, needed)
+        by_classes(p, grad, record, gradients)
+        for g in gradients:
+            if g.of_input is not None and g.head.weight is not None:
+                g.of_input.copy_(sum_over(group, g.of_input))
+    return _linear_ops._results(x, gradients)
+
+
+@backward.register_fake
+def _(grad, record, x, w, b, t, tw, tb, label, cw, rw, ints, floats, chunk, needed, group):  # type: ignore[no-untyped-def]
+    return _linear_ops._fake_gradients((x, w, b, t, tw, tb), needed)

@@ -1,0 +1,1 @@
+"""Other libraries on our losses, each by one line; none is needed to import fastdiv."""

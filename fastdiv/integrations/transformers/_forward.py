@@ -1,0 +1,129 @@
+"""A model's forward whose cross entropy is ours."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from threading import local
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._logits import DeferredLogits, HeldLogits, Step
+
+# Classes whose loss is a cross entropy of their output layer's logits.
+LANGUAGE_MODEL = re.compile("ForCausalLM|ForMaskedLM|LMHead|ForConditionalGeneration")
+
+_here = local()
+_reported: set[type] = set()
+
+
+def is_running() -> bool:
+    """Whether a model that calls this one has its logits deferred, or held, already."""
+    return getattr(_here, "running", False)
+
+
+def run(
+    model: Any, forward: Callable[..., Any], linear: bool, keep: bool, /, *args: Any, **kwargs: Any
+) -> Any:
+    """A model's forward; its logits are deferred in training if ``linear``, and else held.
+
+    Held ones are returned as ordinary tensors, unless somebody is waiting for them (``keep``).
+    """
+    training = model.training and torch.is_grad_enabled()
+    try:
+        layers = output_layers(model)
+    except ValueError as error:
+        if training and LANGUAGE_MODEL.search(type(model).__name__):
+            _report(error)
+        return forward(*args, **kwargs)
+    deferring = linear and training and not getattr(model, "_is_replica", False)
+    step = Step()
+    _here.running = True
+    try:
+        with _replaced(layers, partial(_deferred if deferring else _held, step)):
+            output = forward(*args, **kwargs)
+    finally:
+        _here.running = step.running = False
+    if training and not step.called:
+        _report(_Unknown(model, "it does not call its output layer"))
+    elif step.used_by:
+        _report(_Unknown(model, f"it takes {step.used_by}() of its logits, which are then held"))
+    return output if keep else with_plain_logits(output)
+
+
+class _Unknown(ValueError):
+    """A model that computes its logits, or its loss, in a way we do not know."""
+
+    def __init__(self, model: Any, why: str) -> None:
+        self.model = type(model)
+        super().__init__(f"fastdiv does not know how {self.model.__qualname__} works: {why}")
+
+
+def _report(trouble: _Unknown) -> None:
+    """Once for each class."""
+    if trouble.model not in _reported:
+        _reported.add(trouble.model)
+        warnings.warn(f"{trouble}; it is trained as without fastdiv", stacklevel=4)
+
+
+def output_layers(model: Any) -> list[nn.Linear]:
+    """The linear layers that this model's logits come from; with LoRA they are a sum of several."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise _Unknown(model, "get_output_embeddings() is None")
+    # Another one might be given its weight for the time of its own forward only (FSDP).
+    if type(head) is not nn.Linear and not type(head).__module__.startswith("peft."):
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        raise _Unknown(model, f"its output layer is a {kind}, not a torch.nn.Linear")
+    linear = [layer for layer in head.modules() if type(layer) is nn.Linear]
+    classes = max((layer.out_features for layer in linear), default=0)
+    layers = [layer for layer in linear if layer.out_features == classes]
+    for layer in layers:
+        if "forward" in vars(layer):
+            raise _Unknown(model, "something replaced its output layer's forward")
+        if type(layer.weight) not in (Tensor, nn.Parameter) or hasattr(layer.weight, "ds_id"):
+            raise _Unknown(model, "its output layer's weight is sharded")
+    return layers
+
+
+@contextmanager
+def _replaced(layers: Sequence[nn.Linear], forward: Callable[..., Tensor]) -> Iterator[None]:
+    for layer in layers:
+        vars(layer)["forward"] = partial(forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+def _held(step: Step, layer: nn.Linear, input: Tensor) -> Tensor:
+    step.called = True
+    return nn.Linear.forward(layer, input).as_subclass(HeldLogits)
+
+
+def _deferred(step: Step, layer: nn.Linear, input: Tensor) -> Tensor:
+    step.called = True
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if type(input) is not Tensor or (input.dtype != layer.weight.dtype and not autocast):
+        step.used_by = f"{type(input).__name__} of {input.dtype}"
+        return nn.Linear.forward(layer, input)
+    return DeferredLogits.of_layer(input, layer.weight, layer.bias, step)
+
+
+def with_plain_logits(output: Any) -> Any:
+    """A model's output with ordinary tensors in place of ``HeldLogits``."""
+    if isinstance(output, HeldLogits):
+        return output.as_subclass(Tensor)
+    if type(output) is tuple:
+        return tuple(map(with_plain_logits, output))
+    if isinstance(output, dict):
+        for name, v in output.items():
+            if isinstance(v, HeldLogits):
+                output[name] = v.as_subclass(Tensor)
+    return output

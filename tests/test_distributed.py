@@ -1,0 +1,49 @@
+"""Sharded losses, run by two to four processes, against those of whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import shard_edges
+import shards
+from ranks import Ranks
+
+pytestmark = pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(Path(tmp_path_factory.mktemp("ranks")))
+    yield started
+    started.close()
+
+
+def same_on_all(results: list) -> None:
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_loss(ranks: Ranks, size: int, dtype: torch.dtype) -> None:
+    """Values and gradients obey the accept rule; the values of all ranks have the same bits."""
+    same_on_all(ranks.run(size, shards.compare, dtype))
+
+
+def test_reruns_have_the_same_bits(ranks: Ranks) -> None:
+    first, again = (ranks.run(3, shards.compare, torch.float32) for _ in range(2))
+    assert first == again
+
+
+def test_reference(ranks: Ranks) -> None:
+    same_on_all(ranks.run(3, shards.compare, torch.float32, "reference"))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("what", ["divergences", "rows_of_logits", "next_to_zero"])
+def test_hard_rows(ranks: Ranks, what: str, size: int) -> None:
+    same_on_all(ranks.run(size, getattr(shard_edges, what)))
