@@ -111,9 +111,7 @@ def compare(group: Any, rank: int, dtype: torch.dtype, backend: str = "native") 
         x, logits = make_inputs((48, sum(sizes)), dtype, seed=number)
         t, options = arguments(case, x, logits)
         soft = t is not None and t.is_floating_point()
-        in_double = {
-            k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()
-        }
+        in_double = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
         with fastdiv.backend("reference"):
             double = (x.double(), t.double() if soft else t)
             truth = evaluate(call(getattr(fastdiv, case.name), in_double), *double)
