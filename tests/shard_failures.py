@@ -63,4 +63,6 @@ def failures(group: Any, rank: int) -> dict[str, tuple[str, str]]:
 def dies(group: Any, rank: int) -> tuple[str, str]:
     if rank == 1:
         os._exit(1)
-    return outcome(lambda: sharded.entropy(torch.randn(4, 3), group=group))
+    found = outcome(lambda: sharded.entropy(torch.randn(4, 3), group=group))
+    assert found[0] == "RuntimeError", found
+    return found

@@ -49,3 +49,13 @@ def test_fused_linear(tmp_path: Path) -> None:
     done = run("train_lm.py", "--fused-linear", *steps, "--output", picture)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "linear_cross_entropy" in done.stdout and done.stdout.count("same curve") == 2
+
+
+@pytest.mark.slow
+def test_sharded_vocabulary() -> None:
+    """Two processes, with an odd number of classes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, EXAMPLES / "sharded_vocabulary.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same curve" in done.stdout
