@@ -1,6 +1,6 @@
 // Included before everything else, leaves few kernels: one loss of each kind that differs in what
-// it reads, writes and shares.  Those are a label, weights of classes, statistics; a target of each
-// type; a second sweep, rare or certain.
+// it reads, writes and shares.  Those are a label, weights of classes, statistics; k classes of a
+// row; a target of each type; a second sweep, rare or certain.
 #pragma once
 
 #include "common/registry.h"
@@ -10,5 +10,6 @@
 #define FD_ROW_LOSSES(X)                                         \
   X(smoothed_cross_entropy, SmoothedCrossEntropy<real>)          \
   X(soft_cross_entropy_stats, WithStats<SoftCrossEntropy<real>>) \
-  X(log_prob_and_entropy, LogProbAndEntropy<real>)
+  X(log_prob_and_entropy, LogProbAndEntropy<real>)               \
+  X(topk_kl_div, TopKKlDiv<real>)
 #define FD_DIVERGENCES(X) X(kl_div, KlDiv) X(js_div, JsDiv)
