@@ -4,6 +4,7 @@
 // to run one (run), how rows are summed (reduce), and where memory is (type, index).
 #pragma once
 
+#include "losses/divergence.h"
 #include "row_ops.h"
 
 namespace fastdiv {

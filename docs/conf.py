@@ -26,9 +26,6 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|scipy|numpy)\..*")]
 
-# The navigation may name pages that are still to come; that it leaves none out, the suite sees.
-suppress_warnings = ["toc.not_readable"]
-
 html_theme = "furo"
 html_title = "fastdiv"
 pygments_dark_style = "monokai"

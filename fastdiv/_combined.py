@@ -53,7 +53,7 @@ class LabelSmoothingLoss(nn.Module):
         >>> loss(torch.zeros(2, 3, 4), torch.tensor([[0, 3, 1], [2, -1, -1]]))
         tensor(1.9027)
 
-    A model that holds it can be scripted, as WeNet exports its own; the loss itself cannot run there.
+    A model that holds it can be scripted, as WeNet scripts its own; the loss does not run there.
 
     Source: ``wenet/models/transformer/label_smoothing_loss.py``,
     ``espnet/nets/pytorch_backend/transformer/label_smoothing_loss.py``, whose argument

@@ -23,11 +23,12 @@ def takes_dtensors(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if "torch.distributed.tensor" in sys.modules:
-            tensors = (*args, *kwargs.values())
-            if any(isinstance(v, Tensor) and type(v) not in PLAIN for v in tensors):
-                from .distributed import _dtensor
+            for values in (args, kwargs.values()):
+                for v in values:
+                    if type(v) not in PLAIN and isinstance(v, Tensor):
+                        from .distributed import _dtensor
 
-                return _dtensor.call(function, args, kwargs)
+                        return _dtensor.call(function, args, kwargs)
         return function(*args, **kwargs)
 
     return cast(F, call)

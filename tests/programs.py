@@ -42,7 +42,9 @@ def policies_of(table: str) -> dict[str, str]:
 
 
 DIVERGENCE_POLICIES = policies_of("FD_DIVERGENCES")
-POLICY_COUNT = len(policies_of("FD_ROW_LOSSES")) + 3 * len(set(DIVERGENCE_POLICIES.values()))
+POLICY_COUNT = len(set(policies_of("FD_ROW_LOSSES").values())) + 3 * len(
+    set(DIVERGENCE_POLICIES.values())
+)
 
 needs_fibers = pytest.mark.skipif(
     platform.machine() != "x86_64" or platform.system() != "Linux",

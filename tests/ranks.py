@@ -75,11 +75,14 @@ class Ranks:
             if not pipe.poll(5 if failures else SECONDS):
                 failures[rank] = "does not answer"
                 continue
-            result, failure = pipe.recv()
+            try:
+                result, failure = pipe.recv()
+            except EOFError:
+                result, failure = None, "is gone"
             results.append(result)
             if failure:
                 failures[rank] = failure
-        if any(text == "does not answer" for text in failures.values()):
+        if {"does not answer", "is gone"} & set(failures.values()):
             self.close()
         if failures:
             lines = (f"rank {rank} of {size}: {text}" for rank, text in failures.items())

@@ -189,16 +189,11 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
     if (loss == "entropy") u[i] = -1.5 * times(q, lq[i] + entropy);
     if (loss == "log_prob_and_entropy")
       u[i] = 1.5 * ((int64_t(i) == y) - q) + 0.5 * times(q, lq[i] + entropy);
-    if (loss == "log_sum_exp_and_sum") u[i] = 1.5 * q - 0.5;
     sum_u += u[i];
   }
   out.value = terms;
   if (loss == "alpha_div") out.value = (tilted - 1) * slope_of_tilted;
   if (renyi) out.value = std::log(tilted) / (b - 1);
-  if (loss == "log_sum_exp_and_sum") {
-    out.value = lse, out.entropy = 0;
-    for (double v : x) out.entropy += std::isinf(v) ? 0 : v * a.scale;
-  }
   if (cross) out.value += a.params.z_loss * omega * lse * lse;
   if (loss == "entropy") out.value = entropy;
   if (loss == "log_prob_and_entropy") out.value = lq[y];
@@ -213,6 +208,49 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
     if (target == Target::kLogits) out.dt[i] = 1.5 * a.scale * (v[i] - p[i] * sum_v);
     if (target == Target::kLogProbs) out.dt[i] = 1.5 * v[i];
     if (target == Target::kProbs) out.dt[i] = 1.5 * (cross ? v[i] : p[i] == 0 ? 0 : v[i] / p[i]);
+  }
+  return out;
+}
+
+// One row of topk_kl_div, likewise: t holds what the teacher has for all classes.
+Plain plain_topk(const std::string& loss, Target target, double scale, const std::vector<double>& x,
+                 const std::vector<double>& t, const int64_t* indices, int64_t k) {
+  const size_t n = x.size();
+  const bool logits = target == Target::kLogits, probs = target == Target::kProbs;
+  const bool normalised = logits || loss == "renormalized_topk_kl_div";
+  const double others = double(n) - double(k);
+  const std::vector<double> lq = log_softmax(x, scale);
+  std::vector<double> p(k), slope(k);
+  double sum = 0, mass = 0, common = 0, mean = 0;
+  for (int64_t j = 0; j < k; ++j) {
+    const double v = t[indices[j]];
+    sum += p[j] = probs ? v : std::exp(logits ? v * scale : v);
+  }
+  Plain out{0, 0, std::vector<double>(n), std::vector<double>(k)};
+  std::vector<bool> named(n);
+  for (int64_t j = 0; j < k; ++j) {
+    if (normalised) p[j] /= sum;
+    const double q = lq[indices[j]], ratio = p[j] == 0 ? 0 : std::log(p[j]) - q;
+    named[indices[j]] = true, mass += p[j], out.value += times(p[j], ratio);
+    slope[j] = std::isinf(q) ? 0 : ratio + 1;
+    if (normalised) common += times(p[j], slope[j]);
+  }
+  const double rest = std::fmax(0, 1 - mass);
+  const bool spread = loss == "uniform_topk_kl_div" && !normalised && others > 0;
+  for (size_t i = 0; i < n && spread; ++i) mean += named[i] ? 0 : lq[i] / others;
+  if (spread && rest > 0) {
+    out.value += rest * (std::log(rest / others) - mean);
+    common = std::isinf(mean) ? 0 : std::log(rest / others) - mean + 1;
+  }
+  for (size_t i = 0; i < n; ++i) {
+    const double all = mass + (spread ? rest : 0);
+    out.dx[i] = 1.5 * scale * (std::exp(lq[i]) * all - (spread ? rest / others : 0));
+  }
+  for (int64_t j = 0; j < k; ++j) {
+    const double all = mass + (spread ? rest : 0), over_common = slope[j] - common;
+    out.dx[indices[j]] = 1.5 * scale * (std::exp(lq[indices[j]]) * all - p[j]);
+    out.dt[j] = 1.5 * (logits ? scale : 1) * times(p[j], over_common);
+    if (probs) out.dt[j] = p[j] == 0 ? 0 : 1.5 * over_common / (normalised ? sum : 1);
   }
   return out;
 }
@@ -269,7 +307,10 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   const int64_t kRows = compare ? 5 : 2;
   std::mt19937 random(1);
   std::normal_distribution<double> normal(0, 2);
-  Rows x(dtype, kRows, classes, o.gap), t = x;
+  const int64_t k = classes > 2 ? classes / 3 : 1;
+  Rows x(dtype, kRows, classes, o.gap), t(dtype, kRows, traits.topk ? k : classes, o.gap);
+  std::vector<int64_t> indices(kRows * k);
+  std::vector<std::vector<double>> dense;  // what the teacher has for all classes
   for (int64_t r = 0; r < kRows; ++r) {
     std::vector<double> logits(classes), teacher(classes);
     for (int64_t i = 0; i < classes; ++i) logits[i] = normal(random), teacher[i] = normal(random);
@@ -282,8 +323,16 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
       x.set(r, i, logits[i]);
       // No smaller than what a half and the reciprocals in the gradients can hold.
       const double p = teacher[i] == -kInf ? 0 : std::fmax(std::exp(teacher[i]), 1e-3);
-      t.set(r, i, target == Target::kProbs && teacher[i] == teacher[i] ? p : teacher[i]);
+      if (target == Target::kProbs && teacher[i] == teacher[i]) teacher[i] = p;
+      if (!traits.topk) t.set(r, i, teacher[i]);
     }
+    for (int64_t j = 0; j < k && traits.topk; ++j) {
+      const int64_t y = indices[r * k + j] = (3 * j + r) % classes;
+      t.set(r, j, teacher[y]);
+      teacher[y] = t.get(r, j);
+      if (r == 4) indices[r * k + j] = j % 2 ? -1 : INT64_MAX;  // of a row that does not count
+    }
+    dense.push_back(teacher);
   }
   std::vector<int64_t> label(kRows), argmax(kRows);
   for (int64_t r = 0; r < kRows; ++r)
@@ -305,7 +354,8 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   if (o.weights) a.class_weight = weight.data();
   a.row_weight = row_weight.data();
   a.scale = o.scale, a.softcap = o.softcap;
-  a.params = {loss, 0.3, 1, 0, 0};
+  a.params = {loss, 0.3, 1, 0, 0, target};
+  if (traits.topk) a.k = k, a.t_dtype = dtype, a.indices = {indices.data(), k};
   const bool cross = plain_name.find("cross_entropy") != std::string::npos;
   if (cross) a.params.z_loss = 1e-2;
   if (plain_name == "smoothed_cross_entropy" || plain_name == "soft_cross_entropy")
@@ -325,7 +375,9 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   // Both at once, in place, without threads: the same bits.
   Rows over = x, dt_again = t;
   Reals value_again(f64, kRows, 555), record_again(f64, kRows * 8, 555);
+  Reals overwritten(f64, kRows * k, 555);
   RowArgs f = a;
+  if (traits.topk) f.overwritten = overwritten.data();
   f.split_columns = nullptr, f.scratch = nullptr;
   f.x = f.dx = over.matrix();
   if (target != Target::kNone) f.dt = dt_again.matrix();
@@ -342,25 +394,27 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   const double stored = dtype == DType::kBF16 ? 8e-3 : (dtype == DType::kF16 ? 1e-3 : digits);
   for (int64_t r = 0; r < kRows; ++r) {
     std::vector<double> row(classes), teacher(classes);
-    for (int64_t i = 0; i < classes; ++i) row[i] = x.get(r, i), teacher[i] = t.get(r, i);
-    Plain e = plain_row(plain_name, target, a, row, teacher, r == 4 ? 0 : label[r], class_weight);
-    if (r == 4) e = {0, 0, std::vector<double>(classes, 0.0), std::vector<double>(classes, 0.0)};
+    for (int64_t i = 0; i < classes; ++i) {
+      row[i] = x.get(r, i);
+      teacher[i] = traits.topk ? dense[r][i] : t.get(r, i);
+    }
+    Plain e{0, 0, std::vector<double>(classes, 0.0), std::vector<double>(t.classes, 0.0)};
+    if (r < 4 && traits.topk)
+      e = plain_topk(name, target, a.scale, row, teacher, &indices[r * k], k);
+    else if (r < 4)
+      e = plain_row(plain_name, target, a, row, teacher, label[r], class_weight);
     if (r == 3) e.value = e.entropy = NAN;
     expect("value", value[r], e.value, digits * (10 + std::abs(e.value)));
-    // A sum of all logits has the digits of the sum of their sizes.
-    const bool sum = plain_name == "log_sum_exp_and_sum";
-    const double size = 20 * (sum ? double(classes) : 1);
-    if (traits.two_outputs) expect("second output", entropy[r], e.entropy, digits * size);
+    if (traits.two_outputs) expect("second output", entropy[r], e.entropy, digits * 20);
     if (traits.stats && r < 3) expect("entropy", stats[kRows + r], e.entropy, digits * 20);
     if (traits.stats && r < 3)
       for (int64_t i = 0; i < classes; ++i)
         expect("maximum", x.get(r, argmax[r]) >= x.get(r, i), 1, 0);
     if (r == 3) continue;  // NaN: no promise for the gradient
-    for (int64_t i = 0; i < classes && !traits.stats; ++i) {
+    for (int64_t i = 0; i < classes && !traits.stats; ++i)
       expect("dx", dx.get(r, i), e.dx[i], stored * (1e-2 + std::abs(e.dx[i])) + digits);
-      if (target != Target::kNone)
-        expect("dt", dt.get(r, i), e.dt[i], stored * (1e-2 + std::abs(e.dt[i])) + 5 * digits);
-    }
+    for (int64_t i = 0; i < t.classes && target != Target::kNone && !traits.stats; ++i)
+      expect("dt", dt.get(r, i), e.dt[i], stored * (1e-2 + std::abs(e.dt[i])) + 5 * digits);
   }
 }
 

@@ -53,11 +53,9 @@ def divergences(group: Any, rank: int) -> list[str]:
     for name in DIVERGENCES:
         for target_type, target in targets.items():
             options: dict[str, Any] = {"target_type": target_type, "reduction": "none"}
-            whole = gradients(
-                lambda x, t: getattr(fastdiv, name)(x, t, **options), x, target, uneven=True
-            )
+            whole = gradients(bound(fastdiv, name, options), x, target, uneven=True)
             ours = gradients(
-                lambda x, t: getattr(sharded, name)(x, t, group=group, **options),
+                bound(sharded, name, {**options, "group": group}),
                 *(x[:, mine], target[:, mine]),
                 uneven=True,
             )
@@ -145,11 +143,9 @@ def next_to_zero(group: Any, rank: int) -> list[str]:
             for name in DIVERGENCES:
                 options: dict[str, Any] = {"target_type": "logits", "reduction": "none"}
                 with fastdiv.backend("reference"):
-                    truth = gradients(
-                        lambda x, t: getattr(fastdiv, name)(x, t, **options), x.double(), t.double()
-                    )
+                    truth = gradients(bound(fastdiv, name, options), x.double(), t.double())
                 ours = gradients(
-                    lambda x, t: getattr(sharded, name)(x, t, group=group, **options),
+                    bound(sharded, name, {**options, "group": group}),
                     *(x[:, mine], t[:, mine]),
                 )
                 if not (ours[0] >= 0).all():
@@ -165,7 +161,7 @@ def next_to_zero(group: Any, rank: int) -> list[str]:
     x = noise * 3
     for name in DIVERGENCES:  # of equal rows, nothing at all
         value, dx, dt = gradients(
-            lambda x, t: getattr(sharded, name)(x, t, target_type="logits", group=group),
+            bound(sharded, name, {"target_type": "logits", "group": group}),
             *(x[:, mine], x[:, mine].clone()),
         )
         if value != 0 or dx.any() or dt.any():

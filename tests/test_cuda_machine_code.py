@@ -30,7 +30,8 @@ ARCHITECTURES = native.cuda_architectures.split()
 CUBINS = [a.removesuffix("+PTX") for a in ARCHITECTURES]
 DTYPES = {"float": "f32", "double": "f64", "Half": "f16", "BFloat16": "bf16"}
 KERNEL = re.compile(
-    rf"(forward|backward)_rows<(.*), ({'|'.join(DTYPES)}), (true|false)(?:, (true|false))?>\("
+    rf"(forward|backward|terms)_rows<(.*), ({'|'.join(DTYPES)})(?:, (true|false))?"
+    r"(?:, (true|false))?>\("
 )
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
 pytestmark = pytest.mark.cpu_only("no GPU is used")
@@ -54,7 +55,7 @@ def demangled(names: str) -> str:
 
 
 class Kernel(NamedTuple):
-    """One entry point: forward_rows<policy, dtype, softcapped, with gradient> or backward_rows."""
+    """One entry point: forward_rows<policy, dtype, softcapped, with gradient> and the like."""
 
     architecture: str
     skeleton: str
@@ -76,6 +77,10 @@ class Kernel(NamedTuple):
     @property
     def divergence(self) -> bool:
         return self.policy.split("<")[0] in DIVERGENCE_POLICIES.values()
+
+    @property
+    def has_terms(self) -> bool:
+        return self.divergence and not self.policy.startswith("AlphaDiv")
 
     @property
     def registers(self) -> int:
@@ -139,7 +144,9 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
             kernels = [k for k in resources() if (k.architecture, k.dtype) == (architecture, dtype)]
             assert len({k.policy for k in kernels}) == POLICY_COUNT
             plain = [k for k in kernels if not k.capped and "Stats" not in k.policy]
-            assert len(plain) == 3 * len({k.policy for k in plain})
+            terms = [k for k in plain if k.skeleton == "terms"]
+            assert len(plain) == 3 * len({k.policy for k in plain}) + len(terms)
+            assert len(terms) == sum(k.has_terms for k in plain if k.skeleton == "backward")
 
 
 @needs_cuda_build
@@ -181,7 +188,7 @@ def test_memory_is_accessed_16_bytes_at_a_time(architecture: str, tmp_path: Path
 def test_every_op_has_a_kernel_on_both_devices() -> None:
     """And a fake, which opcheck compares with the CPU's kernel."""
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastdiv::_row_")]
-    assert len(names) == 5
+    assert len(names) == 6
     for name in names:
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)

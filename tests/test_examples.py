@@ -67,3 +67,13 @@ def test_gkd_of_trl(tmp_path: Path) -> None:
     done = run("gkd_trl.py", *steps, "--output", picture)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "same curve" in done.stdout and picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_sharded_vocabulary() -> None:
+    """Two processes, with an odd number of classes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, EXAMPLES / "sharded_vocabulary.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same curve" in done.stdout

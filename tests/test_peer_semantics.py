@@ -214,3 +214,18 @@ def test_an_upstream_gradient_of_zero(case: Case) -> None:
     x.requires_grad_()
     (case.call(x, t, **by_row(case)) * 0).sum().backward()
     assert x.grad is not None and (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_log_probs_and_entropies_may_be_overwritten(linear: bool) -> None:
+    """As trainers do with the tokens of a prompt; autograd forbids it where one call made both."""
+    x, index = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 4, 2, 1, 3, 0])
+    both = (
+        fastdiv.linear_log_prob_and_entropy(x, torch.eye(5), index)
+        if linear
+        else fastdiv.log_prob_and_entropy(x, index)
+    )
+    for v in both:
+        v[:3] = 0.0
+    sum(both).sum().backward()
+    assert x.grad is not None and (x.grad[:3] == 0).all() and (x.grad[3:] != 0).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,33 +11,24 @@ import torch
 from torch import Tensor
 
 import fastdiv
-import fastdiv.integrations.trl as integration
-from fastdiv.integrations import _trl_losses
-from trl_functions import CLASSES, THEIRS, WITH_JSD, given_to
+from trl_functions import (
+    CLASSES,
+    RUNS_ON,
+    THEIRS,
+    WITH_JSD,
+    calls_of_ours,
+    given_to,
+    rows,
+    some_labels,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-RUNS_ON = {
-    "generalized_jsd_loss": "js_div",
-    "selective_log_softmax": "log_prob",
-    "selective_log_softmax_and_entropy": "log_prob_and_entropy",
-    "entropy_from_logits": "entropy",
-}
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The functions of fastdiv that were called, under the patch."""
-    called: list[str] = []
-
-    def spy(name: str) -> Callable[..., Any]:
-        function = getattr(_trl_losses, name)
-        return lambda *args, **given: called.append(name) or function(*args, **given)
-
-    for name in RUNS_ON.values():
-        monkeypatch.setattr(_trl_losses, name, spy(name))
-    with integration.apply():
-        yield called
+    yield from calls_of_ours(monkeypatch)
 
 
 def with_gradients(function: Callable[..., Any], *leaves: Tensor) -> list[Tensor]:
@@ -67,17 +57,6 @@ def agree(name: str, calls: list[str], *leaves: Tensor, **given: Any) -> None:
         torch.testing.assert_close(
             a.double(), b, rtol=tolerance, atol=tolerance * size, equal_nan=True
         )
-
-
-def rows(dtype: torch.dtype, *shape: int) -> Tensor:
-    return (3 * torch.randn(*shape, CLASSES)).to(dtype)
-
-
-def some_labels() -> tuple[Tensor | None, ...]:
-    """Without; some ignored, a sequence wholly; all ignored."""
-    labels = torch.randint(CLASSES, (3, 5))
-    labels[0, 2:], labels[1] = -100, -100
-    return None, labels, torch.full_like(labels, -100)
 
 
 @every_dtype
@@ -230,86 +209,3 @@ def test_padding_may_hold_anything(calls: list[str]) -> None:
     got = with_gradients(lambda *v: given_to(WITH_JSD[0])(*v, labels), x, t)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-X, T, INDEX = rows(torch.float32, 3, 5), rows(torch.float32, 3, 5), torch.randint(CLASSES, (3, 5))
-LABELS = some_labels()[1]
-
-
-class Tagged(Tensor):
-    pass
-
-
-# Of which function, with what: TRL's own bits, or its own error.
-OTHERS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
-    "every term": ("jsd", (X, T), {"reduction": "none"}),
-    "every term that counts": ("jsd", (X, T, LABELS), {"reduction": "terms"}),
-    "beta outside [0, 1]": ("jsd", (X, T), {"beta": 1.5}),
-    "beta as a tensor": ("jsd", (X, T), {"beta": torch.tensor(0.5)}),
-    "a negative temperature": ("jsd", (X, T), {"temperature": -1.0}),
-    "temperature 0": ("jsd", (X, T), {"temperature": 0.0}),
-    "a teacher of other classes": ("jsd", (X, T[..., 1:]), {}),
-    "a teacher to broadcast": ("jsd", (X, T[:1]), {}),
-    "an integer teacher": ("jsd", (X, T.long()), {}),
-    "labels of sequences": ("jsd", (X, T, INDEX[:, 0]), {}),
-    "too many labels": ("jsd", (X, T, INDEX[:, :4]), {}),
-    "an empty batch": ("jsd", (X[:0], T[:0]), {}),
-    "one row": ("jsd", (X[0, 0], T[0, 0]), {}),
-    "a list": ("jsd", ([1.0, 2.0], T), {}),
-    "a subclass": ("jsd", (X.as_subclass(Tagged), T), {}),
-    "an unknown argument": ("jsd", (X, T), {"gamma": 1.0}),
-    "no teacher": ("jsd", (X,), {}),
-    "a class too many": ("log_prob", (X, INDEX + CLASSES), {}),
-    "a negative class": ("log_prob", (X, INDEX - CLASSES), {}),
-    "k classes, one too many": ("log_prob", (X, INDEX[..., None] + CLASSES), {}),
-    "int32 classes": ("log_prob", (X, INDEX.int()), {}),
-    "classes of fewer tokens": ("log_prob", (X, INDEX[:, :4]), {}),
-    "integer logits": ("log_prob", (X.long(), INDEX), {}),
-    "no tokens": ("log_prob", (X[:0], INDEX[:0]), {}),
-    "no index": ("log_prob", (X,), {}),
-    "a single row": ("log_prob", (X[0, 0], INDEX[0, 0]), {}),
-    "meta": ("entropy", (X.to("meta"),), {}),
-    "no chunk": ("entropy", (X,), {"chunk_size": 0}),
-    "no rows": ("entropy", (X[:0],), {}),
-    "complex logits": ("entropy", (X.to(torch.complex64),), {}),
-}
-
-
-def outcome(function: Callable[..., Any], *args: Any, **given: Any) -> Any:
-    try:
-        value = function(*args, **given)
-    except Exception as error:
-        return type(error), str(error)
-    return type(value), value.dtype, value.shape, None if value.is_meta else str(value.tolist())
-
-
-@pytest.mark.cpu_only("some of these end a GPU's context")
-@pytest.mark.parametrize("other", OTHERS)
-def test_other_calls_are_trls(calls: list[str], other: str) -> None:
-    short, args, given = OTHERS[other]
-    of = {"log_prob": "selective_log_softmax", "entropy": "entropy_from_logits"}
-    for name in WITH_JSD if short == "jsd" else [of[short]]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert outcome(given_to(name), *args, **given) == outcome(THEIRS[name], *args, **given)
-    assert not calls or "class" in other
-
-
-def test_options_that_are_trls(calls: list[str]) -> None:
-    """Probabilities, a part of a distribution, an index of k classes beside an entropy."""
-    tried = 0
-    for name in WITH_JSD:
-        known = inspect.signature(THEIRS[name]).parameters
-        p, q = X.softmax(-1)[..., 1:], T.softmax(-1)[..., 1:]  # of some of the classes
-        for option, given in (("logits_are_probs", True), ("top_k", 3)):
-            if option in known:
-                arguments = (p, q) if option == "logits_are_probs" else (X, T)
-                got, expected = (
-                    f(*arguments, LABELS, **{option: given}) for f in (given_to(name), THEIRS[name])
-                )
-                assert got.equal(expected)
-                tried += 1
-    assert not calls
-    if "top_k" in known:  # that is all of it
-        agree(name, calls, X, T, top_k=CLASSES)
-    assert tried == len(WITH_JSD) - 1

@@ -149,7 +149,9 @@ def test_who_replaced_ours_stays() -> None:
         utils.entropy_from_logits = another
         patch.undo()
         assert utils.entropy_from_logits is another and another(x).equal(THEIRS[name](x))
-        with pytest.raises(RuntimeError, match="is not TRL's, but .*another.*undo"):
+        with pytest.raises(
+            RuntimeError, match="TRL's entropy_from_logits is not TRL's, but .*another.*undo"
+        ):
             integration.apply()
     finally:
         utils.entropy_from_logits = THEIRS[name]
@@ -217,7 +219,7 @@ def test_an_older_version() -> None:
     vars(utils)["theirs"] = THEIRS[GKD]
     theirs.__name__ = JSD
     try:
-        integration._check(theirs)
+        integration._check(JSD, theirs)
         x, t = torch.randn(2, 3, CLASSES, requires_grad=True), torch.randn(2, 3, CLASSES)
         value = _trl_losses.generalized_jsd_loss(theirs, x, t, torch.full((2, 3), -100))
         assert value is not None and value.isnan()

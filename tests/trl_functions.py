@@ -1,17 +1,27 @@
-"""TRL's own functions, as they were before any patch, for the tests of the integration."""
+"""TRL's own functions, as they were before any patch, and what its tests give them."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+import fastdiv.integrations.trl as integration
+from fastdiv.integrations import _trl_losses
 from fastdiv.integrations.trl import FUNCTIONS, GKD, JSD, OTHERS, UTILS
 
 CLASSES = 9
+RUNS_ON = {
+    "generalized_jsd_loss": "js_div",
+    "selective_log_softmax": "log_prob",
+    "selective_log_softmax_and_entropy": "log_prob_and_entropy",
+    "entropy_from_logits": "entropy",
+}
 
 with warnings.catch_warnings():  # torch's and transformers' deprecations, TRL's experiments
     warnings.simplefilter("ignore")
@@ -39,3 +49,29 @@ def given_to(name: str) -> Callable[..., Any]:
     """The function that TRL has in this place now."""
     trainer, _, method = name.rpartition(".")
     return getattr(trainers[trainer] if trainer else utils, method)
+
+
+def calls_of_ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The functions of fastdiv that are called, under the patch."""
+    called: list[str] = []
+
+    def spy(name: str) -> Callable[..., Any]:
+        function = getattr(_trl_losses, name)
+        return lambda *args, **given: called.append(name) or function(*args, **given)
+
+    for name in RUNS_ON.values():
+        monkeypatch.setattr(_trl_losses, name, spy(name))
+    with integration.apply():
+        called.clear()
+        yield called
+
+
+def rows(dtype: torch.dtype, *shape: int) -> Tensor:
+    return (3 * torch.randn(*shape, CLASSES)).to(dtype)
+
+
+def some_labels() -> tuple[Tensor | None, ...]:
+    """Without; some ignored, a sequence wholly; all ignored."""
+    labels = torch.randint(CLASSES, (3, 5))
+    labels[0, 2:], labels[1] = -100, -100
+    return None, labels, torch.full_like(labels, -100)

@@ -250,8 +250,7 @@ Status launch_backward(const RowArgs& a, const Gpu&, void* stream) {
 
 template <class P, class T>
 Status launch_terms(const RowArgs& a, const Gpu& gpu, void* stream) {
-  const ForwardShape shape =
-      forward_shape(gpu, sizeof(T), kColumns<P>, 0, 0, int(a.classes));
+  const ForwardShape shape = forward_shape(gpu, sizeof(T), kColumns<P>, 0, 0, int(a.classes));
   const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.blocks, shape.threads,
                   shape.blocks, 0, 0};
   return launch(terms_rows<P, T>, grid, stream, a, shape);

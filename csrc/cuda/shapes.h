@@ -28,7 +28,7 @@ struct BackwardShape {
 // multiprocessor.
 constexpr int64_t kBytesPerWarp = 2048, kBytesPerSmallBlock = 8192, kBytesPerBlock = 32768;
 constexpr int kMaxCluster = 8;           // the most that every GPU with clusters grants
-constexpr int64_t kStaticShared = 8192;  // at least what the exchanges of a team take
+constexpr int64_t kStaticShared = 8704;  // at least what the exchanges of a team take
 
 inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 

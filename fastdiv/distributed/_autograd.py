@@ -156,7 +156,7 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Each its own alias: one tensor in two places would get the gradient of both twice.
         own = [None if v is None else v.view_as(v) for v in (x, t)]
         label = None if label is None else label + ctx.call.shards.first
-        call = Call(replace(ctx.call.without_labels_to_ignore, inplace=False), ctx.call.shards)
+        call = Call(replace(ctx.call.spec, inplace=False), ctx.call.shards)
         value = whole_loss(call, *own, label, class_weight, weight)[0]
     wanted = [v for v, need in zip(own, needed, strict=True) if need and v is not None]
     found = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))

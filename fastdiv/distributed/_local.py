@@ -153,7 +153,8 @@ def _of_divergence(
         out |= {name: record[name] for name in ("t_max", "t_logz", "gap")}
     else:
         out["mass"] = 1 - record["a"] if forward else 1 + record["b"]
-    of_infinite = rows.need_t if forward and logits else not forward
+    # Where sums of infinite terms are needed: a mixture finds its own.
+    of_infinite = not forward or (rows.need_t and logits and rows.spec.loss == "kl_div")
     empty = record["x_logz"] == -torch.inf
     odd = (local.value.isinf() & of_infinite) | (empty & (forward and not logits))
     if counts is not None:

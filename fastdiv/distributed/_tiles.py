@@ -162,7 +162,7 @@ def _differentiable(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         own = [None if v is None else v.view_as(v) for v in ctx.saved_tensors[: HEADS + 3]]
         if own[HEADS] is not None:
             own[HEADS] = own[HEADS] + ctx.call.shards.first
-        call = Call(ctx.call.without_labels_to_ignore, ctx.call.shards)
+        call = Call(ctx.call.spec, ctx.call.shards)
         value = _whole_layer(call, *own)[0]
     wanted = [v for v, need in zip(own, ctx.needed, strict=False) if need and v is not None]
     found = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))

@@ -16,7 +16,8 @@ from . import _trl_losses
 from ._trl_original import Function, same_values
 
 UTILS = "trl.trainer.utils"
-FUNCTIONS = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
+LATER = "selective_log_softmax_and_entropy"  # not in TRL 1.12
+FUNCTIONS = ("selective_log_softmax", "entropy_from_logits", LATER)
 JSD = "generalized_jsd_loss"  # a static method; below who has it, or had it in older versions
 GKD = (
     ("trl.experimental.gkd.gkd_trainer", "GKDTrainer"),
@@ -81,11 +82,11 @@ class TrlPatch(Patch):
     @classmethod
     def _install(cls) -> None:
         require_kernels("fastdiv.integrations.trl.apply()")
-        theirs = [f for f in _find() if f not in _ours.values()]
-        for function in theirs:
-            if function not in _ours:
-                _check(function)
-        _ours.update({f: _disguise(f) for f in theirs if f not in _ours})
+        known = {*_ours, *_ours.values()}
+        new = [(name, theirs) for name, theirs in _find() if theirs not in known]
+        for name, theirs in new:
+            _check(name, theirs)
+        _ours.update({theirs: _disguise(theirs) for _, theirs in new})
         _exchange(_ours)
 
     @classmethod
@@ -93,18 +94,20 @@ class TrlPatch(Patch):
         _exchange({ours: theirs for theirs, ours in _ours.items()})
 
 
-def _find() -> Iterator[Function]:
-    """Every function there is to replace, after its module is loaded."""
-    utils = import_module(UTILS)
-    for name in FUNCTIONS[:2]:
-        if name not in vars(utils):
+def _find() -> Iterator[tuple[str, Function]]:
+    """Every function there is to replace and what it is called, after its module is loaded."""
+    utils = vars(import_module(UTILS))
+    for name in FUNCTIONS:
+        if name in utils:
+            yield name, utils[name]
+        elif name != LATER:
             raise _unknown(f"has no {UTILS}.{name}")
-    yield from (vars(utils)[name] for name in FUNCTIONS if name in vars(utils))
     trainers = [trainer for where in GKD if (trainer := _trainer(*where))]
     if not trainers:
-        raise _unknown(f"has no GKDTrainer.{JSD}")
+        raise _unknown(f"has no GKDTrainer.{JSD}, or none that can be loaded")
     trainers += [trainer for where in OTHERS if (trainer := _trainer(*where))]
-    yield from (getattr(trainer, JSD) for trainer in trainers)
+    for trainer in trainers:
+        yield JSD, getattr(trainer, JSD)
 
 
 def _trainer(module: str, name: str) -> type | None:
@@ -113,21 +116,22 @@ def _trainer(module: str, name: str) -> type | None:
         with warnings.catch_warnings():  # of what is experimental, which the user may never touch
             warnings.simplefilter("ignore")
             trainer = getattr(import_module(module), name, None)
-    except (ImportError, RuntimeError):  # for want of a package, so that nobody can use it
+    except (ImportError, RuntimeError):  # for want of a package: nobody can use it
         return None
     return trainer if trainer is not None and JSD in vars(trainer) else None
 
 
-def _check(theirs: Function) -> None:
-    """Raises, if this is not a function of TRL's that we know."""
-    where = f"{theirs.__module__}.{theirs.__qualname__}"
-    module = sys.modules.get(theirs.__module__)
-    if not where.startswith("trl.") or theirs.__globals__ is not vars(module):
+def _check(name: str, theirs: Function) -> None:
+    """Raises, if what TRL has under this name is not the function that we know."""
+    module = str(getattr(theirs, "__module__", None))
+    loaded = sys.modules.get(module)
+    own = loaded is not None and getattr(theirs, "__globals__", None) is vars(loaded)
+    if not (own and module.startswith("trl.")):
         raise RuntimeError(
-            f"fastdiv.integrations.trl.apply(): what TRL calls {theirs.__name__} is not TRL's, but "
-            f"{theirs!r} of {theirs.__globals__['__name__']}; undo what replaced it first"
+            f"fastdiv.integrations.trl.apply(): TRL's {name} is not TRL's, but {theirs!r} of "
+            f"{module}; undo what replaced it first"
         )
-    ours = getattr(_trl_losses, theirs.__name__)
+    where, ours = f"{module}.{theirs.__qualname__}", getattr(_trl_losses, name)
     signature = inspect.signature(theirs)
     arguments = [(p.name, p.default) for p in signature.parameters.values()]
     known = [(p.name, p.default) for p in inspect.signature(ours).parameters.values()]

@@ -1,0 +1,319 @@
+"""What people do with sharded losses, as the ranks of the distributed tests do it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+import fastdiv
+import fastdiv.distributed as sharded
+from cases import make_inputs
+from edges import gradients, same
+from shards import SIZES, classes_of, digest, size_of
+
+
+def problem(group: Any, rank: int, dtype: torch.dtype = torch.float32) -> Any:
+    """Logits, teacher, labels (one of them ignored), and which classes are this rank's."""
+    sizes = SIZES[size_of(group)]
+    x, t = make_inputs((12, sum(sizes)), dtype)
+    y = t.argmax(-1)
+    y[3] = -100
+    return x, t, y, classes_of(rank, sizes)
+
+
+# --- linear layers ----------------------------------------------------------------------------
+
+
+def linear(group: Any, rank: int, dtype: torch.dtype) -> list[str]:
+    """Against the loss of the whole layer: values, and the gradient of everything."""
+    sizes, found, wrong = SIZES[size_of(group)], [], []
+    mine = classes_of(rank, sizes)
+    hidden, teacher = make_inputs((40, 24), dtype, scale=1.0, seed=1)
+    w, v = make_inputs((sum(sizes), 24), dtype, scale=0.7, seed=2)
+    b = make_inputs((1, sum(sizes)), dtype, seed=3)[0][0]
+    y = (hidden @ w.t()).argmax(-1)
+    y[::7] = -100
+    p = (teacher.double() @ v.double().t()).softmax(-1).to(dtype)
+    class_weight = torch.linspace(0.5, 1.5, sum(sizes), dtype=torch.float32).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    # Tensors that are the same on all ranks, that are cut along the first, and along the last
+    # dimension; and the loss of them and options.
+    cases: dict[str, Any] = {
+        "labels": (lambda m, h, w, b, **o: m.linear_cross_entropy(h, w, y, linear_bias=b, **o),
+                   (hidden,), (w, b), ()),
+        "soft": (lambda m, h, w, p, **o: m.linear_cross_entropy(h, w, p, **o),
+                 (hidden,), (w,), (p,)),
+        "layers": (lambda m, h, g, w, v, **o:
+                   m.linear_kl_div(h, w, g, target_linear_weight=v, temperature=2.0, **o),
+                   (hidden, teacher), (w, v), ()),
+        "logits": (lambda m, h, w, t, **o: m.linear_kl_div(h, w, t, target_type="logits", **o),
+                   (hidden,), (w,), (p.log(),)),
+    }  # fmt: skip
+    every: list[dict[str, Any]] = [{}, {"reduction": "none"}, {"reduction": "mean"}]
+    options = {
+        "labels": [
+            *every,
+            {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 8.0},
+            {"label_smoothing": 0.1, "smoothing": "others", "chunk_size": 7},
+            {"weight": class_weight, "label_smoothing": 0.1},
+        ],
+        "soft": [{}, {"reduction": "none", "label_smoothing": 0.2}],
+    }
+    for name, (function, alike, rows, columns) in cases.items():
+        for how in options.get(name, every):
+            cut = {k: v[mine] if k == "weight" else v for k, v in how.items()}
+            whole = gradients(
+                lambda *a, f=function, o=how: f(fastdiv, *a, **o), *alike, *rows, *columns
+            )
+            ours = gradients(
+                lambda *a, f=function, o=cut: f(sharded, *a, group=group, **o),
+                *alike,
+                *(v[mine] for v in rows),
+                *(v[:, mine] for v in columns),
+            )
+            n = 1 + len(alike)
+            expected = (
+                *whole[:n],
+                *(g[mine] for g in whole[n : n + len(rows)]),
+                *(g[:, mine] for g in whole[n + len(rows) :]),
+            )
+            # Of whole layers halves add up their gradients in another order.
+            tolerance = {torch.bfloat16: 2e-2, torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+            for i, (a, b_) in enumerate(zip(ours, expected, strict=True)):
+                try:
+                    size = max(1.0, float(b_.abs().max()))
+                    same(a.double() / size, b_.double() / size, tolerance)
+                except AssertionError as error:
+                    wrong.append(f"{name} {how}, tensor {i}: {error}")
+            found.append(digest(*ours[:n]))
+    assert not wrong, "\n".join(wrong)
+    return found
+
+
+def linear_memory(group: Any, rank: int) -> int:
+    """The most numbers that a forward and a backward hold at a time in one tensor."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            for v in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(v, Tensor):
+                    self.most = max(self.most, v.untyped_storage().nbytes() // v.element_size())
+            return out
+
+    h = torch.randn(1024, 8, requires_grad=True)
+    w = torch.randn(3000, 8, requires_grad=True)
+    with Largest() as largest:
+        sharded.linear_cross_entropy(h, w, torch.arange(1024), group=group).backward()
+    return largest.most
+
+
+# --- autograd ---------------------------------------------------------------------------------
+
+
+def backwards(group: Any, rank: int) -> None:
+    """A second loss call, a retained graph, accumulation, in place, second derivatives, func."""
+    x, t, y, mine = problem(group, rank)
+    expected = gradients(lambda x: fastdiv.cross_entropy(x, y), x)[1][:, mine]
+
+    def loss(x: Tensor, **options: Any) -> Tensor:
+        return sharded.cross_entropy(x, y, group=group, **options)
+
+    shard = x[:, mine].clone().requires_grad_()
+    first, second = loss(shard), loss(shard)
+    first.backward(retain_graph=True)
+    same(shard.grad, expected)
+    first.backward()
+    second.backward()
+    same(shard.grad, 3 * expected)
+
+    over = shard.detach().clone().requires_grad_() * 1.0
+    over.retain_grad()
+    memory = over.data_ptr()
+    (grad,) = torch.autograd.grad(loss(over, inplace_backward=True), over)
+    same(grad, expected)
+    assert grad.data_ptr() == memory
+
+    def curvature(loss: Any, x: Tensor, v: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        return torch.autograd.grad(g, x, v)[0]
+
+    # The Hessian times a vector, of which every rank has its part.
+    whole = curvature(lambda x: fastdiv.cross_entropy(x, y), x, t)[:, mine]
+    same(curvature(loss, x[:, mine], t[:, mine]), whole)
+    same(torch.func.grad(loss)(x[:, mine]), expected)
+    _, tangent = torch.func.jvp(loss, (x[:, mine],), (t[:, mine],))
+    same(tangent, torch.func.jvp(lambda x: fastdiv.cross_entropy(x, y), (x,), (t,))[1])
+    per_row = torch.func.vmap(torch.func.grad(lambda x: sharded.entropy(x, group=group)))
+    same(per_row(x[:, mine]), torch.func.vmap(torch.func.grad(fastdiv.entropy))(x)[:, mine])
+
+    h, w = x[:, :9], x.t()[:, :9].contiguous()
+    label = torch.zeros(len(h), dtype=torch.int64)
+    whole = curvature(lambda h: fastdiv.linear_cross_entropy(h, w, label), h, t[:, :9])
+    ours = curvature(
+        lambda h: sharded.linear_cross_entropy(h, w[mine], label, group=group), h, t[:, :9]
+    )
+    same(ours, whole)
+
+
+def statistics(group: Any, rank: int) -> None:
+    x, t, y, mine = problem(group, rank)
+    x[:, 0] = x[:, -1] = 20.0  # of two largest logits the first
+    for target, part in ((y, y), (t.softmax(-1), t.softmax(-1)[:, mine])):
+        loss, expected = fastdiv.cross_entropy(x, target, return_stats=True, label_smoothing=0.1)
+        value, found = sharded.cross_entropy(
+            x[:, mine], part, return_stats=True, label_smoothing=0.1, group=group
+        )
+        same(value, loss)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            same(a, b)
+    w = torch.eye(x.shape[1])
+    _, expected = fastdiv.linear_cross_entropy(x, w, y, return_stats=True)
+    _, found = sharded.linear_cross_entropy(x, w[mine], y, return_stats=True, group=group)
+    for a, b in zip(found, expected, strict=True):
+        same(a, b)
+
+
+# --- compilers and other parallelism ----------------------------------------------------------
+
+
+def compiled(group: Any, rank: int) -> list[str]:
+    x, t, y, mine = problem(group, rank)
+    w = make_inputs((x.shape[1], 9), torch.float32)[0]
+
+    def losses(x: Tensor, t: Tensor, h: Tensor, w: Tensor) -> Tensor:
+        value = sharded.cross_entropy(2 * x, y, label_smoothing=0.1, group=group)
+        value = value + sharded.js_div(x, t, target_type="logits", group=group)
+        value = value + sharded.log_prob(x, y.clamp(min=0), group=group).sum()
+        both = sharded.linear_cross_entropy(h, w, y, group=group, mean_group=group)
+        return value + both + sharded.linear_kl_div(h, w, t, target_type="logits", group=group)
+
+    arguments = (x[:, mine], t[:, mine], x[:, :9], w[mine])
+    eager = gradients(losses, *arguments)
+    traced = gradients(torch.compile(losses, fullgraph=True, backend="aot_eager"), *arguments)
+    for a, b in zip(traced, eager, strict=True):
+        same(a, b)
+
+    def loss(x: Tensor) -> Tensor:
+        return sharded.entropy(x * 1.0, group=group)
+
+    built = gradients(torch.compile(loss, fullgraph=True), arguments[0])
+    for a, b in zip(built, gradients(loss, arguments[0]), strict=True):
+        same(a, b)
+    return [digest(traced[0], built[0])]
+
+
+def dtensors(group: Any, rank: int) -> None:
+    """Values, gradients and placements of torch's own loss_parallel; losses that it lacks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, t = make_inputs((6, 13), torch.float32)
+    y = t.argmax(-1)
+    logits = distribute_tensor(x, mesh, [Shard(1)]).requires_grad_()
+    for reduction in ("mean", "sum", "none"):
+        with loss_parallel():
+            expected = F.cross_entropy(logits, y, reduction=reduction)
+            gradient = torch.autograd.grad(expected.sum(), logits)[0]
+        ours = fastdiv.cross_entropy(logits, y, reduction=reduction)
+        assert isinstance(ours, DTensor) and ours.placements == expected.placements
+        same(ours.to_local(), expected.to_local())
+        ours.sum().backward()
+        assert logits.grad.placements == (Shard(1),)
+        same(logits.grad.full_tensor(), gradient.full_tensor())
+        logits.grad = None
+    # Plain tensors are the same on all ranks, and cut; keywords and statistics.
+    teacher = distribute_tensor(t, mesh, [Shard(1)])
+    whole = fastdiv.kl_div(x, t, target_type="logits")
+    for target in (t, teacher):
+        same(fastdiv.kl_div(logits, target, target_type="logits").to_local(), whole)
+    weight = torch.rand(13)
+    value, stats = fastdiv.cross_entropy(
+        input=logits, target=y, weight=weight, label_smoothing=0.1, return_stats=True
+    )
+    same(value.to_local(), fastdiv.cross_entropy(x, y, weight, label_smoothing=0.1))
+    assert stats.argmax.full_tensor().equal(x.argmax(-1))
+    same(fastdiv.log_prob_and_entropy(logits, y)[1].to_local(), fastdiv.entropy(x))
+
+    hidden = x[:, :5].clone().requires_grad_()
+    matrix = make_inputs((13, 5), torch.float32)[0]
+    expected = gradients(lambda h, w: fastdiv.linear_cross_entropy(h, w, y), hidden, matrix)
+    cut = distribute_tensor(matrix, mesh, [Shard(0)]).requires_grad_()
+    fastdiv.linear_cross_entropy(hidden, cut, y).backward()
+    same(hidden.grad, expected[1], 2e-5)
+    same(cut.grad.full_tensor(), expected[2], 2e-5)
+
+    for error, call in (
+        (TypeError, lambda: fastdiv.tv_distance(logits, teacher, target_type="logits")),
+        (ValueError, lambda: fastdiv.entropy(logits.redistribute(placements=[Replicate()]))),
+        (ValueError, lambda: fastdiv.entropy(distribute_tensor(x[:, :2], mesh, [Shard(1)]))),
+    ):
+        try:
+            call()
+        except error:
+            continue
+        raise AssertionError(f"no {error.__name__}")
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    logits = distribute_tensor(x, mesh, [Shard(0), Shard(1)]).requires_grad_()
+    rows = distribute_tensor(y, mesh, [Shard(0), Replicate()])
+    value, dx = gradients(lambda x: fastdiv.cross_entropy(x, y, reduction="sum"), x)
+    ours = fastdiv.cross_entropy(logits, rows, reduction="sum")
+    ours.backward()
+    same(ours.full_tensor(), value)
+    same(logits.grad.full_tensor(), dx)
+    each = fastdiv.cross_entropy(logits, rows, reduction="none")
+    assert each.placements == (Shard(0), Replicate())
+    same(each.full_tensor(), fastdiv.cross_entropy(x, y, reduction="none"))
+
+
+def data_parallel(group: Any, rank: int) -> float:
+    """DDP over shards of the batch, of which one has no token that counts: the mean over all."""
+    size = size_of(group)
+    torch.manual_seed(1)
+    model = torch.nn.Linear(5, 17)
+    h, y = torch.randn(4 * size, 5), torch.randint(0, 17, (4 * size,))
+    y[: 4 + 3] = -100  # none of rank 0's, one of rank 1's
+    fastdiv.cross_entropy(model(h), y).backward()
+    expected = model.weight.grad.clone()
+    model.zero_grad()
+    copy = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    of_rank = slice(4 * rank, 4 * rank + 4)
+    total = fastdiv.cross_entropy(copy(h[of_rank]), y[of_rank], reduction="sum")
+    loss = sharded.token_mean(total, (y[of_rank] != -100).sum(), group)
+    loss.backward()
+    same(model.weight.grad, expected)
+    if size == 4:  # two halves of the vocabulary, and two of the batch
+        mesh = init_device_mesh("cpu", (2, 2))
+        batch, classes = mesh.get_group(0), mesh.get_group(1)
+        of_rank = slice(8 * (rank // 2), 8 * (rank // 2) + 8)
+        half = slice(0, 8) if rank % 2 == 0 else slice(8, 17)
+        weight = model.weight.detach()[half].clone().requires_grad_()
+        share = sharded.linear_cross_entropy(
+            h[of_rank],
+            weight,
+            y[of_rank],
+            linear_bias=model.bias.detach()[half],
+            group=classes,
+            mean_group=batch,
+        )
+        share.backward()
+        dist.all_reduce(weight.grad, group=batch)
+        same(weight.grad / 2, expected[half])
+    average = loss.detach().clone()
+    dist.all_reduce(average, group=group)
+    same(average / size, fastdiv.cross_entropy(copy(h), y))
+    nothing = sharded.token_mean(torch.zeros(()), 0, group)
+    assert nothing.isnan()
+    return float(average)

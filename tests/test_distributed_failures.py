@@ -1,0 +1,70 @@
+"""A rank that fails, or does not fit the others, gives an error on all of them: nobody waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdiv.distributed as sharded
+import shard_failures
+from ranks import RankFailed, Ranks
+
+pytestmark = [
+    pytest.mark.cpu_only("the ranks of these tests are processes of the CPU"),
+    pytest.mark.timeout(120),
+]
+# The error of the rank that is different, a part of what it says, and of what the others say; "":
+# what that one does.
+EXPECTED = {
+    "option": ("ValueError", "got 'all'", "rank {odd} of the group refused"),
+    "type": ("TypeError", "input must be a Tensor", "TypeError: input must be a Tensor"),
+    "shape": ("ValueError", "target must have the shape", "ValueError: target must have"),
+    "pointwise": ("ValueError", "got 'pointwise'", ""),
+    "layer": ("ValueError", "linear_weight must have shape", "linear_weight must have shape"),
+    "chunk": ("ValueError", "chunk_size", "chunk_size"),
+    "rows": ("RuntimeError", "rank {odd}: rows: 5", ""),
+    "dtype": ("RuntimeError", "rank {odd}: dtype: torch.bfloat16", ""),
+    "temperature": ("RuntimeError", "rank {odd}: 1 / temperature: 0.5", ""),
+    "smoothing": ("RuntimeError", "label smoothing: (0.1, 'all')", ""),
+    "loss": ("RuntimeError", "loss: kl_div", ""),
+    "hidden gradient": ("RuntimeError", "gradients of hidden states: [True, False]", ""),
+    "labels": ("RuntimeError", "must have the same labels", ""),
+    "range": ("IndexError", "target[0] is 1000, out of range for", ""),
+    "index": ("IndexError", "index[0] is -1, out of range for", ""),
+    "nothing": ("none", "", ""),
+}
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    started = Ranks(tmp_path)
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_rank_raises(ranks: Ranks, size: int) -> None:
+    *others, odd = ranks.run(size, shard_failures.failures)
+    assert odd.keys() == EXPECTED.keys()
+    for name, (kind, own, theirs) in EXPECTED.items():
+        assert odd[name][0] == kind and own.format(odd=size - 1) in odd[name][1], odd[name]
+        for other in others:
+            if theirs:
+                assert other[name][0] == "RuntimeError", (name, other[name])
+                assert theirs.format(odd=size - 1) in other[name][1], (name, other[name])
+            else:
+                assert other[name] == odd[name], name
+
+
+def test_a_rank_that_dies(ranks: Ranks) -> None:
+    with pytest.raises(RankFailed) as error:
+        ranks.run(2, shard_failures.dies)
+    assert "rank 1 of 2: is gone" in str(error.value) and "rank 0" not in str(error.value)
+
+
+def test_no_group() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        sharded.entropy(torch.zeros(2, 3))

@@ -1,0 +1,49 @@
+"""What the tests of patch_torch share: who called fastdiv, and torch's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdiv
+from fastdiv import _patched
+
+TORCHS = F.cross_entropy
+
+
+def torch_has_its_own() -> Iterator[None]:
+    """Before a test and after it."""
+    torch._dynamo.reset()
+    assert F.cross_entropy is TORCHS and not _patched.on
+    yield
+    assert F.cross_entropy is TORCHS and not _patched.on
+
+
+def calls_of_ours(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls that reach fastdiv, as they come."""
+    calls = []
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        calls.append((args, options))
+        return fastdiv.cross_entropy(*args, **options)
+
+    monkeypatch.setattr(_patched, "ours", spy)
+    return calls
+
+
+def patched(*args: Any, **options: Any) -> Tensor:
+    with fastdiv.patch_torch():
+        return F.cross_entropy(*args, **options)
+
+
+def with_gradients(function: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
+    """Value and gradients, for an upstream gradient that is not 1."""
+    inputs = [v.detach().clone().requires_grad_() for v in leaves]
+    value = function(*inputs)
+    upstream = torch.linspace(0.5, 1.5, value.numel()).to(value).reshape(value.shape)
+    return [value, *torch.autograd.grad(value, inputs, upstream)]
