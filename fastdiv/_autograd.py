@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 from . import _ops, reference
@@ -36,7 +37,7 @@ def row_loss(
         return reference.loss(spec, *rows) if transformed else _traced(spec, False, rows)[0]
     if transformed:
         return _RowLoss.apply(spec, False, *rows)[0]
-    return _EagerRowLoss.apply(spec, False, *rows)
+    return _apply_eager(spec, False, *[v if v is None else unwrap_if_dead(v) for v in rows])
 
 
 def row_loss_and_stats(
@@ -153,12 +154,27 @@ class _EagerRowLoss(_RowLoss):
 
     @staticmethod
     def forward(ctx: Any, spec: Spec, _: bool, *rows: Tensor | None) -> Tensor:  # type: ignore[override]
-        value, *saved = _ops.forward(*rows, *_ops.options(spec))
-        ctx.spec, ctx.outputs = spec, 1
-        ctx.save_for_backward(*rows, *saved)
+        options = _ops.options(spec)
+        value, record, total = _ops.forward(*rows, *options)
+        ctx.spec, ctx.options = spec, options
+        ctx.save_for_backward(*rows, record, total)
         if forward_ad._current_level >= 0:  # inside a dual_level
-            ctx.save_for_forward(*rows, *saved)
+            ctx.outputs = 1
+            ctx.save_for_forward(*rows, record, total)
         return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None or ctx.spec.inplace or torch.is_grad_enabled():
+            return _RowLoss.backward(ctx, grad)
+        need_x, need_t = ctx.needs_input_grad[2:4]
+        grad = grad.contiguous()
+        dx, dt = _ops.backward(grad, *ctx.saved_tensors, *ctx.options, need_x, need_t)
+        return None, None, dx if need_x else None, dt if need_t else None, None, None, None
+
+
+# What Function.apply comes to where no torch.func transform is active, without what it asks first.
+_apply_eager = super(torch.autograd.Function, _EagerRowLoss).apply
 
 
 class _RowLossBackward(torch.autograd.Function):

@@ -46,7 +46,7 @@ def topk_kl_div(
       :math:`\sum_{c \notin K} p_0 (\log p_0 - \log q_c)` with :math:`p_0 = \rho / (C - k)`.
 
     The logits are read once in the forward and once in the backward; beyond their gradient, memory
-    is of the size of ``values``.
+    is eight numbers a row (in place on a GPU, of the size of ``values``).
 
     Args:
         input: Logits :math:`x` of any shape with the :math:`C` classes on ``dim``; float32,

@@ -27,7 +27,7 @@ struct RowArgs {
   // Of a teacher known at k classes: t and dt are [rows, k], of a dtype of their own.
   int64_t k = 0;
   DType t_dtype = DType::kF32;
-  Matrix indices;  // int64 [rows, k]
+  Matrix indices;                      // int64 [rows, k]
   const int64_t* label = nullptr;      // [rows]
   int64_t ignore_index = 0;            // a label that makes its row not count
   const void* class_weight = nullptr;  // real [classes]
