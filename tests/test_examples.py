@@ -49,3 +49,14 @@ def test_fused_linear(tmp_path: Path) -> None:
     done = run("train_lm.py", "--fused-linear", *steps, "--output", picture)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "linear_cross_entropy" in done.stdout and done.stdout.count("same curve") == 2
+
+
+@pytest.mark.slow
+def test_transformers(tmp_path: Path) -> None:
+    """The same curve with the one line as without."""
+    pytest.importorskip("transformers")
+    picture = tmp_path / "llama.png"
+    done = run("finetune_transformers.py", "--steps", "3", "--vocab", "4000", "--output", picture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same curve" in done.stdout and "NOT" not in done.stdout
+    assert picture.stat().st_size > 10_000

@@ -68,7 +68,9 @@ def test_half_precision(name: str) -> None:
             [(r[name].double() - exact[name]).norm().item() for r in results] for name in exact
         )
         assert loss[1] <= loss[0] + 1e-3
-        theirs, ours = (sum(error**2 for error in errors) for errors in zip(*gradients, strict=True))
+        theirs, ours = (
+            sum(error**2 for error in errors) for errors in zip(*gradients, strict=True)
+        )
         assert ours <= 1.2 * theirs
         assert all(results[0][name].dtype == results[1][name].dtype for name in exact)
 

@@ -161,7 +161,9 @@ def test_peft(name: str, adapter: dict[str, Any], dtype: torch.dtype) -> None:
 def test_an_adapter_that_needs_the_logits() -> None:
     """DoRA rescales them by class."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, init_lora_weights=False, use_dora=True, target_modules=["lm_head"])
+    config = peft.LoraConfig(
+        r=4, init_lora_weights=False, use_dora=True, target_modules=["lm_head"]
+    )
     model, batch = peft.get_peft_model(KINDS["llama"].make(), config), KINDS["llama"].batch()
     theirs = step(model, batch)
     with apply(), pytest.warns(UserWarning, match="of its logits"):

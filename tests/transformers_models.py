@@ -156,7 +156,9 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
-        tensors = [v for v in (out if isinstance(out, (list, tuple)) else [out]) if type(v) is Tensor]
+        tensors = [
+            v for v in (out if isinstance(out, (list, tuple)) else [out]) if type(v) is Tensor
+        ]
         self.largest = max([self.largest, *(v.untyped_storage().nbytes() // 4 for v in tensors)])
         if op.namespace == "fastdiv":
             self.ours.add(op.name())

@@ -37,7 +37,7 @@ def run(
     training = model.training and torch.is_grad_enabled()
     try:
         layers = output_layers(model)
-    except ValueError as error:
+    except _Unknown as error:
         if training and LANGUAGE_MODEL.search(type(model).__name__):
             _report(error)
         return forward(*args, **kwargs)

@@ -71,7 +71,7 @@ def restore() -> None:
         _replaced.pop().undo()
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)
@@ -80,7 +80,7 @@ def _subclasses(cls: type) -> Iterator[type]:
 def _init_subclass(theirs: Any) -> Any:
     """Classes to come."""
 
-    def init_subclass(cls: type, **kwargs: Any) -> None:
+    def init_subclass(cls: type[Any], /, **kwargs: Any) -> None:
         theirs.__func__(cls, **kwargs)
         if standing:
             _replace_forward(cls)
@@ -133,9 +133,7 @@ def _with_labels(
 
 
 def _transformed() -> bool:
-    return (
-        torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
-    )
+    return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
 
 
 def _compute_loss(theirs: Callable[..., Any]) -> Callable[..., Any]:
