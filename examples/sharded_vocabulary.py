@@ -35,7 +35,7 @@ def make_model() -> tuple[nn.Embedding, nn.Linear]:
 
 
 def cut(layer: nn.Linear, rank: int, world: int) -> nn.Linear:
-    """This rank's rows of a layer: where they do not come out even, the first ranks have one more."""
+    """This rank's rows of a layer; the first ranks may have one more than the others."""
     weight, bias = (v.detach().tensor_split(world)[rank] for v in (layer.weight, layer.bias))
     shard = nn.Linear(WIDTH, len(weight))
     shard.load_state_dict({"weight": weight, "bias": bias})
