@@ -5,6 +5,8 @@ ARGS   ?=
 STEPS  ?=
 # Two cores are busy while one process compiles; each one takes about 3 GB.
 WORKERS ?= 2
+# torch's threads would wait for one another by spinning, for the cores that the other process needs.
+ASLEEP := OMP_WAIT_POLICY=PASSIVE
 
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -43,7 +45,7 @@ demo: $(BUILT)  ## train a small language model with the fused loss
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
 test: $(BUILT)  ## the whole test suite, doctests included, in WORKERS processes
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
+	$(ASLEEP) $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
 
 docs: $(BUILT) $(DOCS)  ## the documentation, into docs/_build/index.html; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build
@@ -56,7 +58,7 @@ dist: $(PACKAGES)  ## sdist and wheel in dist, the wheel tested outside of the c
 	tar -xzf dist/*.tar.gz -C build/dist --strip-components=1 --exclude='*/fastdiv'
 	$(PYTHON) -m venv build/dist/venv
 	build/dist/venv/bin/pip install --quiet --constraint requirements-dev.txt "$$(ls $(CURDIR)/dist/*.whl)[bench,test]"
-	cd build/dist && venv/bin/python -m pytest --pyargs fastdiv $(or $(ARGS),$(DIST_TESTS))
+	cd build/dist && $(ASLEEP) venv/bin/python -m pytest --pyargs fastdiv $(or $(ARGS),$(DIST_TESTS))
 
 lint: $(PACKAGES)  ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check

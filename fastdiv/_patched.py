@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Ours where it means the same, else torch's."""
-    options = {
+    options: dict[str, Any] = {
         "weight": weight,
         "size_average": size_average,
         "ignore_index": ignore_index,

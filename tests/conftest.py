@@ -48,6 +48,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.cpu_only("tensors print their device"))
+            library = item.name.partition("fastdiv.integrations.")[2].split(".")[0]
+            if library and importlib.util.find_spec(library) is None:
+                item.add_marker(pytest.mark.skip(f"{library} is not installed"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -41,6 +41,8 @@ def hard_rows(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     x[13, 0] = t[13, 0] = 0.0  # all of the student on one class
     x[14, first] = -120.0  # mass that float32 cannot hold
     t[14, last] = -130.0
+    x[15, first] = -120.0  # and of that, an infinite term
+    t[15, 0] = -INF
     return x, t
 
 

@@ -59,7 +59,7 @@ def size_of(group: Any) -> int:
 
 def digest(*tensors: Tensor) -> str:
     """Of their bits."""
-    parts = (v.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for v in tensors)
+    parts = (v.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for v in tensors)
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 

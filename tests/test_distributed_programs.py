@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import shard_linear
 import shard_programs
+import shards
 from ranks import Ranks
 
-pytestmark = pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
+ON_CPU = pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
 
 
 @pytest.fixture(scope="module")
@@ -21,38 +24,62 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started.close()
 
 
+@ON_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [2, 4])
 def test_linear(ranks: Ranks, size: int, dtype: torch.dtype) -> None:
-    results = ranks.run(size, shard_programs.linear, dtype)
+    results = ranks.run(size, shard_linear.linear, dtype)
     assert all(result == results[0] for result in results)
 
 
+@ON_CPU
 def test_linear_logits_are_never_held_whole(ranks: Ranks) -> None:
-    assert max(ranks.run(2, shard_programs.linear_memory)) < 1024 * 3000 / 10
+    assert max(ranks.run(2, shard_linear.linear_memory)) < 1024 * 3000 / 10
 
 
+@ON_CPU
 @pytest.mark.parametrize("size", [2, 3])
 def test_backwards(ranks: Ranks, size: int) -> None:
     ranks.run(size, shard_programs.backwards)
 
 
+@ON_CPU
 @pytest.mark.parametrize("size", [2, 4])
 def test_statistics(ranks: Ranks, size: int) -> None:
     ranks.run(size, shard_programs.statistics)
 
 
+@ON_CPU
 @pytest.mark.slow
 def test_compiled(ranks: Ranks) -> None:
     first, second = ranks.run(2, shard_programs.compiled)
     assert first == second
 
 
+@ON_CPU
 def test_dtensors(ranks: Ranks) -> None:
     ranks.run(4, shard_programs.dtensors)
 
 
+@ON_CPU
 @pytest.mark.parametrize("size", [2, 4])
 def test_mean_over_data_parallel_ranks(ranks: Ranks, size: int) -> None:
     results = ranks.run(size, shard_programs.data_parallel)
     assert len(set(results)) == 1
+
+
+def nccl_rank(rank: int, store: str, backend: str) -> None:
+    torch.set_default_device(f"cuda:{rank}")
+    torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        shards.compare(None, rank, dtype)
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_nccl(tmp_path: Path, backend: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.multiprocessing.spawn(nccl_rank, (str(tmp_path / "store"), backend), nprocs=2)

@@ -77,3 +77,14 @@ def test_sharded_vocabulary() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "same curve" in done.stdout
+
+
+@pytest.mark.slow
+def test_transformers(tmp_path: Path) -> None:
+    """The same curve with the one line as without."""
+    pytest.importorskip("transformers")
+    picture = tmp_path / "llama.png"
+    done = run("finetune_transformers.py", "--steps", "3", "--vocab", "4000", "--output", picture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same curve" in done.stdout and "NOT" not in done.stdout
+    assert picture.stat().st_size > 10_000

@@ -90,8 +90,8 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
 template <class P, class L, class real>
 TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
                          const Row<real>& row) {
-  if constexpr (P::kPlain && !P::kTilted && std::is_same<P, L>::value)
-    if (P::apart(row)) return sum_terms_of<PlainPair<real>>(source, loss, r, row);
+  if constexpr (P::kPlain && std::is_same<P, L>::value)
+    if (row.c != real(0)) return sum_terms_of<PlainPair<real>>(source, loss, r, row);
   return sum_terms_of<Pair<real>>(source, loss, r, row);
 }
 
@@ -206,7 +206,7 @@ void backward_row(const RowSource<P>& source, int64_t r) {
   if constexpr (P::kTopK)
     return backward_named(source, r, [&] { backward_row_of<Pair<real>>(source, r); });
   if constexpr (P::kPlain)
-    if (P::apart(source.row(r).record())) return backward_row_of<PlainPair<real>>(source, r);
+    if (source.row(r).record().c != real(0)) return backward_row_of<PlainPair<real>>(source, r);
   backward_row_of<Pair<real>>(source, r);
 }
 

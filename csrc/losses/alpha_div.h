@@ -10,8 +10,6 @@
 // the value infinite, and the gradient is that of the others.
 #pragma once
 
-#include <type_traits>
-
 #include "losses/divergence.h"
 
 namespace fastdiv {
@@ -21,7 +19,7 @@ namespace fastdiv {
 template <class real, Target target>
 struct AlphaDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
-  static constexpr bool kTilted = true;
+  static constexpr bool kTilted = true, kPlain = false;
   static constexpr int kSums = 2;  // b: the infinite terms
   static constexpr auto kMoment = Base::Moment::kTilted;
 
@@ -57,17 +55,14 @@ struct AlphaDiv : Divergence<real, target> {
            mass_times(mass, sum_p - real(1));
   }
 
-  FD_FN static bool apart(const Row<real>& row) { return is_infinite(row.a); }
-  template <class PairOf>
   FD_FN real grad_x(const LogPair<real>& c, const Row<real>& row) const {
     const real lw = log_w(c, row);
-    return mass_times(less<PairOf>(lw, c.lq, -alpha * c.y - row.a, row), row.b * rest);
+    return mass_times(less(lw, c.lq, -alpha * c.y - row.a, row), row.b * rest);
   }
-  template <class PairOf>
   FD_FN real grad_t(const LogPair<real>& c, real t, real scale, const Row<real>& row) const {
     const real lw = log_w(c, row), slope = row.b * alpha;
     if constexpr (target == Target::kLogits)
-      return mass_times(less<PairOf>(lw, c.lp, rest * c.y - row.a, row), slope * scale);
+      return mass_times(less(lw, c.lp, rest * c.y - row.a, row), slope * scale);
     if constexpr (target == Target::kLogProbs)
       return mass_times(exp_neg(lw), slope) + mass * exp_neg(t);
     // w / p is largest where p is small, and log p least accurate: it goes in with the smaller of
@@ -115,9 +110,7 @@ struct AlphaDiv : Divergence<real, target> {
   }
   // w - o, for o = q or p, from the logs.  `near` is log w - log o, good to the last digit where
   // the rows are close.
-  template <class PairOf>
   FD_FN real less(real lw, real lo, real near, const Row<real>& row) const {
-    if constexpr (std::is_same<PairOf, PlainPair<real>>::value) return exp_neg(lw) - exp_neg(lo);
     const real apart = is_infinite(row.a) ? lw - lo : near;
     const real ratio = is_infinite(lw) ? lw : apart;
     const bool larger = ratio > real(0);

@@ -40,7 +40,6 @@ struct Divergence : Loss<Real, target> {
   enum class Moment { kNone, kForward, kReverse, kTilted };
   static constexpr Moment kMoment = Moment::kNone;
 
-  FD_FN static bool apart(const Row<real>& row) { return row.c != real(0); }
   FD_FN real shift() const { return real(0); }
   // About how much the loss is of KL(p || q): little where a mixture is nearly one of the two rows.
   FD_FN real part() const { return real(1); }

@@ -30,9 +30,8 @@ FD_FN real apart(real kl) {
 }
 
 // KL(p || q) of two rows of logits, and row.gap.  Where the rows are so close that the moments
-// cancel, with d = log q~ - log p~ and c about sum p d: KL = log(1 + sum p (e^(d-c) - 1 - (d - c))
-// + o)
-// - o, where o = sum p d - c is what the first sweep's rounding has left off.
+// cancel, with d = log q~ - log p~, c about sum p d, and o = sum p (d - c), which the first sweep's
+// rounding has left off: KL = log(1 + o + sum p (e^(d-c) - 1 - (d - c))) - o.
 template <class P, class real, class Sweep>
 FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossParams& params) {
   const real mean = s.sums.a / s.t.sum;  // -c

@@ -12,7 +12,7 @@ template <class PairOf, class P, class real>
 FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<real>& row,
                          Outputs<real> g, real scale) {
   if constexpr (P::kTilted) {
-    return g.value * loss.template grad_x<PairOf>(log_pair<P::kTarget>(x, t, scale, row), row);
+    return g.value * loss.grad_x(log_pair<P::kTarget>(x, t, scale, row), row);
   } else if constexpr (P::kDivergence) {
     const PairOf pair = PairOf::template of<P::kTarget>(x, t, scale, row);
     return g.value * (loss.terms(pair).u - pair.q * row.a);
@@ -27,7 +27,7 @@ template <class PairOf, class P, class real>
 FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const Row<real>& row, real g,
                           real scale) {
   if constexpr (P::kTilted) {
-    return g * loss.template grad_t<PairOf>(log_pair<P::kTarget>(x, t, scale, row), t, scale, row);
+    return g * loss.grad_t(log_pair<P::kTarget>(x, t, scale, row), t, scale, row);
   } else if constexpr (P::kDivergence) {
     const PairOf pair = PairOf::template of<P::kTarget>(x, t, scale, row);
     const real v = loss.terms(pair).v, shift = loss.shift();

@@ -1,4 +1,13 @@
-"""Losses of a vocabulary that is sharded over ranks, and means over data-parallel ranks."""
+"""Losses of a vocabulary that is sharded over ranks, and means over data-parallel ranks.
+
+The functions are those of :mod:`fastdiv` of the same names, of shards: rank r of ``group`` has the
+next :math:`C_r` classes in rank order.  Class indices are global and the same on every rank;
+probabilities, teachers and class weights are sharded as the input is.  Every rank returns the loss
+of whole rows, and the gradient of a shard is its part of theirs.  A rank whose arguments are
+refused, or that does not fit the others, gives an error on all of them.
+
+:func:`token_mean` averages over the tokens of data-parallel ranks, of any loss.
+"""
 
 from ._entropy import entropy, log_prob, log_prob_and_entropy
 from ._linear import linear_cross_entropy, linear_kl_div

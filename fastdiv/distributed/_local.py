@@ -28,6 +28,8 @@ class Forward(NamedTuple):
 class Kernels(Protocol):
     """What computes on the logits of a shard, however these are held."""
 
+    skip_rows: bool  # a GPU, too: rows of weight 0 cost next to nothing
+
     def forward(
         self,
         spec: Spec,
@@ -48,6 +50,7 @@ class Dense:
 
     x: Tensor
     t: Tensor | None
+    skip_rows = True
 
     def forward(
         self, spec: Spec, label: Any, class_weight: Any, weight: Any, stats: bool
@@ -153,18 +156,20 @@ def _of_divergence(
         out |= {name: record[name] for name in ("t_max", "t_logz", "gap")}
     else:
         out["mass"] = 1 - record["a"] if forward else 1 + record["b"]
-    # Where sums of infinite terms are needed: a mixture finds its own.
-    of_infinite = not forward or (rows.need_t and logits and rows.spec.loss == "kl_div")
+    if rows.spec.loss == "js_div":  # sums its own terms later
+        return out
+    # Shards where only the target has mass, and sums that an infinite row's gradients need.
     empty = record["x_logz"] == -torch.inf
-    odd = (local.value.isinf() & of_infinite) | (empty & (forward and not logits))
+    of_empty, of_infinite = forward and not logits, not forward or (logits and rows.need_t)
+    odd = (empty & of_empty) | (local.value.isinf() & of_infinite)
     if counts is not None:
         odd &= counts != 0
     if of_infinite:
         out["share"] = torch.full_like(local.value, NOTHING_INFINITE)
-    if not odd.any() if odd.is_cpu else not (of_infinite or not logits):
+    if not odd.any() if odd.is_cpu else not (kernels.skip_rows and (of_empty or of_infinite)):
         return out
-    # Rows of infinite terms, and shards where only the target has mass: a sweep over these few.
-    # By what their sums change as the shard's log q all grow by 1, the finite terms are told.
+    # A sweep over these few rows.  By what sums change as the shard's log q all grow by 1, the
+    # finite terms are told.
     shifted = local.record.clone()
     shifted[:, RECORD.index("x_logz")] = torch.where(empty, 0.0, record["x_logz"] - 1)
     shifted[:, RECORD.index("gap")] -= 1
@@ -175,6 +180,6 @@ def _of_divergence(
         infinite = odd & local.value.isinf()
         out["value"] = torch.where(infinite, slope, local.value)
         out["share"] = torch.where(infinite, (moved - slope).abs(), out["share"])
-    if "mass" in out and forward:
+    if of_empty:
         out["mass"] = torch.where(odd & empty, p, out["mass"])
     return out

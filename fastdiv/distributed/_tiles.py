@@ -44,6 +44,7 @@ class Tiles:
 
     tensors: Tensors
     chunk_size: int
+    skip_rows = False
 
     def _problem(self, spec: Spec, label: Any, class_weight: Any, weight: Any) -> Problem:
         x, w, b, t, t_weight, t_bias = self.tensors[:HEADS]

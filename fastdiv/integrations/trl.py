@@ -57,7 +57,7 @@ def apply() -> TrlPatch:
     of your own) before this, keeps TRL's.
 
     Returns:
-        A handle: ``undo()`` undoes this patch, and so does leaving a ``with`` block of it.  With
+        A handle whose ``undo()`` undoes this patch, as does leaving a ``with`` block of it.  With
         several patches TRL has its functions back when the last is undone, in whatever order.
 
     Raises:

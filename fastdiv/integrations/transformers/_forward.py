@@ -37,7 +37,7 @@ def run(
     training = model.training and torch.is_grad_enabled()
     try:
         layers = output_layers(model)
-    except ValueError as error:
+    except _Unknown as error:
         if training and LANGUAGE_MODEL.search(type(model).__name__):
             _report(error)
         return forward(*args, **kwargs)
@@ -49,10 +49,9 @@ def run(
             output = forward(*args, **kwargs)
     finally:
         _here.running = step.running = False
-    if training and not step.called:
-        _report(_Unknown(model, "it does not call its output layer"))
-    elif step.used_by:
-        _report(_Unknown(model, f"it takes {step.used_by}() of its logits, which are then held"))
+    trouble = step.trouble if step.called else "it does not call its output layer"
+    if training and trouble:
+        _report(_Unknown(model, trouble))
     return output if keep else with_plain_logits(output)
 
 
@@ -86,8 +85,6 @@ def output_layers(model: Any) -> list[nn.Linear]:
     for layer in layers:
         if "forward" in vars(layer):
             raise _Unknown(model, "something replaced its output layer's forward")
-        if type(layer.weight) not in (Tensor, nn.Parameter) or hasattr(layer.weight, "ds_id"):
-            raise _Unknown(model, "its output layer's weight is sharded")
     return layers
 
 
@@ -104,16 +101,19 @@ def _replaced(layers: Sequence[nn.Linear], forward: Callable[..., Tensor]) -> It
 
 def _held(step: Step, layer: nn.Linear, input: Tensor) -> Tensor:
     step.called = True
-    return nn.Linear.forward(layer, input).as_subclass(HeldLogits)
+    logits = nn.Linear.forward(layer, input)
+    return logits.as_subclass(HeldLogits) if type(logits) is Tensor else logits
 
 
 def _deferred(step: Step, layer: nn.Linear, input: Tensor) -> Tensor:
     step.called = True
-    autocast = torch.is_autocast_enabled(input.device.type)
-    if type(input) is not Tensor or (input.dtype != layer.weight.dtype and not autocast):
-        step.used_by = f"{type(input).__name__} of {input.dtype}"
-        return nn.Linear.forward(layer, input)
-    return DeferredLogits.of_layer(input, layer.weight, layer.bias, step)
+    if type(input) is not Tensor:
+        step.trouble = f"its output layer is given a {type(input).__qualname__}"
+    elif type(layer.weight) not in (Tensor, nn.Parameter) or hasattr(layer.weight, "ds_id"):
+        step.trouble = "its output layer's weight is sharded"
+    else:
+        return DeferredLogits.of_layer(input, layer.weight, layer.bias, step)
+    return nn.Linear.forward(layer, input)
 
 
 def with_plain_logits(output: Any) -> Any:

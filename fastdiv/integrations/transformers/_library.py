@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import partial, wraps
-from types import MethodType
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,27 +25,28 @@ _smoothing: ContextVar[bool] = ContextVar("fastdiv_smoothing", default=False)
 
 
 class Replaced:
-    """An attribute of a class or an instance that is ours for a while."""
+    """A class's attribute that is ours for a while; it may have inherited its own."""
 
-    def __init__(self, owner: Any, name: str, ours: Any) -> None:
-        self.owner, self.name, self.ours = weakref.ref(owner), name, ours
-        self.theirs = vars(owner)[name]
-        setattr(owner, name, ours)
-
-    def stands(self) -> bool:
-        owner = self.owner()
-        return owner is not None and vars(owner).get(self.name) is self.ours
+    def __init__(self, owner: type, name: str, make: Callable[[Any], Any]) -> None:
+        self._owner, self._name = owner, name
+        self._theirs = vars(owner).get(name)
+        self.ours = make(getattr(owner, name) if self._theirs is None else self._theirs)
+        setattr(owner, name, self.ours)
 
     def undo(self) -> None:
         """Who replaced ours meanwhile stays; ours, if he calls it, does nothing."""
-        if self.stands():
-            setattr(self.owner(), self.name, self.theirs)
+        if vars(self._owner).get(self._name) is not self.ours:
+            return
+        if self._theirs is None:
+            delattr(self._owner, self._name)
+        else:
+            setattr(self._owner, self._name, self._theirs)
 
 
-def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    theirs = vars(owner)[name]
-    if not any(r.ours is theirs for r in _replaced):
-        _replaced.append(Replaced(owner, name, make(theirs)))
+def _replace(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+    found = vars(owner).get(name)
+    if found is None or all(replaced.ours is not found for replaced in _replaced):
+        _replaced.append(Replaced(owner, name, make))
 
 
 def install() -> None:
@@ -57,14 +55,14 @@ def install() -> None:
     from transformers.trainer import Trainer
     from transformers.trainer_pt_utils import LabelSmoother
 
+    # Models are called; but some wrappers of them (PEFT) call forward, and some instances have one
+    # of their own, of which their class does not know (Accelerate).
+    _replace(PreTrainedModel, "__call__", lambda theirs: _with_labels(theirs, None))
     _replace(PreTrainedModel, "__init_subclass__", _init_subclass)
-    _replace(Trainer, "compute_loss", _compute_loss)
-    _replace(LabelSmoother, "__call__", _label_smoother)
     for cls in _subclasses(PreTrainedModel):
         _replace_forward(cls)
-    for model in gc.get_objects():
-        if issubclass(type(model), PreTrainedModel) and "forward" in vars(model):
-            _replace(model, "forward", partial(_own_forward, model))  # Accelerate's
+    _replace(Trainer, "compute_loss", _compute_loss)
+    _replace(LabelSmoother, "__call__", _label_smoother)
 
 
 def restore() -> None:
@@ -73,7 +71,7 @@ def restore() -> None:
         _replaced.pop().undo()
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)
@@ -82,7 +80,7 @@ def _subclasses(cls: type) -> Iterator[type]:
 def _init_subclass(theirs: Any) -> Any:
     """Classes to come."""
 
-    def init_subclass(cls: type, **kwargs: Any) -> None:
+    def init_subclass(cls: type[Any], /, **kwargs: Any) -> None:
         theirs.__func__(cls, **kwargs)
         if standing:
             _replace_forward(cls)
@@ -93,43 +91,45 @@ def _init_subclass(theirs: Any) -> Any:
 def _replace_forward(cls: type) -> None:
     """A class's own, or the one it inherits."""
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
-    if "labels" in inspect.signature(vars(owner)["forward"]).parameters:
-        _replace(
-            owner, "forward", lambda theirs: _labelled(theirs, theirs, partial(partial, theirs))
-        )
+    if _place_of_labels(vars(owner)["forward"]) is not None:
+        _replace(owner, "forward", lambda theirs: _with_labels(theirs, theirs))
 
 
-def _own_forward(model: nn.Module, theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Ours in place of an instance's; a method, which goes along with a copy of it."""
-    if isinstance(theirs, MethodType):
-        of_self, bound = theirs.__func__, partial(partial, theirs.__func__)
-    else:
-        of_self, bound = theirs, lambda _: theirs
-    return MethodType(_labelled(type(model).forward, of_self, bound), model)
+@cache
+def _place_of_labels(forward: Callable[..., Any]) -> int | None:
+    """Among positional arguments; None where there are no labels."""
+    names = list(inspect.signature(forward).parameters)[1:]  # without self
+    return names.index("labels") if "labels" in names else None
 
 
-def _labelled(
-    signature: Callable[..., Any],
-    theirs: Callable[..., Any],
-    bound: Callable[[nn.Module], Callable[..., Any]],
+def _with_labels(
+    theirs: Callable[..., Any], signature: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    """Ours in place of a forward: where there are labels, that with our losses."""
-    names = list(inspect.signature(signature).parameters)
-    place = names.index("labels") - 1 if "labels" in names else len(names)
+    """A model's method whose losses are ours if it is given labels.
+
+    Args:
+        theirs: The method.
+        signature: A forward that takes the same; None for a call, which is left to the forward
+            unless the model has one of its own.
+    """
 
     @wraps(theirs)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = bound(self)
-        if torch.compiler.is_compiling() or _forward.is_running() or _transformed():
-            return call(*args, **kwargs)
-        smoothing = _smoothing.get()
-        labels = args[place] if len(args) > place else kwargs.get("labels")
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        elsewhere = signature is None and "forward" not in vars(self)
+        compiling = torch.compiler.is_compiling()
+        if compiling or elsewhere or _forward.is_running() or _transformed():
+            return theirs(self, *args, **kwargs)
+        place = _place_of_labels(signature or type(self).forward)
+        labels = kwargs.get("labels")
+        if place is not None and len(args) > place:
+            labels = args[place]
         patch = next((p for p in reversed(standing) if p.fits(self)), None)
-        if patch is None or (labels is None and not smoothing):
-            return call(*args, **kwargs)
-        return _forward.run(self, call, patch.linear, smoothing, *args, **kwargs)
+        if patch is None or (labels is None and not _smoothing.get()):
+            return theirs(self, *args, **kwargs)
+        call = partial(theirs, self)
+        return _forward.run(self, call, patch.linear, _smoothing.get(), *args, **kwargs)
 
-    return forward
+    return method
 
 
 def _transformed() -> bool:
@@ -159,32 +159,31 @@ def _label_smoother(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same loss by a cross entropy, which does not look at the logits."""
 
     @wraps(theirs)
-    def smoothed(
-        self: Any,
-        model_output: Any,
-        labels: Tensor,
-        shift_labels: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-        if not isinstance(logits, (DeferredLogits, HeldLogits)):
-            if num_items_in_batch is not None:  # which version 4 does not know
-                kwargs["num_items_in_batch"] = num_items_in_batch
-            return theirs(self, model_output, labels, shift_labels, **kwargs)
-        if shift_labels:
-            logits, labels = logits[..., :-1, :].contiguous(), labels[..., 1:]
-        loss = F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]).float(),
-            labels.reshape(-1),
-            ignore_index=self.ignore_index,
-            label_smoothing=self.epsilon,
-            reduction="mean" if num_items_in_batch is None else "sum",
-        )
-        if num_items_in_batch is None:
-            return loss
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
+    def smoothed(self: Any, output: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        logits = output["logits"] if isinstance(output, dict) else output[0]
+        if isinstance(logits, (DeferredLogits, HeldLogits)):
+            return _smoothed_loss(self, logits, labels, *args, **kwargs)
+        return theirs(self, output, labels, *args, **kwargs)
 
     return smoothed
+
+
+def _smoothed_loss(
+    smoother: Any,
+    logits: Tensor,
+    labels: Tensor,
+    shift_labels: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    if shift_labels:
+        logits, labels = logits[..., :-1, :].contiguous(), labels[..., 1:]
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(),
+        labels.reshape(-1),
+        ignore_index=smoother.ignore_index,
+        label_smoothing=smoother.epsilon,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch

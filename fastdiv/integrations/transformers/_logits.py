@@ -43,7 +43,7 @@ class Step:
 
     running: bool = True
     called: bool = False  # the output layer
-    used_by: str = ""  # the first operation that needed their values
+    trouble: str = ""  # why they had to be computed
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class DeferredLogits(Tensor):
     def held(self, user: str) -> Tensor:
         """The logits themselves, with a graph whether or not one is being recorded."""
         if self._held is None:
-            if self.step.running:
-                self.step.used_by = self.step.used_by or user
+            if self.step.running and not self.step.trouble:
+                self.step.trouble = f"it takes {user}() of its logits, which are then held"
             with torch.enable_grad():
                 self._held = self._computed()
         return self._held
@@ -154,7 +154,7 @@ class DeferredLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Where C++ got hold of them, below autograd, whose part ``_Defer.backward`` is."""

@@ -1,0 +1,102 @@
+"""Sharded losses of linear layers, as the ranks of the distributed tests compute them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdiv
+import fastdiv.distributed as sharded
+from cases import make_inputs
+from edges import gradients, same
+from shards import SIZES, classes_of, digest, size_of
+
+
+def linear(group: Any, rank: int, dtype: torch.dtype) -> list[str]:
+    """Against the loss of the whole layer: values, and the gradient of everything."""
+    sizes, found, wrong = SIZES[size_of(group)], [], []
+    mine = classes_of(rank, sizes)
+    hidden, teacher = make_inputs((40, 24), dtype, scale=1.0, seed=1)
+    w, v = make_inputs((sum(sizes), 24), dtype, scale=0.7, seed=2)
+    b = make_inputs((1, sum(sizes)), dtype, seed=3)[0][0]
+    y = (hidden @ w.t()).argmax(-1)
+    y[::7] = -100
+    p = (teacher.double() @ v.double().t()).softmax(-1).to(dtype)
+    class_weight = torch.linspace(0.5, 1.5, sum(sizes), dtype=torch.float32).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    # Tensors that are the same on all ranks, that are cut along the first, and along the last
+    # dimension; and the loss of them and options.
+    cases: dict[str, Any] = {
+        "labels": (lambda m, h, w, b, **o: m.linear_cross_entropy(h, w, y, linear_bias=b, **o),
+                   (hidden,), (w, b), ()),
+        "soft": (lambda m, h, w, p, **o: m.linear_cross_entropy(h, w, p, **o),
+                 (hidden,), (w,), (p,)),
+        "layers": (lambda m, h, g, w, v, **o:
+                   m.linear_kl_div(h, w, g, target_linear_weight=v, temperature=2.0, **o),
+                   (hidden, teacher), (w, v), ()),
+        "logits": (lambda m, h, w, t, **o: m.linear_kl_div(h, w, t, target_type="logits", **o),
+                   (hidden,), (w,), (p.log(),)),
+    }  # fmt: skip
+    every: list[dict[str, Any]] = [{}, {"reduction": "none"}, {"reduction": "mean"}]
+    options = {
+        "labels": [
+            *every,
+            {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 8.0},
+            {"label_smoothing": 0.1, "smoothing": "others", "chunk_size": 7},
+            {"weight": class_weight, "label_smoothing": 0.1},
+        ],
+        "soft": [{}, {"reduction": "none", "label_smoothing": 0.2}],
+    }
+    for name, (function, alike, rows, columns) in cases.items():
+        for how in options.get(name, every):
+            cut = {k: v[mine] if k == "weight" else v for k, v in how.items()}
+            whole = gradients(
+                lambda *a, f=function, o=how: f(fastdiv, *a, **o), *alike, *rows, *columns
+            )
+            ours = gradients(
+                lambda *a, f=function, o=cut: f(sharded, *a, group=group, **o),
+                *alike,
+                *(v[mine] for v in rows),
+                *(v[:, mine] for v in columns),
+            )
+            n = 1 + len(alike)
+            expected = (
+                *whole[:n],
+                *(g[mine] for g in whole[n : n + len(rows)]),
+                *(g[:, mine] for g in whole[n + len(rows) :]),
+            )
+            # Of whole layers halves add up their gradients in another order.
+            tolerance = {torch.bfloat16: 2e-2, torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+            for i, (a, b_) in enumerate(zip(ours, expected, strict=True)):
+                try:
+                    size = max(1.0, float(b_.abs().max()))
+                    same(a.double() / size, b_.double() / size, tolerance)
+                except AssertionError as error:
+                    wrong.append(f"{name} {how}, tensor {i}: {error}")
+            found.append(digest(*ours[:n]))
+    assert not wrong, "\n".join(wrong)
+    return found
+
+
+def linear_memory(group: Any, rank: int) -> int:
+    """The most numbers that a forward and a backward hold at a time in one tensor."""
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            for v in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(v, Tensor):
+                    self.most = max(self.most, v.untyped_storage().nbytes() // v.element_size())
+            return out
+
+    h = torch.randn(1024, 8, requires_grad=True)
+    w = torch.randn(3000, 8, requires_grad=True)
+    with Largest() as largest:
+        sharded.linear_cross_entropy(h, w, torch.arange(1024), group=group).backward()
+    return largest.most
