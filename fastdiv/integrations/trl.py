@@ -123,13 +123,11 @@ def _trainer(module: str, name: str) -> type | None:
 
 def _check(name: str, theirs: Function) -> None:
     """Raises, if what TRL has under this name is not the function that we know."""
-    module = str(getattr(theirs, "__module__", None))
-    loaded = sys.modules.get(module)
-    own = loaded is not None and getattr(theirs, "__globals__", None) is vars(loaded)
-    if not (own and module.startswith("trl.")):
+    module, made_in = str(getattr(theirs, "__module__", None)), getattr(theirs, "__globals__", {})
+    if not module.startswith("trl.") or made_in is not vars(sys.modules[module]):
         raise RuntimeError(
             f"fastdiv.integrations.trl.apply(): TRL's {name} is not TRL's, but {theirs!r} of "
-            f"{module}; undo what replaced it first"
+            f"{made_in.get('__name__', module)}; undo what replaced it first"
         )
     where, ours = f"{module}.{theirs.__qualname__}", getattr(_trl_losses, name)
     signature = inspect.signature(theirs)
