@@ -116,6 +116,17 @@ def compiled(group: Any, rank: int) -> list[str]:
     for a, b in zip(traced, eager, strict=True):
         same(a, b)
 
+    def rows(x: Tensor, h: Tensor, w: Tensor) -> Tensor:
+        label = torch.zeros(len(x), dtype=torch.int64)
+        value = sharded.cross_entropy(x, label, reduction="batchmean", group=group)
+        return value + sharded.linear_cross_entropy(h, w, label, group=group)
+
+    dynamic = torch.compile(rows, fullgraph=True, backend="aot_eager", dynamic=True)
+    for count in (12, 7):
+        some = (x[:count, mine], x[:count, :9], w[mine])
+        for a, b in zip(gradients(dynamic, *some), gradients(rows, *some), strict=True):
+            same(a, b)
+
     def loss(x: Tensor) -> Tensor:
         return sharded.entropy(x * 1.0, group=group)
 

@@ -43,7 +43,7 @@ class Call:
     def options(self) -> tuple[Any, ...]:
         """What the op takes after its tensors."""
         options = _ops.options(self.without_labels_to_ignore)
-        ints = sum(isinstance(o, int) for o in options)
+        ints = len(options) - sum(isinstance(o, float) for o in options)
         world = self.shards.world
         sizes = list(self.shards.sizes)
         return list(options[:ints]), list(options[ints:]), sizes, world.rank, world.name, self.stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,18 +87,12 @@ def size_of(group: Group) -> int | None:
 
 
 def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan:
-    """What all ranks must do alike; of traced tensors, what does not depend on the batch."""
+    """What all ranks must do alike; under the compiler, which may trace numbers, but for these."""
     spec, compiling = a.spec, torch.compiler.is_compiling()
     what = {
         "loss": spec.loss,
         "target type": spec.target_type,
         "reduction": spec.reduction,
-        "ignore_index": spec.ignore_index,
-        "1 / temperature": spec.scale,
-        "softcap": spec.softcap,
-        "beta": spec.shape,
-        "label smoothing": a.smoothing,
-        "z_loss": spec.z_loss,
         "in place": spec.inplace,
         "statistics": a.stats,
         "class weights": a.class_weight is not None,
@@ -105,15 +100,24 @@ def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan
         "dtype": x.dtype,
         "device": x.device.type,
         "kernels": use_kernel(x) and not is_transformed(),
-        "rows": None if compiling else x.shape[0],
         **more,
     }
+    if not compiling:
+        what |= {
+            "rows": x.shape[0],
+            "ignore_index": spec.ignore_index,
+            "1 / temperature": spec.scale,
+            "softcap": spec.softcap,
+            "beta": spec.shape,
+            "label smoothing": a.smoothing,
+            "z_loss": spec.z_loss,
+        }
     counts = None
     if a.label is not None and not compiling:
         counts = a.label != spec.ignore_index
     return Plan(
         tuple(f"{name}: {value}" for name, value in what.items()),
-        classes,
+        operator.index(classes),  # for the compiler: a constant, however dynamic the batch
         labels_in_short(a.label, counts),
     )
 
