@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers")
 
-from fastdiv.integrations.transformers import _logits, apply
+from fastdiv.integrations.transformers import _formula, _logits, apply
 from transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
 
 pytestmark = [
@@ -80,8 +80,8 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         found.append(linear_cross_entropy(*args, **options))
         return found[-1]
 
-    linear_cross_entropy = _logits.linear_cross_entropy
-    monkeypatch.setattr(_logits, "linear_cross_entropy", spy)
+    linear_cross_entropy = _formula.linear_cross_entropy
+    monkeypatch.setattr(_formula, "linear_cross_entropy", spy)
     monkeypatch.delattr(_logits.DeferredLogits, "held")
     return found
 

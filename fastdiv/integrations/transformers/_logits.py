@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from ... import _patched
 from ..._layer import as_autocast
-from ...linear import linear_cross_entropy
+from ._formula import Formula
 
 
 class HeldLogits(Tensor):
@@ -44,54 +43,6 @@ class Step:
     running: bool = True
     called: bool = False  # the output layer
     trouble: str = ""  # why they had to be computed
-
-
-@dataclass(frozen=True)
-class Formula:
-    r"""How logits come from tensors :math:`h_1, W_1, h_2, W_2, \dots` and perhaps a bias, the last.
-
-    They are :math:`s\,x` or :math:`g \tanh(s\,x)` of :math:`x = \sum_i h_i W_i^\top + b`.
-    """
-
-    dtype: torch.dtype
-    scale: float = 1.0
-    gain: float | None = None
-
-    def logits(self, *tensors: Tensor) -> Tensor:
-        layers, bias = _layers(tensors)
-        (first, weight), *others = layers
-        x = F.linear(first, weight, bias)
-        for hidden, weight in others:
-            x = x + F.linear(hidden, weight)
-        if self.scale != 1:
-            x = x * self.scale
-        if self.gain is not None:
-            x = x.tanh() * self.gain
-        return x.to(self.dtype)
-
-    def cross_entropy(self, tensors: tuple[Tensor, ...], target: Tensor, **options: Any) -> Tensor:
-        layers, bias = _layers(tensors)
-        (hidden, weight), *others = layers
-        if others:
-            hidden, weight = (torch.cat(parts, -1) for parts in zip(*layers, strict=True))
-        cap = None if self.gain is None else 1 / self.scale
-        temperature = 1 / (self.scale if self.gain is None else self.scale * self.gain)
-        if bias is not None:
-            bias = bias.to(hidden.dtype)
-        return linear_cross_entropy(
-            hidden,
-            weight,
-            target,
-            linear_bias=bias,
-            softcap=cap,
-            temperature=temperature,
-            **options,
-        )
-
-
-def _layers(tensors: tuple[Tensor, ...]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-    pairs = list(zip(tensors[0::2], tensors[1::2], strict=False))
-    return pairs, tensors[-1] if len(tensors) % 2 else None
 
 
 class DeferredLogits(Tensor):
