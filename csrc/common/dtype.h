@@ -1,6 +1,6 @@
 // 16-bit floats <-> float: on a GPU its instructions, on a CPU integer arithmetic, which every
-// instruction set vectorises (GCC 12 does not vectorise stores of _Float16).  Half conversion after
-// M. Dukhan's FP16 (MIT).
+// instruction set vectorises (GCC 12 does not vectorise stores of _Float16; where there is F16C,
+// cpu/tiles.inl has its instructions).  Half conversion after M. Dukhan's FP16 (MIT).
 #pragma once
 
 #include "common/math.h"

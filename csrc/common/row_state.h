@@ -119,8 +119,9 @@ struct RowState {
       if constexpr (kTarget != Target::kNone) {
         const real lt = log_target<kTarget>(tile.t[i], t_max, real(0), scale);
         col.et = kTarget == Target::kProbs ? tile.t[i] : exp_neg(lt);
-        // From the logits themselves: of two shifted and rounded ones the difference is worth less.
-        col.ratio = kNormalise
+        // From the logits themselves, where that counts: of two shifted and rounded ones the
+        // difference is worth less.
+        col.ratio = kNormalise && P::kExactRatio
                         ? -difference_of_differences(tile.x[i], tile.t[i], x_max, t_max) * scale
                         : lt - col.lx;
         t_sum += col.et;

@@ -30,7 +30,8 @@ FD_FN real apart(real kl) {
 }
 
 // KL(p || q) of two rows of logits, and row.gap.  Where the rows are so close that the moments
-// cancel, with d = log q~ - log p~ and c = sum p d: KL = log(1 + sum p (e^(d-c) - 1 - (d - c))).
+// cancel, with d = log q~ - log p~, c about sum p d, and o = sum p (d - c), which the first sweep's
+// rounding has left off: KL = log(1 + o + sum p (e^(d-c) - 1 - (d - c))) - o.
 template <class P, class real, class Sweep>
 FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossParams& params) {
   const real mean = s.sums.a / s.t.sum;  // -c
@@ -40,8 +41,10 @@ FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossP
   Row<real> centred = row;
   centred.gap = -mean;
   centred.x_logz -= kl.value;
-  const real excess = log1p(sweep(KlDiv<real, P::kTarget>(params), centred).f);
-  row.gap = excess - mean;
+  const TermSums<real> sum = sweep(KlDiv<real, P::kTarget>(params), centred);
+  const real off = -sum.v / sum.p, share = off / (real(1) + sum.f);
+  const real excess = log1p(sum.f) - share * (sum.f + real(0.5) * share);
+  row.gap = excess + off - mean;
   return excess;
 }
 

@@ -11,6 +11,7 @@ struct KlDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
   using Base::Base;
   static constexpr auto kMoment = Base::Moment::kForward;
+  static constexpr bool kExactRatio = true;
 
   FD_FN real shift() const { return real(1); }
   FD_FN Terms<real> terms(const Pair<real>& c) const {
@@ -30,6 +31,7 @@ struct ReverseKlDiv : Divergence<real, target> {
   using Base::Base;
   static constexpr int kSums = 2;
   static constexpr auto kMoment = Base::Moment::kReverse;
+  static constexpr bool kExactRatio = true;
 
   FD_FN real shift() const { return real(-1); }
   FD_FN Sums<real> partial(const Column<real>& c) const {
