@@ -96,7 +96,8 @@ def _watched() -> bool:
 
     A default device is a mode, too, but one that looks at functions that make tensors only.
     """
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+    # The flag itself: to the compiler of torch 2.11 torch.compiler.is_exporting() is always true.
+    if torch._C._get_tracing_state() is not None or torch.compiler._is_exporting_flag:
         return True
     return torch._C._is_torch_function_mode_enabled() and not all(
         isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
