@@ -42,8 +42,8 @@ def apply(model: nn.Module | None = None, linear: bool = True) -> TransformersPa
         linear: False holds the logits in training, too.
 
     Returns:
-        A handle: ``undo()`` undoes this patch, and so does leaving a ``with`` block of it.  Several
-        may stand, and be undone in any order; the last one that fits a model counts.
+        A handle whose ``undo()`` undoes this patch, as does leaving a ``with`` block of it.  Patches
+        may stand together, and be undone in any order; the last one that fits a model counts.
 
     Raises:
         ImportError: Transformers is not installed.
