@@ -42,7 +42,7 @@ def apply(model: nn.Module | None = None, linear: bool = True) -> TransformersPa
         linear: False holds the logits in training, too.
 
     Returns:
-        A handle whose ``undo()`` undoes this patch, as does leaving a ``with`` block of it.  Patches
+        A handle whose ``undo()`` undoes this patch, as does leaving a ``with`` block of it. Patches
         may stand together, and be undone in any order; the last one that fits a model counts.
 
     Raises:
