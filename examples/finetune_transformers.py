@@ -122,7 +122,7 @@ def report(comparison: Comparison, console: Console) -> None:
 
 
 def parse_options() -> Options:
-    parser = example_parser(__doc__, 20, Path(__file__).with_suffix(".png"))
+    parser = example_parser(__doc__, 12, Path(__file__).with_suffix(".png"))
     parser.add_argument("--vocab", type=int, default=32_000, help="distinct words to keep")
     options = parser.parse_args(namespace=Options())
     if options.steps < 1:
