@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor, unwrap_if_dead
 from torch.autograd import forward_ad
 
 from . import _ops, reference
@@ -92,6 +92,11 @@ class _TracedRowLoss(torch.autograd.Function):
             grad.contiguous(), *ctx.saved_tensors, *_ops.options(ctx.spec), need_x, need_t
         )
         return None, None, dx if need_x else None, dt if need_t else None, None, None, None
+
+
+def is_differentiated(grad: Tensor) -> bool:
+    """Whether a gradient made of this one may be differentiated, or is of a batch of them."""
+    return torch.is_grad_enabled() or is_batchedtensor(grad) or is_legacy_batchedtensor(grad)
 
 
 class _RowLoss(_TracedRowLoss):

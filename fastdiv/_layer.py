@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import _check
 from ._linear_autograd import linear_loss
-from ._linear_ops import LinearCall
-from .reference import Spec, Stats, value_dtype
+from ._linear_ops import LinearCall, dtype_of_value
+from .reference import Spec, Stats
 
 
 @dataclass
@@ -103,8 +103,7 @@ def loss_of_layer(
     """The loss, reduced or in the shape of the rows, and statistics if asked for."""
     check_chunk_size(chunk_size)
     logits, t = student.logits, teacher[0]
-    # In the dtype of the value, which a float64 target makes float64.
-    dtype = value_dtype(logits.dtype if t is None else torch.promote_types(logits.dtype, t.dtype))
+    dtype = dtype_of_value(logits, t)
     weights = (None if w is None else w.to(dtype) for w in (class_weight, row_weight))
     call = LinearCall(spec, stats, chunk_size or 0)
     value, found = linear_loss(call, *student.tensors, *teacher, label, *weights)

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from . import _linear_ops
-from ._autograd import row_loss, row_loss_and_stats
+from ._autograd import is_differentiated, row_loss, row_loss_and_stats
 from ._backend import use_kernel
 from ._linear_ops import HEADS, LinearCall, Tensors
 from .reference import Stats
@@ -117,8 +116,7 @@ class _LinearLoss(_TracedLinearLoss):
         if grad is None:
             return (None,) * (HEADS + 5)
         *tensors, divisor, record = ctx.saved_tensors
-        batched = is_batchedtensor(grad) or is_legacy_batchedtensor(grad)
-        if torch.is_grad_enabled() or batched:
+        if is_differentiated(grad):
             return _for_apply(ctx, _differentiable(ctx, grad, tensors))
         if not ctx.at_once:
             return _for_apply(ctx, _recomputed(ctx, grad, divisor, record, tensors))

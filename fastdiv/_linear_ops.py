@@ -74,6 +74,11 @@ def _divisor(tensors: Tensors, ints: Sequence[int]) -> Tensor | int:
     return weights.sum(dtype=torch.float64)
 
 
+def dtype_of_value(x: Tensor, t: Tensor | None) -> torch.dtype:
+    """That of the loss of these hidden states, which a float64 target makes float64."""
+    return value_dtype(x.dtype if t is None else torch.promote_types(x.dtype, t.dtype))
+
+
 @torch.library.custom_op("fastdiv::_linear_forward", mutates_args=())
 def forward(
     x: Tensor,
@@ -112,7 +117,7 @@ def forward(
 @forward.register_fake
 def _(x, weight, bias, t, t_weight, t_bias, label, cw, rw, ints, floats, with_stats, _, needed):  # type: ignore[no-untyped-def]
     rows = x.shape[0]
-    dtype = value_dtype(x.dtype if t is None else torch.promote_types(x.dtype, t.dtype))
+    dtype = dtype_of_value(x, t)
     with_rows = rows if with_stats >= 0 else 0
     return [
         x.new_empty(_ops.value_shape(ints, rows), dtype=dtype),

@@ -13,11 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .. import _check, _ops, reference
-from .._autograd import overwritten, refuse_second_derivative, row_loss, row_loss_and_stats
+from .._autograd import (
+    is_differentiated,
+    overwritten,
+    refuse_second_derivative,
+    row_loss,
+    row_loss_and_stats,
+)
 from .._backend import use_kernel
 from ..reference import Spec, Stats
 from . import _shard
@@ -122,9 +127,7 @@ class _ShardLoss(_TracedShardLoss):
         if grad is None:
             return (None,) * 6
         need_x, need_t = ctx.needs_input_grad[1:3]
-        differentiated = (
-            torch.is_grad_enabled() or is_batchedtensor(grad) or is_legacy_batchedtensor(grad)
-        )
+        differentiated = is_differentiated(grad)
         if ctx.call.spec.inplace and need_x:
             if differentiated:
                 refuse_second_derivative()

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _check, _layer
 from .._layer import Layer
+from .._linear_ops import dtype_of_value
 from ..cross_entropy import cross_entropy_spec
 from ..linear_divergence import check_teacher
-from ..reference import Spec, Stats, value_dtype
+from ..reference import Spec, Stats
 from ._call import Arguments, call_of, global_labels, mean_of, plan_of, size_of
 from ._tiles import LayerCall, layer_loss
 from ._world import Group, agree, checked, world_of
@@ -28,9 +28,7 @@ class LayerArguments(Arguments):
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        size = self.chunk_size
-        if size is not None and not (isinstance(size, int) and size > 0):
-            raise ValueError(f"chunk_size must be a positive number of rows, got {size!r}")
+        _layer.check_chunk_size(self.chunk_size)
 
 
 def _loss_of(
@@ -48,8 +46,7 @@ def _loss_of(
     }
     shards = agree(world, plan_of(a, x, len(weight), more))
     call = call_of(a, shards, mean_group)
-    # In the dtype of the value, which a float64 target makes float64.
-    dtype = value_dtype(x.dtype if t is None else torch.promote_types(x.dtype, t.dtype))
+    dtype = dtype_of_value(x, t)
     weights = (None if w is None else w.to(dtype) for w in (a.class_weight, a.row_weight))
     value, total, stats = layer_loss(
         LayerCall(call.spec, shards, a.stats, a.chunk_size or 0),

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from .. import _linear_ops, _ops, reference
+from .._autograd import is_differentiated
 from .._backend import use_kernel
 from .._linear import Problem, by_classes, by_rows
 from .._linear_autograd import linear_loss
 from .._linear_ops import HEADS, LinearCall, Tensors
 from .._linear_tiles import Head
-from ..reference import Spec, Stats, value_dtype
+from ..reference import Spec, Stats
 from . import _shard
 from ._autograd import Call, is_transformed, whole_loss
 from ._local import Forward
@@ -150,7 +150,7 @@ class _LayerLoss(_TracedLayerLoss):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * (HEADS + 5)
-        if torch.is_grad_enabled() or is_batchedtensor(grad) or is_legacy_batchedtensor(grad):
+        if is_differentiated(grad):
             return _for_apply(ctx, _differentiable(ctx, grad))
         return _TracedLayerLoss.backward(ctx, grad)
 
@@ -202,7 +202,7 @@ def forward(
     """Of whole rows: value, record, sum of the weights, statistics and argmax."""
     shards = Shards(World(group, rank, len(sizes)), tuple(sizes))
     tensors = (x, weight, bias, t, t_weight, t_bias)
-    dtype, spec = _value_dtype(x, t), _ops.spec_of([*ints, *floats])
+    dtype, spec = _linear_ops.dtype_of_value(x, t), _ops.spec_of([*ints, *floats])
     rows = ShardedRows(spec, shards, label, class_weight, row_weight, stats, need_t)
     if stats and t is not None:
         rows = replace(rows, mass=t.sum(-1, dtype=dtype))
@@ -212,11 +212,7 @@ def forward(
 
 @forward.register_fake
 def _(x, weight, bias, t, tw, tb, label, cw, rw, ints, floats, sizes, rank, group, stats, need, n):  # type: ignore[no-untyped-def]
-    return _shard.fake_results(x, ints, _value_dtype(x, t), stats)
-
-
-def _value_dtype(x: Tensor, t: Tensor | None) -> torch.dtype:
-    return value_dtype(x.dtype if t is None else torch.promote_types(x.dtype, t.dtype))
+    return _shard.fake_results(x, ints, _linear_ops.dtype_of_value(x, t), stats)
 
 
 @torch.library.custom_op("fastdiv::_shard_linear_backward", mutates_args=())

@@ -7,7 +7,7 @@ import weakref
 
 from torch import nn
 
-from ... import _backend
+from ..._reversible import require_kernels
 from . import _library
 from ._forward import output_layers
 
@@ -109,11 +109,7 @@ def _check_version() -> None:
             "fastdiv.integrations.transformers.apply() knows versions 4.57 and 5 of Transformers, "
             f"not {transformers.__version__}; use fastdiv.linear_cross_entropy"
         )
-    if _backend._C is None:
-        raise RuntimeError(
-            "fastdiv.integrations.transformers.apply() would change nothing: the extension module "
-            f"fastdiv._C could not be loaded ({_backend.load_error})"
-        )
+    require_kernels("fastdiv.integrations.transformers.apply()")
 
 
 def _find_model(wrapped: nn.Module) -> nn.Module:
