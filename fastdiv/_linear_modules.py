@@ -1,6 +1,7 @@
 """The linear losses as modules, which hold the layer: ``linear`` is a ``torch.nn.Linear``.
 
 A head that shares its weight with an embedding says ``loss.linear.weight = embedding.weight``.
+The layer is called as any other, so what hangs on it keeps its meaning (see ``_head``).
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import linear as _linear
-from . import linear_divergence as _linear_divergence
+from ._head import loss_through
+from .cross_entropy import cross_entropy
+from .divergence import js_div, kl_div, reverse_kl_div
+from .entropy import log_prob_and_entropy
+from .linear import linear_cross_entropy, linear_log_prob_and_entropy
+from .linear_divergence import check_teacher, linear_js_div, linear_kl_div, linear_reverse_kl_div
 from .reference import Stats
 
 
@@ -22,6 +28,7 @@ class _LinearLoss(nn.Module):
     """A layer and options."""
 
     function: ClassVar[Callable[..., Any]]
+    of_logits: ClassVar[Callable[..., Any]]  # the same of logits, for layers that must make them
 
     def __init__(
         self,
@@ -40,6 +47,11 @@ class _LinearLoss(nn.Module):
             raise TypeError(f"{type(self).__name__} has no options {sorted(unknown)}")
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.options = options
+
+    @property
+    def options_of_logits(self) -> dict[str, Any]:
+        """The options without those that say how many logits are held."""
+        return {k: v for k, v in self.options.items() if k not in ("chunk_size", "options")}
 
     def extra_repr(self) -> str:
         """The options."""
@@ -69,7 +81,8 @@ class LinearCrossEntropyLoss(_LinearLoss):
         tensor(1.3863, grad_fn=<_LinearLossBackward>)
     """
 
-    function = staticmethod(_linear.linear_cross_entropy)
+    function = staticmethod(linear_cross_entropy)
+    of_logits = staticmethod(cross_entropy)
     weight: Tensor | None
 
     def __init__(
@@ -102,19 +115,22 @@ class LinearCrossEntropyLoss(_LinearLoss):
         self, input: Tensor, target: Tensor, token_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Stats]:
         """The loss of these hidden states."""
-        weight, bias = self.linear.weight, self.linear.bias
-        if len(self.shape) > 1:
-            weight = weight.unflatten(0, self.shape)
-            bias = None if bias is None else bias.unflatten(0, self.shape)
-        return self.function(
-            input,
-            weight,
-            target,
-            linear_bias=bias,
-            weight=self.weight,
-            token_weight=token_weight,
-            **self.options,
-        )
+        weights: dict[str, Any] = {"weight": self.weight, "token_weight": token_weight}
+
+        def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            if len(self.shape) > 1:
+                weight = weight.unflatten(0, self.shape)
+                bias = None if bias is None else bias.unflatten(0, self.shape)
+            return self.function(input, weight, target, linear_bias=bias, **weights, **self.options)
+
+        def of_logits(logits: Tensor) -> Any:
+            options = self.options_of_logits
+            if options.get("ignore_index", 0) is None:  # linear_cross_entropy's word for -100
+                del options["ignore_index"]
+            logits = logits.unflatten(-1, self.shape)
+            return self.of_logits(logits, target, dim=input.dim() - 1, **weights, **options)
+
+        return loss_through(self.linear, input, of_layer, of_logits)
 
 
 class _LinearDivergenceLoss(_LinearLoss):
@@ -144,16 +160,33 @@ class _LinearDivergenceLoss(_LinearLoss):
         target_linear_bias: Tensor | None = None,
     ) -> Tensor:
         """The divergence of these hidden states from the target, a teacher's with its layer."""
-        value = self.function(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            target_linear_weight=target_linear_weight,
-            target_linear_bias=target_linear_bias,
-            token_weight=token_weight,
-            **self.options,
-        )
+        teacher = (target_linear_weight, target_linear_bias)
+
+        def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.function(
+                input,
+                weight,
+                target,
+                linear_bias=bias,
+                target_linear_weight=target_linear_weight,
+                target_linear_bias=target_linear_bias,
+                token_weight=token_weight,
+                **self.options,
+            )
+
+        def of_logits(logits: Tensor) -> Tensor:
+            options = self.options_of_logits
+            target_type, _ = check_teacher(
+                logits, target, options.pop("target_type", None), *teacher
+            )
+            rows = target
+            if target_linear_weight is not None:
+                rows = F.linear(target, target_linear_weight, target_linear_bias)
+            return self.of_logits(
+                logits, rows, target_type=target_type, token_weight=token_weight, **options
+            )
+
+        value = loss_through(self.linear, input, of_layer, of_logits)
         if not self.scale_by_temperature:
             return value
         return value * self.options.get("temperature", 1.0) ** 2
@@ -178,7 +211,8 @@ class LinearKLDivLoss(_LinearDivergenceLoss):
         0.0853
     """
 
-    function = staticmethod(_linear_divergence.linear_kl_div)
+    function = staticmethod(linear_kl_div)
+    of_logits = staticmethod(kl_div)
 
 
 class LinearReverseKLDivLoss(_LinearDivergenceLoss):
@@ -191,7 +225,8 @@ class LinearReverseKLDivLoss(_LinearDivergenceLoss):
         0.0975
     """
 
-    function = staticmethod(_linear_divergence.linear_reverse_kl_div)
+    function = staticmethod(linear_reverse_kl_div)
+    of_logits = staticmethod(reverse_kl_div)
 
 
 class LinearJSDivLoss(_LinearDivergenceLoss):
@@ -206,7 +241,8 @@ class LinearJSDivLoss(_LinearDivergenceLoss):
         0.0
     """
 
-    function = staticmethod(_linear_divergence.linear_js_div)
+    function = staticmethod(linear_js_div)
+    of_logits = staticmethod(js_div)
 
 
 class LinearLogProbAndEntropy(_LinearLoss):
@@ -227,9 +263,16 @@ class LinearLogProbAndEntropy(_LinearLoss):
         [-1.3863, 1.3863]
     """
 
-    function = staticmethod(_linear.linear_log_prob_and_entropy)
+    function = staticmethod(linear_log_prob_and_entropy)
+    of_logits = staticmethod(log_prob_and_entropy)
 
     def forward(self, input: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The log-probabilities and entropies of these hidden states."""
-        bias = self.linear.bias
-        return self.function(input, self.linear.weight, index, linear_bias=bias, **self.options)
+
+        def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return self.function(input, weight, index, linear_bias=bias, **self.options)
+
+        def of_logits(logits: Tensor) -> Any:
+            return self.of_logits(logits, index, **self.options_of_logits)
+
+        return loss_through(self.linear, input, of_layer, of_logits)

@@ -36,14 +36,9 @@ class Formula:
         return x.to(self.dtype)
 
     def cross_entropy(self, tensors: tuple[Tensor, ...], target: Tensor, **options: Any) -> Tensor:
-        layers, bias = _layers(tensors)
-        (hidden, weight), *others = layers
-        if others:
-            hidden, weight = (torch.cat(parts, -1) for parts in zip(*layers, strict=True))
+        hidden, weight, bias = one_product(tensors)
         cap = None if self.gain is None else 1 / self.scale
         temperature = 1 / (self.scale if self.gain is None else self.scale * self.gain)
-        if bias is not None:
-            bias = bias.to(hidden.dtype)
         return linear_cross_entropy(
             hidden,
             weight,
@@ -53,6 +48,15 @@ class Formula:
             temperature=temperature,
             **options,
         )
+
+
+def one_product(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias of one layer that makes the sum of these layers' logits."""
+    layers, bias = _layers(tensors)
+    (hidden, weight), *others = layers
+    if others:
+        hidden, weight = (torch.cat(parts, -1) for parts in zip(*layers, strict=True))
+    return hidden, weight, None if bias is None else bias.to(hidden.dtype)
 
 
 def _layers(tensors: tuple[Tensor, ...]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import local
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._head import replaced_forward
 from ._logits import DeferredLogits, HeldLogits, Step
 
 # Classes whose loss is a cross entropy of their output layer's logits.
@@ -45,7 +46,7 @@ def run(
     step = Step()
     _here.running = True
     try:
-        with _replaced(layers, partial(_deferred if deferring else _held, step)):
+        with replaced_forward(layers, partial(_deferred if deferring else _held, step)):
             output = forward(*args, **kwargs)
     finally:
         _here.running = step.running = False
@@ -79,24 +80,30 @@ def output_layers(model: Any) -> list[nn.Linear]:
     if type(head) is not nn.Linear and not type(head).__module__.startswith("peft."):
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
         raise _Unknown(model, f"its output layer is a {kind}, not a torch.nn.Linear")
-    linear = [layer for layer in head.modules() if type(layer) is nn.Linear]
-    classes = max((layer.out_features for layer in linear), default=0)
-    layers = [layer for layer in linear if layer.out_features == classes]
+    layers = _layers_of(head)
     for layer in layers:
         if "forward" in vars(layer):
             raise _Unknown(model, "something replaced its output layer's forward")
     return layers
 
 
+def _layers_of(head: nn.Module) -> list[nn.Linear]:
+    """The linear layers inside a head that make its logits, whose sum they are."""
+    linear = [layer for layer in head.modules() if type(layer) is nn.Linear]
+    classes = max((layer.out_features for layer in linear), default=0)
+    return [layer for layer in linear if layer.out_features == classes]
+
+
 @contextmanager
-def _replaced(layers: Sequence[nn.Linear], forward: Callable[..., Tensor]) -> Iterator[None]:
-    for layer in layers:
-        vars(layer)["forward"] = partial(forward, layer)
+def deferred_logits(head: nn.Module) -> Iterator[None]:
+    """Lets a head return deferred logits, where nothing replaced its layers' forward."""
+    layers = [layer for layer in _layers_of(head) if "forward" not in vars(layer)]
+    step = Step()
     try:
-        yield
+        with replaced_forward(layers, partial(_deferred, step)):
+            yield
     finally:
-        for layer in layers:
-            del vars(layer)["forward"]
+        step.running = False
 
 
 def _held(step: Step, layer: nn.Linear, input: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from ... import _patched
 from ..._layer import as_autocast
-from ._formula import Formula
+from ._formula import Formula, one_product
 
 
 class HeldLogits(Tensor):
@@ -73,6 +73,12 @@ class DeferredLogits(Tensor):
             with torch.enable_grad():
                 self._held = self._computed()
         return self._held
+
+    def as_one_product(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Hidden states, weight and bias that make them, if nothing but a scale came after."""
+        if self._held is not None or self.formula.gain is not None:
+            return None
+        return one_product(_unscaled(self))
 
     def _computed(self) -> Tensor:
         if [v._version for v in self.tensors] != self._versions:
