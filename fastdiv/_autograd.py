@@ -11,11 +11,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor, unwrap_if_dead
-from torch.autograd import forward_ad
 
 from . import _ops, reference
 from ._backend import use_kernel
+from ._torch_private import is_batched, is_transformed, light_apply, unwrap_if_dead
 from .reference import Spec, Stats
 
 
@@ -31,7 +30,7 @@ def row_loss(
     if not use_kernel(x, spec.reduction == "pointwise"):
         return reference.loss(spec, x, t, label, class_weight, row_weight)
     rows = (x, t, label, class_weight, row_weight)
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = is_transformed()
     if torch.compiler.is_compiling():
         # Dynamo cannot trace a function of ours under vmap; operations of torch's it can.
         return reference.loss(spec, *rows) if transformed else _traced(spec, False, rows)[0]
@@ -96,7 +95,7 @@ class _TracedRowLoss(torch.autograd.Function):
 
 def is_differentiated(grad: Tensor) -> bool:
     """Whether a gradient made of this one may be differentiated, or is of a batch of them."""
-    return torch.is_grad_enabled() or is_batchedtensor(grad) or is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or is_batched(grad)
 
 
 class _RowLoss(_TracedRowLoss):
@@ -153,7 +152,7 @@ class _RowLoss(_TracedRowLoss):
 
 
 class _EagerRowLoss(_RowLoss):
-    """The same in the form that costs least to call; no torch.func transform may be active."""
+    """The same in the form that costs least to call; no transform may be active."""
 
     setup_context = torch.autograd.Function.setup_context
 
@@ -163,9 +162,6 @@ class _EagerRowLoss(_RowLoss):
         value, record, total = _ops.forward(*rows, *options)
         ctx.spec, ctx.options = spec, options
         ctx.save_for_backward(*rows, record, total)
-        if forward_ad._current_level >= 0:  # inside a dual_level
-            ctx.outputs = 1
-            ctx.save_for_forward(*rows, record, total)
         return value
 
     @staticmethod
@@ -178,8 +174,7 @@ class _EagerRowLoss(_RowLoss):
         return None, None, dx if need_x else None, dt if need_t else None, None, None, None
 
 
-# What Function.apply comes to where no torch.func transform is active, without what it asks first.
-_apply_eager = super(torch.autograd.Function, _EagerRowLoss).apply
+_apply_eager = light_apply(_EagerRowLoss)
 
 
 class _RowLossBackward(torch.autograd.Function):

@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from ._torch_private import constant
+
 try:
     from . import _C as _C
 except ImportError as error:  # a source tree that was not built, or a torch that is too old
@@ -91,13 +93,10 @@ def _device_trouble(x: torch.Tensor) -> str | None:
     return _gpu_trouble(x.device.index)
 
 
+@constant
 def _gpu_trouble(index: int) -> str | None:
     """Why the CUDA kernels do not run on this GPU."""
     return _find_gpu_trouble(index)
-
-
-# torch.compiler.assume_constant_result, but without importing Dynamo, which takes a second.
-_gpu_trouble._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -7,10 +7,10 @@ import os
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from ._backend import use_kernel
+from ._torch_private import func_is_active, is_fake
 from .reference import value_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -226,9 +226,7 @@ def labels(x: Tensor, dim: int, y: Tensor, name: str, ignore_index: int | None) 
 
 def values_may_be_read(v: Tensor) -> bool:
     """Whether there are values, and reading them waits for no device, unless that is asked for."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if isinstance(v, FakeTensor):
+    if torch.compiler.is_compiling() or func_is_active() or is_fake(v):
         return False
     return v.is_cpu or os.environ.get("FASTDIV_CHECK") == "1"
 

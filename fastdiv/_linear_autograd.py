@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _linear_ops
 from ._autograd import is_differentiated, row_loss, row_loss_and_stats
 from ._backend import use_kernel
 from ._linear_ops import HEADS, LinearCall, Tensors
+from ._torch_private import is_transformed
 from .reference import Stats
 
 
@@ -26,8 +26,7 @@ def linear_loss(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stat
     """The loss, reduced as the spec says, and statistics if the call asks for them."""
     x, given = tensors[0], tensors[:HEADS]
     assert x is not None
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if transformed or not use_kernel(x):
+    if is_transformed() or not use_kernel(x):
         return _unfused(call, *tensors)
     recording = torch.is_grad_enabled()
     needed = tuple(recording and v is not None and v.requires_grad for v in given)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._torch_private import multiplies, onednn_linear
 from .reference import value_dtype
 
 Rows = slice | Tensor  # a range of rows, or the indices of some
@@ -17,34 +17,19 @@ CONVERTED = 256  # classes whose weights are converted at a time
 
 # --- matrix products --------------------------------------------------------------------------
 
-# oneDNN takes a fifth less time than BLAS for few rows and many classes.  torch calls it for lower
-# precisions only; this operation, which is there for its compiler, always does.  It adds up one
-# product after the other, which for sums over the classes is less accurate than what BLAS does.
-_ONEDNN: Any = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
-
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``."""
-    if x.is_cpu and x.dtype == torch.float32 and _ONEDNN is not None and x.numel():
-        return _ONEDNN(x, weight, bias, "none", [], "")
+    if x.is_cpu and x.dtype == torch.float32 and onednn_linear is not None and x.numel():
+        return onednn_linear(x, weight, bias, "none", [], "")
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What tiles are multiplied in: float32 where the processor has no products of halves."""
-    if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not _multiplies(x.dtype):
+    if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not multiplies(x.dtype):
         return torch.float32
     return x.dtype
-
-
-def _multiplies(half: torch.dtype) -> bool:
-    if half == torch.float16:
-        return bool(torch.cpu._is_amx_fp16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 # --- logits and their gradients, tile by tile -------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _patched
 from ._reversible import Patch, require_kernels
+from ._torch_private import fill_names_of_dynamo
 
 _disguised: Callable[..., Tensor] | None = None
 
@@ -91,9 +92,7 @@ def _replace(found: Callable[..., Tensor]) -> None:
     require_kernels("fastdiv.patch_torch()")
     # The compiler looks up by name, once, what it need not trace into: that must be torch's.  (The
     # import takes a second, but is not ours alone: an optimizer does the same.)
-    from torch._dynamo.trace_rules import get_torch_obj_rule_map
-
-    get_torch_obj_rule_map()
+    fill_names_of_dynamo()
     _patched.torchs, _disguised = found, _disguise(found)
     F.cross_entropy = _disguised
 

@@ -8,16 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.overrides import (
-    _get_current_function_mode_stack,
-    handle_torch_function,
-    has_torch_function_variadic,
-)
-from torch.utils._device import DeviceContext
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._backend import use_kernel
 from ._check import FLOATS, are_plain, row_shape
+from ._torch_private import function_mode_watches, is_exporting, is_jit_traced, is_transformed
 from .cross_entropy import cross_entropy as ours
 
 on = False  # whether a patch stands
@@ -92,16 +87,8 @@ def fused(
 
 
 def _watched() -> bool:
-    """Whether somebody wants to see torch's function or its operations.
-
-    A default device is a mode, too, but one that looks at functions that make tensors only.
-    """
-    # The flag itself: to the compiler of torch 2.11 torch.compiler.is_exporting() is always true.
-    if torch._C._get_tracing_state() is not None or torch.compiler._is_exporting_flag:
-        return True
-    return torch._C._is_torch_function_mode_enabled() and not all(
-        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
-    )
+    """Whether somebody wants to see torch's function or its operations."""
+    return is_jit_traced() or is_exporting() or function_mode_watches()
 
 
 def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
@@ -126,8 +113,7 @@ def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 
 def _differentiated(weight: Tensor) -> bool:
     """Whether these class weights may be what is differentiated, or of a batch, each its own."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return weight.requires_grad or transformed
+    return weight.requires_grad or is_transformed()
 
 
 def result_dtype(input: Tensor, target: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fastdiv
 
+from .._torch_private import multiplies
 from .console import Advance
 from .losses import DTYPES
 from .memory import measured_apart, peak_of, serve
@@ -119,7 +120,7 @@ def _measure(job: LinearJob) -> int | None:
 def left_out(job: LinearJob) -> tuple[str, ...]:
     """Variants that would take minutes."""
     halves = job.torch_dtype.itemsize == 2
-    fast = job.device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    fast = job.device == "cuda" or multiplies(torch.bfloat16)
     return SLOW if halves and not fast else ()
 
 

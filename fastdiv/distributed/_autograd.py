@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _check, _ops, reference
 from .._autograd import (
@@ -24,6 +23,7 @@ from .._autograd import (
     row_loss_and_stats,
 )
 from .._backend import use_kernel
+from .._torch_private import is_transformed
 from ..reference import Spec, Stats
 from . import _shard
 from ._whole import gathered
@@ -52,11 +52,6 @@ class Call:
         world = self.shards.world
         sizes = list(self.shards.sizes)
         return list(options[:ints]), list(options[ints:]), sizes, world.rank, world.name, self.stats
-
-
-def is_transformed() -> bool:
-    """Whether torch.func or forward mode looks at what is computed."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def shard_loss(call: Call, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:

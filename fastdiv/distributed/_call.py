@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import _check
 from .._backend import use_kernel
+from .._torch_private import is_transformed
 from ..cross_entropy import smoothing_rates
 from ..reference import Spec, Stats
-from ._autograd import Call, is_transformed, shard_loss
+from ._autograd import Call, shard_loss
 from ._mean import token_mean
 from ._world import Group, Plan, Shards, agree, checked, labels_in_short, world_of
 

@@ -22,9 +22,10 @@ from .._linear import Problem, by_classes, by_rows
 from .._linear_autograd import linear_loss
 from .._linear_ops import HEADS, LinearCall, Tensors
 from .._linear_tiles import Head
+from .._torch_private import is_transformed
 from ..reference import Spec, Stats
 from . import _shard
-from ._autograd import Call, is_transformed, whole_loss
+from ._autograd import Call, whole_loss
 from ._local import Forward
 from ._shard import ShardedRows
 from ._whole import shared

@@ -19,15 +19,10 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from .. import _check
+from .._torch_private import constant
 
 T = TypeVar("T")
 Group = Any  # torch.distributed.ProcessGroup, of which a torch without distributed has none
-
-
-def constant(function: Callable[..., T]) -> Callable[..., T]:
-    """For the compiler: call it while tracing, and take what it returns for a constant."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,8 @@ def _default_world() -> tuple[str, int, int]:
             "fastdiv.distributed needs a process group: call torch.distributed.init_process_group "
             "first, or use the functions of fastdiv, which take whole rows"
         )
-    return distributed_c10d._get_default_group().group_name, dist.get_rank(), dist.get_world_size()
+    world: Group = dist.group.WORLD
+    return world.group_name, dist.get_rank(), dist.get_world_size()
 
 
 # --- what a rank is about to do ---------------------------------------------------------------
@@ -169,8 +165,7 @@ def labels_in_short(label: Tensor | None, weight: Tensor | None) -> tuple[int, i
 
 def _device(name: str) -> torch.device:
     """Where headers travel: between CPUs where the group can, so that no GPU is waited for."""
-    group = _group(name)
-    if torch.device("cpu") in group._device_types:
+    if "cpu:" in dist.get_backend_config(_group(name)):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 

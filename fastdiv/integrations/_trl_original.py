@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from .._backend import backend
+from .._torch_private import constant
 
 Function = Callable[..., Any]
 PADDING = -100  # TRL's label of a token that does not count
 
 
+@constant
 def result_dtype(theirs: Function, *logits: Tensor) -> torch.dtype:
     """The dtype in which TRL's function returns its result of such logits.
 
@@ -26,14 +28,10 @@ def result_dtype(theirs: Function, *logits: Tensor) -> torch.dtype:
     return _result_dtype(theirs, tuple(v.dtype for v in logits), device, autocast)
 
 
+@constant
 def least_count(theirs: Function) -> int:
     """What batchmean divides by at least: 1, or in older versions 0, which gives NaN."""
     return _least_count(theirs)
-
-
-# torch.compiler.assume_constant_result, but without importing Dynamo, which takes a second.
-result_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]
-least_count._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._torch_private import is_jit_traced, is_transformed
 from . import _forward
 from ._logits import DeferredLogits, HeldLogits
 
@@ -117,7 +118,8 @@ def _with_labels(
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         elsewhere = signature is None and "forward" not in vars(self)
         compiling = torch.compiler.is_compiling()
-        if compiling or elsewhere or _forward.is_running() or _transformed():
+        watched = is_jit_traced() or is_transformed()
+        if compiling or elsewhere or _forward.is_running() or watched:
             return theirs(self, *args, **kwargs)
         place = _place_of_labels(signature or type(self).forward)
         labels = kwargs.get("labels")
@@ -130,10 +132,6 @@ def _with_labels(
         return _forward.run(self, call, patch.linear, _smoothing.get(), *args, **kwargs)
 
     return method
-
-
-def _transformed() -> bool:
-    return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
 
 
 def _compute_loss(theirs: Callable[..., Any]) -> Callable[..., Any]:

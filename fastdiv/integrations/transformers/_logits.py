@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
 
 from ... import _patched
 from ..._layer import as_autocast
+from ..._torch_private import parse_to, tree_map_only
 from ._formula import Formula, one_product
 
 
@@ -209,7 +209,10 @@ def _unscaled(x: DeferredLogits) -> tuple[Tensor, ...]:
 def _to(x: DeferredLogits, *args: Any, **options: Any) -> Any:
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
-    device, dtype, *_ = torch._C._nn._parse_to(*args, **options)
+    parsed = parse_to(*args, **options)
+    if parsed is None:
+        return NotImplemented
+    device, dtype = parsed
     if device is not None and torch.empty(0, device=device).device != x.device:
         return NotImplemented
     dtype = dtype or x.dtype

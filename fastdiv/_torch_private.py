@@ -1,0 +1,210 @@
+"""All private names of torch that fastdiv uses, each with its reason and a fallback.
+
+Torch may move or rename them in any release.  Where one is missing, fastdiv still imports and its
+results stay right; only time or memory is lost.  ``tests/test_torch_private.py`` removes each name
+in turn, and lists the few private names that other files may use.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _find(module: str, name: str) -> Any:
+    """The object of this name, or None where this torch has none."""
+    try:
+        return getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def constant(function: F) -> F:
+    """Marks a function that the compiler calls while tracing, and whose result is a constant.
+
+    This does what ``torch.compiler.assume_constant_result`` does, without importing Dynamo, which
+    takes a second.  Where torch has another mark, the compiler breaks the graph at the function.
+    """
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.assume_constant_result(function)
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# --- transforms -------------------------------------------------------------------------------
+
+_func_is_active = _find("torch._C", "_are_functorch_transforms_active")
+_counts_levels = _find("torch.autograd.forward_ad", "_current_level") is not None
+
+
+def func_is_active() -> bool:
+    """Whether a ``torch.func`` transform is active, so that tensors may have no values.
+
+    No public function tells.  Without the private one we assume a transform: every result is right
+    under one, at the price of time and memory.
+    """
+    return True if _func_is_active is None else torch._C._are_functorch_transforms_active()
+
+
+def is_transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
+    if _counts_levels:
+        return func_is_active() or forward_ad._current_level >= 0
+    return func_is_active() or _is_in_dual_level()
+
+
+@constant
+def _is_in_dual_level() -> bool:
+    try:
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+    except RuntimeError:  # no level exists
+        return False
+    return True
+
+
+_batched = [
+    _find("torch._C._functorch", name) for name in ("is_batchedtensor", "is_legacy_batchedtensor")
+]
+
+
+def is_batched(v: Tensor) -> bool:
+    """Whether ``vmap`` made a batch of this tensor: a gradient may be one with no transform active.
+
+    Without the private functions, a tensor without a data pointer is taken for a batch.
+    """
+    if None not in _batched:
+        return any(test(v) for test in _batched)
+    try:
+        v.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+# A tensor that a finished transform left behind must be unwrapped before C++ sees it.
+_unwrap = _find("torch._C._functorch", "unwrap_if_dead")
+unwrap_if_dead: Callable[[Tensor], Tensor] = _unwrap or (lambda v: v)
+
+
+def light_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls under no transform, whose tensors ``unwrap_if_dead`` has seen.
+
+    ``torch.autograd.Function.apply`` binds arguments and unwraps tensors, 8 of the 90 us of a small
+    loss, and then calls the ``apply`` of its base class.  Without that base we call the whole.
+    """
+    base = getattr(super(torch.autograd.Function, function), "apply", None)
+    return function.apply if base is None or _unwrap is None else base
+
+
+# --- tensors without values, and whoever watches --------------------------------------------------
+
+_FakeTensor = _find("torch._subclasses.fake_tensor", "FakeTensor")
+
+
+def is_fake(v: Tensor) -> bool:
+    """Whether a tensor has a shape but no values (``FakeTensorMode``); else we go by its name."""
+    return type(v).__name__ == "FakeTensor" if _FakeTensor is None else isinstance(v, _FakeTensor)
+
+
+def is_jit_traced() -> bool:
+    """Whether ``torch.jit.trace`` is recording.  The function is documented, but not exported."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+_has_exporting_flag = _find("torch.compiler", "_is_exporting_flag") is not None
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing.
+
+    We read the flag itself, since to the compiler of torch 2.11 ``torch.compiler.is_exporting()``
+    is always true.  Without the flag we call that function.
+    """
+    return (
+        torch.compiler._is_exporting_flag if _has_exporting_flag else torch.compiler.is_exporting()
+    )
+
+
+_modes = _find("torch.overrides", "_get_current_function_mode_stack")
+_some_mode = _find("torch._C", "_is_torch_function_mode_enabled")
+_DeviceContext = _find("torch.utils._device", "DeviceContext")
+
+
+def function_mode_watches() -> bool:
+    """Whether a ``__torch_function__`` mode may want to see the functions of torch that are called.
+
+    The mode of a default device does not: it looks only at functions that make tensors.  Without
+    the private names we assume that there is a mode; torch's own function is then called.
+    """
+    if _modes is None or _some_mode is None or _DeviceContext is None:
+        return True
+    if not torch._C._is_torch_function_mode_enabled():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return not all(isinstance(mode, _DeviceContext) for mode in modes)
+
+
+def parse_to(*args: Any, **options: Any) -> tuple[Any, Any] | None:
+    """The device and the dtype that ``Tensor.to`` is asked for; None if we cannot tell."""
+    parse = _find("torch._C._nn", "_parse_to")
+    return None if parse is None else tuple(parse(*args, **options)[:2])
+
+
+def _tree_map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    """What torch's function does to tuples, lists and dictionaries."""
+    if isinstance(tree, dict):
+        return {key: _tree_map_only(kind, function, value) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(_tree_map_only(kind, function, value) for value in tree)
+    return function(tree) if isinstance(tree, kind) else tree
+
+
+tree_map_only: Callable[..., Any] = _find("torch.utils._pytree", "tree_map_only") or _tree_map_only
+
+
+def fill_names_of_dynamo() -> None:
+    """Has Dynamo look up now the functions that it does not trace into, which it does only once.
+
+    Without the private function, Dynamo may look them up while one of them is replaced, and then
+    traces into the replacement.
+    """
+    fill = _find("torch._dynamo.trace_rules", "get_torch_obj_rule_map")
+    if fill is not None:
+        fill()
+
+
+# --- processors -------------------------------------------------------------------------------
+
+
+def multiplies(half: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of this half precision; we say no if we cannot ask."""
+    name = "_is_amx_fp16_supported" if half == torch.float16 else "_is_avx512_bf16_supported"
+    supported = _find("torch.cpu", name)
+    return supported is not None and bool(supported())
+
+
+def _find_onednn_linear() -> Any:
+    schema = (
+        "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, "
+        "str? algorithm) -> Tensor Y"
+    )
+    try:
+        op = torch.ops.mkldnn._linear_pointwise
+        known = torch.backends.mkldnn.is_available() and str(op.default._schema) == schema
+    except AttributeError:
+        return None
+    return op if known else None
+
+
+# ``F.linear`` in oneDNN, or None.  It takes a fifth less time than BLAS for few rows and many
+# classes.  Torch calls it only for lower precisions; this operation, made for its compiler, always
+# does.  It adds up one product after the other, so BLAS is more accurate for sums over the classes.
+onednn_linear = _find_onednn_linear()
