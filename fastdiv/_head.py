@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ._torch_private import hooks_of
+
 T = TypeVar("T")
 OfLayer = Callable[[Tensor, Tensor, "Tensor | None"], T]  # from hidden states, weight and bias
 OfLogits = Callable[[Tensor], T]
@@ -38,9 +40,9 @@ def loss_through(
         of_layer: Computes the loss from hidden states, weight and bias.
         of_logits: Computes the same loss from logits.
     """
-    before, after = _hooks(layer, "_forward_pre_hooks"), _hooks(layer, "_forward_hooks")
-    watched = layer._backward_hooks or layer._backward_pre_hooks
-    if _is_linear(layer) and not watched:
+    hooks = hooks_of(layer)
+    if hooks is not None and not hooks[2] and _is_linear(layer):
+        before, after = _owners(hooks[0]), _owners(hooks[1])
         if before | after <= {TENSOR_PARALLEL}:
             weight, bias = layer.weight, layer.bias
             if _is_known(weight) and _is_known(bias):
@@ -93,10 +95,10 @@ def _is_known(v: Tensor | None) -> bool:
     return module is not None and isinstance(v, module.DTensor)
 
 
-def _hooks(layer: nn.Module, kind: str) -> set[str]:
-    """The packages that the layer's hooks of this kind come from."""
+def _owners(hooks: list[Any]) -> set[str]:
+    """The packages that these hooks come from."""
     owners = set()
-    for hook in getattr(layer, kind).values():
+    for hook in hooks:
         home = getattr(hook, "__module__", None) or type(hook).__module__
         known = (owner for owner in (FSDP, TENSOR_PARALLEL) if home.startswith(owner))
         owners.add(next(known, home))

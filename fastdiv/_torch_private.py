@@ -181,6 +181,22 @@ def fill_names_of_dynamo() -> None:
         fill()
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_of(module: torch.nn.Module) -> list[list[Any]] | None:
+    """The hooks of a module, before and after its forward, and those of its backward.
+
+    Hooks are registered by public functions, but no public function lists them.  None means that
+    we cannot tell.
+    """
+    kinds = [getattr(module, kind, None) for kind in _HOOKS]
+    if any(kind is None for kind in kinds):
+        return None
+    before, after, *backward = (list(kind.values()) for kind in kinds if kind is not None)
+    return [before, after, [hook for kind in backward for hook in kind]]
+
+
 # --- processors -------------------------------------------------------------------------------
 
 

@@ -286,6 +286,20 @@ def test_fill_names_of_dynamo(lack):
         module.fill_names_of_dynamo()
 
 
+def test_hooks_of():
+    layer = torch.nn.Linear(2, 3)
+    assert _torch_private.hooks_of(layer) == [[], [], []]
+
+    def hook(*_): ...
+
+    layer.register_forward_pre_hook(hook)
+    layer.register_full_backward_pre_hook(hook)
+    layer.register_full_backward_hook(hook)
+    assert _torch_private.hooks_of(layer) == [[hook], [], [hook, hook]]
+    vars(layer).pop("_forward_hooks")  # a torch that calls them something else
+    assert _torch_private.hooks_of(layer) is None
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_multiplies(lack, half):
     name = "_is_amx_fp16_supported" if half == torch.float16 else "_is_avx512_bf16_supported"
