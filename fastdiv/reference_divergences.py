@@ -94,9 +94,11 @@ def alpha_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, alpha: float) -> Ten
     log_w, above_q = (torch.where(infinite, -torch.inf, v) for v in (log_w, above_q))
     # The larger of the two times an expm1 that is in [-1, 0]: no overflow, no cancellation where
     # they are close.  Elsewhere torch's derivative of expm1, which is that plus 1, would cancel.
+    # Not clamp: where p = q, its derivative at its bound is 1 or 0, depending on torch's version.
     w = log_w.exp()
-    larger, smaller = above_q.clamp(min=0.0), above_q.clamp(max=0.0)
-    close = torch.where(above_q > 0, -w * torch.expm1(-larger), q * torch.expm1(smaller))
+    above = above_q > 0
+    larger, smaller = torch.where(above, above_q, 0.0), torch.where(above, 0.0, above_q)
+    close = torch.where(above, -w * torch.expm1(-larger), q * torch.expm1(smaller))
     excess = torch.where(above_q.abs() > 1, w - q, close)
     return (excess + torch.where(infinite, torch.inf, 0.0)) / (alpha * (alpha - 1))
 

@@ -60,6 +60,7 @@ def topk_kl_div(
     # A softmax over the k leaves no mass, but for rounding, which must not count as mass.
     if missing != "uniform" or values_type == "logits" or not others:
         return value
-    rest = (1 - p.sum(-1)).clamp(min=0)
+    rest = 1 - p.sum(-1)
+    rest = torch.where(rest < 0, 0.0, rest)  # and a NaN stays one
     mean = lq.scatter(-1, indices, 0.0).sum(-1) / others
     return value + log_ratio_term(rest, log_of(rest) - math.log(others), mean)

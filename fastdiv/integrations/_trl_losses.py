@@ -135,7 +135,8 @@ def _log_probs(x: Tensor, index: Tensor, temperature: float) -> Tensor:
     of_best = log_prob(x, index.gather(-1, place).squeeze(-1), temperature=temperature)
     of_best = of_best.unsqueeze(-1)
     # All of them may be at -inf, from where there is no difference.
-    return torch.where(named == best, of_best, of_best + (named - best) / temperature)
+    apart = torch.where(best == -torch.inf, 0.0, named - best)
+    return of_best + apart / temperature
 
 
 def _masked(value: Tensor, row_mask: Tensor | None) -> Tensor:
