@@ -226,9 +226,12 @@ def labels(x: Tensor, dim: int, y: Tensor, name: str, ignore_index: int | None) 
 
 def values_may_be_read(v: Tensor) -> bool:
     """Whether there are values, and reading them waits for no device, unless that is asked for."""
-    if torch.compiler.is_compiling() or func_is_active() or is_fake(v):
-        return False
-    return v.is_cpu or os.environ.get("FASTDIV_CHECK") == "1"
+    return values_exist(v) and (v.is_cpu or os.environ.get("FASTDIV_CHECK") == "1")
+
+
+def values_exist(v: Tensor) -> bool:
+    """Whether the code runs on values: neither compiled, nor transformed, nor on fake tensors."""
+    return not (torch.compiler.is_compiling() or func_is_active() or is_fake(v))
 
 
 def out_of_range(y: Tensor, classes: int) -> Tensor:
