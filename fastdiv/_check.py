@@ -228,7 +228,7 @@ def values_may_be_read(v: Tensor) -> bool:
     """Whether there are values, and reading them waits for no device, unless that is asked for."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if isinstance(v, FakeTensor):
+    if isinstance(v.detach(), FakeTensor):  # a real one becomes one where such a mode is active
         return False
     return v.is_cpu or os.environ.get("FASTDIV_CHECK") == "1"
 
