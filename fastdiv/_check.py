@@ -231,7 +231,9 @@ def values_may_be_read(v: Tensor) -> bool:
 
 def values_exist(v: Tensor) -> bool:
     """Whether the code runs on values: neither compiled, nor transformed, nor on fake tensors."""
-    return not (torch.compiler.is_compiling() or func_is_active() or is_fake(v))
+    if torch.compiler.is_compiling() or func_is_active():
+        return False
+    return not is_fake(v.detach())  # under FakeTensorMode, a real tensor's alias is fake
 
 
 def out_of_range(y: Tensor, classes: int) -> Tensor:

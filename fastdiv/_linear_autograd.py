@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _linear_ops
+from . import _check, _linear_ops
 from ._autograd import is_differentiated, row_loss, row_loss_and_stats
 from ._backend import use_kernel
 from ._linear_ops import HEADS, LinearCall, Tensors
@@ -123,7 +123,8 @@ class _LinearLoss(_TracedLinearLoss):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             gradients = _linear_ops.forward(*tensors, *ctx.call.options(), ctx.needed)[5:]
-        if not (grad.is_cpu and grad == 1):
+        # Where looking costs nothing, as on a CPU, an upstream of 1 saves a sweep over them.
+        if not (grad.is_cpu and _check.values_may_be_read(grad) and grad == 1):
             gradients = [g.mul_(grad) for g in gradients]
         return _for_apply(ctx, gradients)
 

@@ -113,10 +113,22 @@ class Gradients:
 
 
 def _add_product(total: Tensor, rows: Rows, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype and isinstance(rows, slice):
-        total[rows].addmm_(a, b)
+    """``total[rows] += a @ b``, which is not rounded to a half before it is added.
+
+    A rounding for each tile would add up to as much error as the final one of the gradient.
+    """
+    if total.dtype == a.dtype:
+        if isinstance(rows, slice):
+            total[rows].addmm_(a, b)
+        else:
+            total[rows] += a @ b
+    elif a.is_cuda:
+        total[rows] += torch.mm(a, b, out_dtype=total.dtype)
     else:
-        total[rows] += a @ b
+        # On a CPU torch rounds every product of halves; a second product gives what that took.
+        product = a @ b
+        total[rows] += product
+        total[rows] += product.addmm_(a, b, beta=-1).nan_to_num_(0, 0, 0)  # none from infinity
 
 
 def _sum_for(gradient: Tensor | None) -> Tensor | None:

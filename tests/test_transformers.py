@@ -50,29 +50,52 @@ def test_double_precision(name: str) -> None:
         agree(step(model, batch), theirs, 1e-12)
 
 
+def step_of_head(model: Any, batch: Any, hidden: Tensor | None) -> dict[str, Tensor]:
+    """A step whose backward ends at the output layer's input, which may be given from outside."""
+    found: list[Tensor] = []
+
+    def cut(head: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        states = given[0] if hidden is None else hidden.to(given[0].dtype)
+        found.append(states.detach().requires_grad_())
+        return (found[0],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(cut)
+    results = step(model, batch)
+    hook.remove()
+    assert len(found) == 1 and found[0].grad is not None
+    return {"hidden states": found[0].grad, "input": found[0].detach(), **results}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "bf16"])
+@pytest.mark.parametrize("products", [True, False], ids=["halves", "floats"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "t5", "bert"])
-def test_half_precision(name: str) -> None:
-    """Under autocast, and all of it in bfloat16: no farther from float32 than theirs is."""
+def test_half_precision(
+    name: str, products: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast, and all of it in bfloat16: no farther from the truth than theirs is.
+
+    The truth is that of the same hidden states in float64, so that nothing of the model's body is
+    compared.  Both round the logits, their gradient and what the products come to, ours nothing
+    else: what is left to chance is far below the 5 percent.
+    """
+    monkeypatch.setattr("fastdiv._linear_tiles._multiplies", lambda half: products)
     kind = KINDS[name]
-    exact = step(kind.make(), kind.batch())
-    for dtype in (torch.float32, torch.bfloat16):
-        model = kind.make().to(dtype)
-        results = []
-        for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
-                results.append(step(model, kind.batch()))
-            if len(results) == 1:
-                patch = apply()
-        patch.undo()
-        loss, *gradients = (
-            [(r[name].double() - exact[name]).norm().item() for r in results] for name in exact
-        )
-        assert loss[1] <= loss[0] + 1e-3
-        theirs, ours = (
-            sum(error**2 for error in errors) for errors in zip(*gradients, strict=True)
-        )
-        assert ours <= 1.2 * theirs
-        assert all(results[0][name].dtype == results[1][name].dtype for name in exact)
+    model, batch = kind.make().to(dtype), kind.batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
+        theirs = step_of_head(model, batch, None)
+        with apply(), Sizes() as sizes:
+            ours = step_of_head(model, batch, None)
+    assert "fastdiv::_linear_backward" in sizes.ours
+    hidden = theirs.pop("input")
+    assert torch.equal(hidden, ours.pop("input"))
+    truth = step_of_head(kind.make().bfloat16().double(), batch, hidden.bfloat16())
+    assert ours.keys() == theirs.keys() == truth.keys() - {"input"}
+    for of, expected in theirs.items():
+        assert ours[of].dtype == expected.dtype, of
+        error, allowed = ((v.double() - truth[of]).norm().item() for v in (ours[of], expected))
+        if of == "loss":  # a mean of roundings, of which either may be the luckier
+            allowed = 2**-8 * truth[of].item()
+        assert error <= 1.05 * allowed, f"{of}: {error:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("count", [30, torch.tensor(30)], ids=type)
