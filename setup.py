@@ -1,6 +1,7 @@
 """Builds fastdiv._C with the torch that build_backend.py finds; metadata is in pyproject.toml.
 
-The CUDA kernels are built too where nvcc is found: in CUDA_HOME, on PATH, or of the PyPI packages.
+The CUDA kernels are built too where nvcc is found: in CUDA_HOME, on PATH, of the PyPI packages, or
+in /usr/local/cuda, which is where torch looks last, too.
 Torch itself need not have CUDA: they are plain objects, linked against nothing of torch's.
 
 Environment variables:
@@ -36,9 +37,13 @@ def find_nvcc() -> str | None:
     folders = [os.environ[v] + "/bin" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     packages = Path(sysconfig.get_path("purelib"), "nvidia")
     folders += [os.environ.get("PATH", ""), *map(str, sorted(packages.glob("cu*/bin")))]
+    folders.append("/usr/local/cuda/bin")
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
-        print("fastdiv: no nvcc in CUDA_HOME, on PATH or from PyPI: building for CPU only")
+        print(
+            "fastdiv: no nvcc in CUDA_HOME, on PATH, from PyPI or in /usr/local/cuda: "
+            "building for CPU only"
+        )
     return nvcc
 
 

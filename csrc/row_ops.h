@@ -8,8 +8,8 @@
 #include <optional>
 #include <tuple>
 
-#include "common/launch.h"
 #include "common/registry.h"
+#include "losses/row_args.h"
 
 // What every op takes after its tensors.  `batch` is what reduction "batchmean" divides by.
 #define FD_OPTIONS_SCHEMA                                                                   \

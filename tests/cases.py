@@ -59,6 +59,10 @@ class Case:
         p = logits.double().softmax(-1)
         return (p.log() if self.target == "log_probs" else p).to(x.dtype)
 
+    def of_target(self, dt: Tensor, t: Tensor) -> Tensor:
+        """The gradient of the target ``t``, from the one that the private op returns."""
+        return dt
+
     def truth(self, x: Tensor, t: Tensor | None, **options: Any) -> Tensor:
         """The reference in float64."""
         t = t.double() if t is not None and t.is_floating_point() else t
@@ -90,14 +94,20 @@ class TopKCase(Case):
 
     @staticmethod
     def largest(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        values, indices = t.topk(min(5, max(1, t.shape[dim] - 1)), dim)
-        return values, indices
+        count = min(5, max(1, t.shape[dim] - 1))
+        # Not topk(), which resolves ties in another way on a GPU.
+        values, indices = t.sort(dim=dim, descending=True, stable=True)
+        return values.narrow(dim, 0, count), indices.narrow(dim, 0, count)
 
     def call(self, x: Tensor, t: Tensor | None, **options: Any) -> Tensor:
         assert t is not None
         options = {**self.options, **options}
         values, indices = self.largest(t, options.get("dim", -1))
         return fastdiv.topk_kl_div(x, values, indices, values_type=self.target, **options)
+
+    def of_target(self, dt: Tensor, t: Tensor) -> Tensor:
+        _, indices = self.largest(t, -1)
+        return torch.zeros_like(t).scatter(-1, indices, dt)
 
     def eager_rows(self, x: Tensor, t: Tensor | None) -> Tensor:
         assert t is not None

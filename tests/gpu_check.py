@@ -1,25 +1,28 @@
 """Builds, checks and measures fastdiv on a GPU: what ``make gpu-check`` runs, without network.
 
 Everything happens in a copy of the tree, build/gpu-check-tree, with the interpreter that runs this
-script: it needs torch for CUDA, numpy, pytest, hypothesis and scipy, and nvcc.  The order is that
-of what one wants to know first; a step that fails does not keep the others from running.
+script.  It needs torch for CUDA, numpy, pytest, hypothesis and scipy.  It needs nvcc too, unless
+build/prebuilt holds the extension.  What one wants to know first comes first.  A step that fails
+does not keep the others from running.  A late one is asked for what it has found, and then ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import dataclasses
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_steps import NEEDED, STEPS, Check
+
 ROOT = Path(__file__).resolve().parent.parent
+PREBUILT = ROOT / "build" / "prebuilt"
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "*.so", "*.egg-info"
 )
@@ -30,14 +33,11 @@ if torch.cuda.is_available():
     print(torch.cuda.get_device_name())
     print("{}{}".format(*torch.cuda.get_device_capability()))
 """
-SMALL = "tests/test_gpu_small.py"
-# The benchmark is cut off rather than late, so what is asked most comes first.
-SHAPES = [32768, 131072, 8192, 50257, 1024, 262144, 4096, 65536, 16384, 2048, 512, 256]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is."""
+    """The torch and the GPU that this interpreter finds."""
 
     torch: str
     gpu: str  # empty: none
@@ -50,111 +50,8 @@ class Machine:
             sys.exit(f"gpu-check: {sys.executable} has no torch that works:\n{done.stderr}")
         return cls(*(done.stdout.splitlines() + ["", ""])[:3])
 
-
-@dataclass(frozen=True)
-class Check:
-    """The options of a run."""
-
-    out: Path
-    tree: Path
-    dry_run: bool
-    select: str
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.dry_run else "cuda"
-
-    def python(self, *arguments: str) -> list[str]:
-        return [sys.executable, *arguments]
-
-    def pytest(self, *arguments: str) -> list[str]:
-        options = [
-            "-q",
-            "--tb=short",
-            "--maxfail=50",
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            "timeout=150",
-        ]
-        return self.python("-m", "pytest", *options, f"--device={self.device}", *arguments)
-
-    # --- the steps; one that returns a text cannot be done here, for that reason ---
-
-    def build(self) -> list[str]:
-        return self.python("setup.py", "egg_info", "build_ext", "--inplace")
-
-    def info(self) -> list[str]:
-        return self.python("-m", "fastdiv", "info")
-
-    def check(self) -> list[str]:
-        return self.python("-m", "fastdiv", "check", *(["--quick"] if self.dry_run else []))
-
-    def gpu(self) -> list[str]:
-        """Graphs, streams, labels, more than 2^31 elements, memory; all kernels on small rows."""
-        return self.pytest("tests/test_gpu.py", SMALL, *self._selected())
-
-    def suite(self) -> list[str]:
-        several = ["-n", "6"] if importlib.util.find_spec("xdist") and not self.dry_run else []
-        ours = [f"--ignore={name}" for name in ("tests/test_gpu.py", SMALL)]
-        return self.pytest(*several, *ours, *self._selected())
-
-    def sanitizer(self, tool: str) -> list[str] | str:
-        small = self.pytest(SMALL, "-k", "float32 or bfloat16 or reductions")
-        if self.dry_run:
-            return small
-        folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", os.environ["PATH"]]
-        program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
-        if program is None:
-            return "no compute-sanitizer in CUDA_HOME or on PATH"
-        return [
-            program,
-            f"--tool={tool}",
-            "--kernel-name=kns=fastdiv",
-            "--error-exitcode=9",
-            *small,
-        ]
-
-    def bench(self) -> list[str]:
-        files = ["--json", str(self.out / "bench.json")]
-        if importlib.util.find_spec("matplotlib"):
-            files += ["--plot", str(self.out / "bench.png")]
-        bench = self.python("-m", "fastdiv", "bench", f"--device={self.device}", *files)
-        if self.dry_run:
-            sizes = ["--shapes", "64x1024", "32x4096", "--seconds", "0", "--rounds", "2"]
-            return [*bench, "cross_entropy", "js_div", "--phases", "--no-compile", *sizes]
-        shapes = [f"{2**27 // c}x{c}" for c in SHAPES]
-        compiled = ["--compile-classes", "32768", "131072"]
-        limits = ["--seconds", "0.4", "--stop-after", str(STEPS["bench"].seconds - 40)]
-        return [*bench, "--dtypes", "bf16", "f32", "--shapes", *shapes, *compiled, *limits]
-
-    def _selected(self) -> list[str]:
-        return ["-k", self.select] if self.select else []
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command and how long it may take."""
-
-    seconds: int
-    command: Callable[[Check], list[str] | str]
-    environment: tuple[tuple[str, str], ...] = ()
-
-
-# Without torch's cache every tensor is an allocation of its own, whose end the sanitizer knows.
-NO_CACHE = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-STEPS = {
-    "build": Step(240, Check.build),
-    "info": Step(60, Check.info),
-    "check": Step(120, Check.check),
-    "gpu": Step(150, Check.gpu),
-    "memcheck": Step(100, lambda check: check.sanitizer("memcheck"), NO_CACHE),
-    "racecheck": Step(100, lambda check: check.sanitizer("racecheck"), NO_CACHE),
-    "tests": Step(200, Check.suite),
-    "bench": Step(220, Check.bench),
-    "synccheck": Step(60, lambda check: check.sanitizer("synccheck"), NO_CACHE),
-    "initcheck": Step(60, lambda check: check.sanitizer("initcheck"), NO_CACHE),
-}
+    def __str__(self) -> str:
+        return f"{self.gpu or 'no GPU'}, torch {self.torch}"
 
 
 @dataclass(frozen=True)
@@ -166,16 +63,33 @@ class Outcome:
     seconds: float
     note: str
 
+    def __str__(self) -> str:
+        return f"{self.name:10} {self.result:5} {self.seconds:5.0f} s  {self.note}".rstrip()
+
+
+def stop(process: subprocess.Popen[bytes], patience: float = 10) -> None:
+    """Ends the process and all that it started; pytest first says which tests have failed."""
+    for how in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
 
 def run_step(name: str, check: Check, environment: dict[str, str], at_most: float) -> Outcome:
     step = STEPS[name]
+    check = dataclasses.replace(check, seconds=min(step.seconds, at_most))
     command = step.command(check)
     if isinstance(command, str):
         return Outcome(name, "SKIP", 0, command)
-    seconds = min(step.seconds, at_most)
-    if seconds < 5:
+    if check.seconds < 5:
         return Outcome(name, "SKIP", 0, "no time left")
-    log, start = check.out / "log.txt", time.monotonic()
+    log, start, code = check.out / "log.txt", time.monotonic(), None
     with log.open("a") as file:
         file.write(f"\n===== {name}: {' '.join(command)}\n")
         begin = file.tell()
@@ -190,26 +104,21 @@ def run_step(name: str, check: Check, environment: dict[str, str], at_most: floa
             start_new_session=True,
         )
         try:
-            code = process.wait(seconds)
+            code = process.wait(check.seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
+            pass
+        finally:
+            stop(process)
     took = time.monotonic() - start
     with log.open("rb") as file:
         file.seek(begin)
         lines = file.read().decode(errors="replace").split("\n")
     lines = [line for line in lines if line.strip()]
-    if code:
+    if code != 0:
         print("\n".join(f"  | {line}" for line in lines[-25:]), flush=True)
-    note = f"stopped after {seconds:.0f} s; " if code is None else ""
+    note = f"stopped after {check.seconds:.0f} s; " if code is None else ""
     result = "LATE" if code is None else "FAIL" if code else "PASS"
     return Outcome(name, result, took, note + (lines[-1].strip("= ")[:90] if lines else ""))
-
-
-def table(outcomes: list[Outcome]) -> str:
-    rows = [f"{o.name:10} {o.result:5} {o.seconds:5.0f} s  {o.note}".rstrip() for o in outcomes]
-    return "\n".join(rows)
 
 
 def parse() -> argparse.Namespace:
@@ -219,21 +128,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, as far as that goes")
     parser.add_argument("--minutes", type=float, default=9, help="for everything")
     parser.add_argument("--select", default="", metavar="EXPRESSION", help="tests: pytest's -k")
+    only_build = "only build for these architectures (as 90), into build/prebuilt"
+    parser.add_argument("--prebuild", default="", metavar="ARCHS", help=only_build)
     options = parser.parse_args()
     if unknown := set(options.steps) - set(STEPS):
         parser.error(f"no step {', '.join(sorted(unknown))} among {', '.join(STEPS)}")
     return options
 
 
-def environment_of(machine: Machine, dry_run: bool) -> dict[str, str]:
-    """What the steps see: the architecture of this GPU, and no settings of the user's."""
+def environment_of(architectures: str) -> dict[str, str]:
+    """The environment of the steps: of the settings that are the user's, only architectures."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTDIV_")}
-    default = "none" if dry_run else machine.capability
-    environment["FASTDIV_CUDA_ARCHS"] = os.environ.get("FASTDIV_CUDA_ARCHS", default)
-    # Lines for the sanitizers; not make's warnings as errors, which belong to make build.
+    environment["FASTDIV_CUDA_ARCHS"] = os.environ.get("FASTDIV_CUDA_ARCHS", architectures)
+    # Lines for the sanitizers.  make's warnings as errors stay with make build.
     environment["FASTDIV_NVCC_FLAGS"] = "-lineinfo"
-    if dry_run:
-        environment["FASTDIV_DRY_RUN"] = "1"
     return {**environment, "PYTHONUNBUFFERED": "1"}
 
 
@@ -251,11 +159,19 @@ def copy_tree() -> Path:
     return tree
 
 
+def prebuild(architectures: str) -> int:
+    """Builds with CUDA kernels for a machine that is elsewhere; see gpu_build.py."""
+    environment = environment_of(architectures) | {"FASTDIV_CUDA_ARCHS": architectures}
+    command = [sys.executable, "tests/gpu_build.py", str(PREBUILT), "--save"]
+    return subprocess.run(command, cwd=copy_tree(), env=environment).returncode
+
+
 def main() -> int:
     options, start = parse(), time.monotonic()
+    if options.prebuild:
+        return prebuild(options.prebuild)
     machine = Machine.find()
-    where = machine.gpu or "no GPU"
-    print(f"gpu-check: {where}, torch {machine.torch}, {sys.executable}", flush=True)
+    print(f"gpu-check: {machine}, {sys.executable}", flush=True)
     if not machine.gpu and not options.dry_run:
         print(
             f"gpu-check: torch {machine.torch} finds no GPU, so nothing was checked. As much of it "
@@ -263,21 +179,27 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    # Whoever ends this script ends the step that runs, too.
+    # Where SIGINT is ignored, as in a shell's background, the steps would ignore it, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu-check: ended by SIGTERM"))
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "log.txt").write_text(f"{where}, torch {machine.torch}, python {sys.version}\n")
-    check = Check(out, copy_tree(), options.dry_run, options.select)
-    environment = environment_of(machine, options.dry_run)
-    outcomes = []
-    for name in dict.fromkeys(["build", *(options.steps or STEPS)]):
+    (out / "log.txt").write_text(f"{machine}, python {sys.version}\n")
+    check = Check(out, copy_tree(), PREBUILT, options.dry_run, options.select)
+    environment = environment_of("none" if options.dry_run else machine.capability)
+    if options.dry_run:
+        environment["FASTDIV_DRY_RUN"] = "1"
+    outcomes: list[Outcome] = []
+    summary = f"{machine}{', dry run on the CPU' if options.dry_run else ''}\n"
+    for name in dict.fromkeys([*NEEDED, *(options.steps or STEPS)]):
         print(f"gpu-check: {name} ...", flush=True)
         left = 60 * options.minutes - (time.monotonic() - start)
         outcomes.append(run_step(name, check, environment, left))
-        if name == "build" and outcomes[-1].result != "PASS":
+        summary += f"{outcomes[-1]}\n"
+        (out / "summary.txt").write_text(summary)
+        if name in NEEDED and outcomes[-1].result != "PASS":
             break
-    dry = ", dry run on the CPU" if options.dry_run else ""
-    summary = f"{where}, torch {machine.torch}{dry}\n{table(outcomes)}\n"
-    (out / "summary.txt").write_text(summary)
     print(f"\n{summary}log and files: {out}")
     return int(any(o.result in ("FAIL", "LATE") for o in outcomes))
 

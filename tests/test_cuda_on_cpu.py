@@ -26,6 +26,10 @@ FAULTS = [
     ("foreign-mask", "plain", "__shfl_sync with mask 000000ff, which lacks the lane"),
     ("exited-lane", "plain", "which does not exist or has exited"),
     ("divergent-barrier", "plain", "cuda_on_cpu: deadlock"),
+    ("shared-not-allowed", "plain", "unless allow_dynamic_shared() is called before it"),
+    ("shared-above-allowed", "plain", "that is more than was allowed"),
+    ("shared-above-gpu", "plain", "the GPU has less than the static bytes and those allowed"),
+    ("shared-by-a-byte", "plain", "unless allow_dynamic_shared() is called before it"),
 ]
 
 pytestmark = [needs_fibers, pytest.mark.cpu_only("runs without torch")]
@@ -53,7 +57,7 @@ def test_correct_kernels(
     monkeypatch.setenv("FASTDIV_SHIM_ORDER", order)
     result = run(build(mode))
     assert result.returncode == 0, result.stdout + result.stderr[-5000:]
-    assert result.stdout.endswith("1834 checks, 0 failures\n")
+    assert result.stdout.endswith("1867 checks, 0 failures\n")
     assert not result.stderr
 
 

@@ -1,6 +1,6 @@
 """Rows at the edge: masked classes, mass on one side only, probabilities of 0, a single class.
 
-What must come out is DESIGN's "Numbers and edge cases".  Everything runs on the kernels and on the
+docs/numerics.md says what must come out.  Everything runs on the kernels and on the
 reference: both are held to the rule, not only to one another.
 """
 

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "common/launch.h"
 #include "losses/row.h"
+#include "losses/row_args.h"
 
 namespace fastdiv {
 

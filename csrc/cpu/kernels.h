@@ -1,8 +1,8 @@
 // The kernel tables of the instruction sets, and the choice among them.
 #pragma once
 
-#include "common/launch.h"
 #include "common/registry.h"
+#include "losses/row_args.h"
 
 namespace fastdiv {
 

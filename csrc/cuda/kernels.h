@@ -1,8 +1,8 @@
 // The kernels as the torch side sees them: no torch header below, no CUDA header above.
 #pragma once
 
-#include "common/launch.h"
 #include "common/registry.h"
+#include "losses/row_args.h"
 
 namespace fastdiv {
 namespace cuda {

@@ -26,14 +26,15 @@ inline Status status_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Lets launches of the kernel ask for this many bytes of dynamic shared memory.
 template <class... Args>
-Status launch(void (*kernel)(Args...), const Grid& grid, void* stream, Args... args) {
-  if (grid.blocks == 0 || grid.trouble()) return grid.trouble();
-  // To the same value whatever this launch needs: it is state that threads share.
-  if (grid.shared > 48 * 1024)
-    if (const Status error = status_of(cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.most_shared))))
-      return error;
+Status allow_shared(void (*kernel)(Args...), int64_t bytes) {
+  return status_of(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
+template <class... Args>
+Status start(void (*kernel)(Args...), const Grid& grid, void* stream, Args... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.blocks));
   config.blockDim = dim3(unsigned(grid.threads));
@@ -50,14 +51,29 @@ Status launch(void (*kernel)(Args...), const Grid& grid, void* stream, Args... a
 #else
 
 template <class... Args>
-Status launch(void (*kernel)(Args...), const Grid& grid, void*, Args... args) {
-  if (grid.blocks > 0 && !grid.trouble())
-    cuda_on_cpu::launch(unsigned(grid.blocks), unsigned(grid.threads), unsigned(grid.cluster),
-                        size_t(grid.shared), [=] { kernel(args...); });
-  return grid.trouble();
+Status allow_shared(void (*)(Args...), int64_t bytes) {
+  cuda_on_cpu::allow_dynamic_shared(size_t(bytes));
+  return nullptr;
+}
+
+template <class... Args>
+Status start(void (*kernel)(Args...), const Grid& grid, void*, Args... args) {
+  cuda_on_cpu::launch(unsigned(grid.blocks), unsigned(grid.threads), unsigned(grid.cluster),
+                      size_t(grid.shared), [=] { kernel(args...); });
+  return nullptr;
 }
 
 #endif
+
+template <class... Args>
+Status launch(void (*kernel)(Args...), const Grid& grid, void* stream, Args... args) {
+  if (grid.blocks == 0 || grid.trouble()) return grid.trouble();
+  // Without this call a block gets 48 KiB in all, and the kernel's static arrays count towards it.
+  // The value is the same for every launch of a kernel, because threads share the setting.
+  if (grid.shared > 0)
+    if (const Status error = allow_shared(kernel, grid.most_shared)) return error;
+  return start(kernel, grid, stream, args...);
+}
 
 }  // namespace cuda
 }  // namespace fastdiv

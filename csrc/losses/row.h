@@ -1,9 +1,9 @@
 // One row of a call: whether it counts, what its sums come to, where its results go.
 #pragma once
 
-#include "common/launch.h"
 #include "losses/divergence_value.h"
 #include "losses/entropy.h"
+#include "losses/row_args.h"
 #include "losses/topk.h"
 
 namespace fastdiv {

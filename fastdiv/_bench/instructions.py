@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .apart import run_apart
 from .console import Advance
 from .losses import DTYPES, LOSSES
 
@@ -68,22 +69,16 @@ def count_instructions(
         out = Path(folder, "callgrind")
         command = ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={out}"]
         command += ["--instr-atstart=no"]  # imports are not counted, and so take half the time
-        jobs = json.dumps([losses, dtypes])
-        counted = subprocess.Popen(
-            [*command, sys.executable, "-m", __name__, jobs],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
-        )
-        assert counted.stdout is not None
+        command += [sys.executable, "-m", __name__, json.dumps([losses, dtypes])]
+        same_hashes = {**os.environ, "PYTHONHASHSEED": "0"}
         said = ""  # at last the instruction set
-        with counted:
+        with run_apart(command, same_hashes, stderr=subprocess.DEVNULL) as counted:
+            assert counted.stdout is not None
             for line in counted.stdout:
                 said = line.strip()
                 advance(said)
-        if counted.returncode:
-            raise RuntimeError(f"valgrind ended with {counted.returncode}")
+            if code := counted.wait():
+                raise RuntimeError(f"valgrind ended with {code}")
         totals: dict[str, int] = {}
         for key, total in _totals(Path(folder)):
             totals[key] = min(total, totals.get(key, total))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .apart import run_apart
 from .losses import DTYPES, LOSSES, Loss
 
 STATUS = Path("/proc/self/status")
@@ -65,11 +65,8 @@ def measured_apart(
     if not (jobs and STATUS.exists() and RESET.exists()):
         yield from (None for _ in jobs)
         return
-    server = subprocess.Popen(
-        [sys.executable, "-m", module, json.dumps(jobs)], stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdout is not None
-    with server:
+    with run_apart([sys.executable, "-m", module, json.dumps(jobs)]) as server:
+        assert server.stdout is not None
         for _ in jobs:
             yield json.loads(server.stdout.readline() or "null")
 

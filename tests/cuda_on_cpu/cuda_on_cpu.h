@@ -6,8 +6,9 @@
 // One launch at a time in a process.
 //
 // What is found:
-//   always                 threads that wait for each other forever, misuse of shuffles, and what
-//                          makes a result wrong in some order (fresh shared memory is NaN)
+//   always                 threads that wait for each other forever, misuse of shuffles, more
+//                          shared memory than a GPU grants the launch, and what makes a result
+//                          wrong in some order (fresh shared memory is NaN)
 //   -fsanitize=address     accesses outside of an array in shared memory, or to a finished block's
 //   -fsanitize=undefined   vector accesses that are not aligned: a GPU faults, x86 does not
 //   -fsanitize=thread      accesses of two threads that no barrier or shuffle orders

@@ -19,6 +19,7 @@ struct Device {
   // The launch
   const std::function<void()>* body = nullptr;
   unsigned threads_per_block = 0, cluster_size = 0;
+  size_t allowed_shared = 0;  // what the next launch may ask for beyond the default
   SharedLayout layout;
   uint64_t order = 0;  // for TSan: the host, and blocks that run one after the other
 

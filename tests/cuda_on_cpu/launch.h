@@ -1,6 +1,8 @@
 // How a launch goes.
 #pragma once
 
+#include <utility>
+
 #include "scheduler.h"
 
 namespace cuda_on_cpu {
@@ -51,6 +53,11 @@ inline void check_launch(unsigned blocks, unsigned threads, unsigned cluster) {
   std::abort();
 }
 
+// Allows the next launch this many bytes of dynamic shared memory, as cudaFuncSetAttribute with
+// cudaFuncAttributeMaxDynamicSharedMemorySize does.  CUDA remembers the value for the kernel; here
+// it holds for one launch, so that no earlier launch hides that a later one did not ask.
+inline void allow_dynamic_shared(size_t bytes) { device.allowed_shared = bytes; }
+
 // Every CUDA thread executes body(), which calls a kernel with its arguments.  cluster: blocks of
 // one, 1 if the kernel knows nothing of clusters.
 inline void launch(unsigned blocks, unsigned threads, unsigned cluster, size_t shared_bytes,
@@ -61,7 +68,7 @@ inline void launch(unsigned blocks, unsigned threads, unsigned cluster, size_t s
   device.threads_per_block = blockDim.x = threads;
   gridDim.x = blocks;
   device.cluster_size = cluster;
-  device.layout.reset(shared_bytes);
+  device.layout.reset(shared_bytes, std::exchange(device.allowed_shared, 0));
   device.scheduler.adopt_running_thread();
   while (device.blocks.size() < cluster) device.blocks.push_back(std::make_unique<Block>());
   while (device.threads.size() < cluster * threads) {

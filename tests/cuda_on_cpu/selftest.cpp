@@ -117,6 +117,36 @@ void test_reversal() {
   }
 }
 
+// As much dynamic memory as a block has by default, and one static array beside it.
+void test_much_shared_memory() {
+  const size_t dynamic_bytes = 48 << 10, most = 227 << 10;
+  std::vector<float> out(32);
+  if (fault("shared-above-allowed"))
+    cuda_on_cpu::allow_dynamic_shared(dynamic_bytes - 1);
+  else if (fault("shared-above-gpu"))
+    cuda_on_cpu::allow_dynamic_shared(most - 64);
+  else if (!fault("shared-not-allowed"))
+    cuda_on_cpu::allow_dynamic_shared(most - 128);
+  cuda_on_cpu::launch(1, 32, 1, dynamic_bytes, [&] {
+    FD_SHARED(float, own, 32);
+    FD_DYNAMIC_SHARED(bytes);
+    float* const last = reinterpret_cast<float*>(bytes + dynamic_bytes) - 32;
+    own[threadIdx.x] = last[threadIdx.x] = float(threadIdx.x);
+    __syncwarp();
+    out[threadIdx.x] = own[31 - threadIdx.x] + last[31 - threadIdx.x];
+  });
+  for (unsigned i = 0; i < out.size(); ++i) expect("in much memory", out[i], 62. - 2 * i);
+
+  // What an earlier launch was allowed does not count, and the default needs no permission.
+  const size_t left = dynamic_bytes - sizeof(float) + (fault("shared-by-a-byte") ? 1 : 0);
+  cuda_on_cpu::launch(1, 1, 1, left, [&] {
+    FD_SHARED(float, own, 1);
+    *own = 3;
+    out[0] = *own;
+  });
+  expect("in all of the default memory", out[0], 3);
+}
+
 // Threads leave, others go on to barriers and shuffles.
 __global__ void early_exit(int* out) {
   FD_SHARED(int, numbers, 96);
@@ -204,6 +234,7 @@ int main(int argc, char** argv) {
   test_warps();
   test_block_sums();
   test_reversal();
+  test_much_shared_memory();
   test_early_exit();
   test_cluster_sums();
   test_vector_load();

@@ -7,12 +7,14 @@
 #include <memory>
 #include <vector>
 
+#include "emulated_gpu.h"
 #include "sanitizers.h"
 
 namespace cuda_on_cpu {
 
-constexpr size_t kMaxStaticBytes = 48 << 10;   // what ptxas accepts
-constexpr size_t kMaxSharedBytes = 227 << 10;  // what a block may ask for on sm_90
+// A block has this much unless the launch is allowed more; ptxas accepts no larger static arrays.
+constexpr size_t kDefaultSharedBytes = 48 << 10;
+constexpr size_t kMaxSharedBytes = 227 << 10;  // the most that any GPU here gives a block: sm_90
 
 // One array in shared memory.
 struct Slot {
@@ -24,10 +26,12 @@ struct Slot {
 // place when the first thread comes to it.  Between arrays lie bytes that nobody may touch.
 class SharedLayout {
  public:
-  void reset(size_t dynamic_bytes) {
+  // `allowed`: the dynamic bytes that the launch was allowed to ask for; 0: it did not ask.
+  void reset(size_t dynamic_bytes, size_t allowed) {
     slots_.clear();
     end_ = static_bytes_ = 0;
-    total_bytes_ = dynamic_bytes;
+    dynamic_bytes_ = dynamic_bytes;
+    allowed_bytes_ = allowed;
     add(nullptr, dynamic_bytes);
   }
 
@@ -43,7 +47,6 @@ class SharedLayout {
 
   const Slot& add_static(const void* site, size_t bytes) {
     static_bytes_ += bytes;
-    total_bytes_ += bytes;
     return add(site, bytes);
   }
 
@@ -56,17 +59,35 @@ class SharedLayout {
     constexpr size_t kAlignment = 16, kGap = 128;
     const size_t offset = (end_ / kGap + 2) * kGap + kAlignment;
     end_ = offset + bytes;
-    if (static_bytes_ > kMaxStaticBytes || total_bytes_ > kMaxSharedBytes || end_ + kGap > kArena) {
-      std::fprintf(stderr, "cuda_on_cpu: too much shared memory: %zu bytes, of them %zu static\n",
-                   total_bytes_, static_bytes_);
-      std::abort();
-    }
+    check_sizes();
+    if (end_ + kGap > kArena) too_much("there is no room for the bytes between the arrays");
     slots_.push_back({site, offset, bytes});
     return slots_.back();
   }
 
+  // The rules by which a GPU refuses a launch.  Static arrays count from where a thread comes to
+  // their declaration; on a GPU they count all, whether or not the kernel comes to them.
+  void check_sizes() const {
+    if (static_bytes_ > kDefaultSharedBytes) too_much("ptxas accepts 49152 static bytes");
+    if (allowed_bytes_ == 0) {
+      if (static_bytes_ + dynamic_bytes_ > kDefaultSharedBytes)
+        too_much("a launch has 49152 bytes unless allow_dynamic_shared() is called before it");
+      return;
+    }
+    if (dynamic_bytes_ > allowed_bytes_) too_much("that is more than was allowed");
+    if (static_bytes_ + allowed_bytes_ > size_t(shared_memory()))
+      too_much("the GPU has less than the static bytes and those allowed");
+  }
+
+  [[noreturn]] void too_much(const char* rule) const {
+    std::fprintf(stderr, "cuda_on_cpu: %zu static and %zu dynamic bytes of shared memory, %zu %s",
+                 static_bytes_, dynamic_bytes_, allowed_bytes_, "allowed: ");
+    std::fprintf(stderr, "%s\n", rule);
+    std::abort();
+  }
+
   std::vector<Slot> slots_;
-  size_t end_ = 0, static_bytes_ = 0, total_bytes_ = 0;
+  size_t end_ = 0, static_bytes_ = 0, dynamic_bytes_ = 0, allowed_bytes_ = 0;
 };
 
 // A block's own bytes.  Outside of a block's lifetime they are NaN bits, and poisoned under ASan.
