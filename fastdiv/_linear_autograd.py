@@ -18,12 +18,14 @@ from torch.autograd import forward_ad
 from . import _linear_ops
 from ._autograd import is_differentiated, row_loss, row_loss_and_stats
 from ._backend import use_kernel
+from ._inference import savable
 from ._linear_ops import HEADS, LinearCall, Tensors
 from .reference import Stats
 
 
 def linear_loss(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stats | None]:
     """The loss, reduced as the spec says, and statistics if the call asks for them."""
+    tensors = savable(*tensors)
     x, given = tensors[0], tensors[:HEADS]
     assert x is not None
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -254,6 +254,7 @@ def _distributions(axis: int | None, **given: Vector) -> tuple[Tensor, ...]:
 
 def _as_tensor(v: Vector, name: str) -> Tensor:
     if isinstance(v, Tensor):
+        _check.check_tensor(v, name)
         if v.dtype not in _check.FLOATS and (v.is_floating_point() or v.is_complex()):
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16, float64 or integers, got {v.dtype}"

@@ -24,6 +24,7 @@ from .._autograd import (
     row_loss_and_stats,
 )
 from .._backend import use_kernel
+from .._inference import savable
 from ..reference import Spec, Stats
 from . import _shard
 from ._whole import gathered
@@ -61,6 +62,7 @@ def is_transformed() -> bool:
 
 def shard_loss(call: Call, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:
     """The loss, the sum of the weights in a mean, and statistics if the call asks for them."""
+    rows = savable(*rows)
     x, t, label, class_weight, row_weight = rows
     assert x is not None
     if call.shards.world.size == 1 or is_transformed() or not use_kernel(x):
