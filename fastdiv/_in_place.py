@@ -6,6 +6,7 @@ Whether tensors share memory is decided by their addresses, sizes and strides.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +25,12 @@ def check_in_place(x: Tensor, **others: Tensor | None) -> None:
     """
     if not x.requires_grad:
         return  # and gets no gradient
-    if x.is_leaf:
-        raise ValueError(
-            "inplace_backward=True would overwrite a leaf tensor with its own gradient; "
-            "it is meant for logits that a model computed: use inplace_backward=False"
-        )
-    if torch.compiler.is_compiling():
-        return  # a fresh gradient
-    base = x._base
-    if base is not None and base.is_leaf and base.requires_grad:
-        raise ValueError(
-            f"inplace_backward=True would overwrite a leaf tensor of shape {tuple(base.shape)}, of "
-            f"which input is a view of shape {tuple(x.shape)}, with the gradient; it is meant for "
-            "logits that a model computed: use inplace_backward=False"
-        )
-    if not has_values(x):
+    check_no_leaf(x)
+    if not has_values(x):  # as in compiled code, which makes a fresh gradient
         return
+    leaf = _only_leaf(x)
+    if leaf is not None and has_values(leaf) and share_memory(x, leaf):
+        raise _of_leaf(x, leaf)
     if shares_with_itself(x):
         raise ValueError(
             f"inplace_backward=True would write several gradients to one place: input of shape "
@@ -53,6 +44,39 @@ def check_in_place(x: Tensor, **others: Tensor | None) -> None:
                 f"which shares memory with input of shape {tuple(x.shape)}, and which the backward "
                 f"needs: give {name}.clone(), or use inplace_backward=False"
             )
+
+
+def check_no_leaf(x: Tensor) -> None:
+    """Logits that are neither a leaf of autograd's graph nor a view of one."""
+    if not x.requires_grad:
+        return
+    if x.is_leaf:
+        raise _of_leaf(x, x)
+    if torch.compiler.is_compiling():
+        return  # a fresh gradient
+    base = x._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise _of_leaf(x, base)
+
+
+def _only_leaf(x: Tensor) -> Tensor | None:
+    """The one leaf that x was made of by functions of one tensor, as views are, if there is one.
+
+    It tells of views whose base is another tensor, and of functions that give back their argument.
+    """
+    node: Any = x.grad_fn
+    while node is not None and type(node).__name__ != "AccumulateGrad":
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    return None if node is None else node.variable
+
+
+def _of_leaf(x: Tensor, leaf: Tensor) -> ValueError:
+    view = "" if leaf is x else f", of which input is a view of shape {tuple(x.shape)},"
+    return ValueError(
+        f"inplace_backward=True would overwrite a leaf tensor of shape {tuple(leaf.shape)}{view} "
+        "with its own gradient; it is meant for logits that a model computed: use "
+        "inplace_backward=False"
+    )
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
