@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from typing import Any
 
@@ -152,15 +153,19 @@ def log_of_base(base: float | None) -> float:
     return math.log(base)
 
 
-def check_ignored(ignore_index: int, name: str = "ignore_index") -> None:
+def check_ignored(ignore_index: int, name: str = "ignore_index") -> int:
     """A whole number, which need not be a class."""
-    if type(ignore_index) is int:
-        return
-    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(
-            f"{name} must be an int, got {ignore_index!r}: to ignore no label, give a number that "
-            "is none, such as -100"
-        )
+    if type(ignore_index) in (int, torch.SymInt):
+        return ignore_index
+    try:
+        if not isinstance(ignore_index, bool):
+            return operator.index(ignore_index)
+    except TypeError:
+        pass
+    raise TypeError(
+        f"{name} must be an int, got {ignore_index!r}: to ignore no label, give a number that is "
+        "no class, such as -100"
+    )
 
 
 def same_device(x: Tensor, other: Tensor, name: str) -> None:

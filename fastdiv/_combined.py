@@ -71,8 +71,7 @@ class LabelSmoothingLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.size = size
-        _check.check_ignored(padding_idx, "padding_idx")
-        self.padding_idx = padding_idx
+        self.padding_idx = _check.check_ignored(padding_idx, "padding_idx")
         self.smoothing = _check.check_share(smoothing, "smoothing")
         self.normalize_length = normalize_length
         self.inplace_backward = inplace_backward
@@ -173,13 +172,12 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"divergence must be one of {names}, got {divergence!r}")
         _check.check_target_type(target_type)
         _check.check_reduction(reduction)
-        _check.check_ignored(ignore_index)
         self.divergence = divergence
         self.alpha = _check.check_share(alpha, "alpha")
         self.temperature = _check.check_positive(temperature, "temperature")
         self.scale_by_temperature = scale_by_temperature
         self.target_type = target_type
-        self.ignore_index = ignore_index
+        self.ignore_index = _check.check_ignored(ignore_index)
         self.reduction = reduction
         self.dim = dim
         self.divergence_options = dict(divergence_options or {})

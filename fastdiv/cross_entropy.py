@@ -191,7 +191,7 @@ def cross_entropy(
     _check.check_logits(input)
     dim = _check.class_dim(input, (1 if input.dim() > 1 else 0) if dim is None else dim)
     _check.check_reduction(reduction)
-    _check.check_ignored(ignore_index)
+    ignore_index = _check.check_ignored(ignore_index)
     classes = input.shape[dim]
     spec = cross_entropy_spec(
         target,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
+import shard_arguments
 from cases import PUBLIC_LOSSES
 from edges import same
 from in_place_calls import PROGRAMS, leaf, one_process, takes_it, target_of
+from ranks import Ranks
 
 # Of the options of one function and its module, one.
 SOME = {name: p for name, p in PROGRAMS.items() if not p[0].options}
@@ -285,3 +288,12 @@ def test_compiled_code_makes_a_fresh_gradient() -> None:
     x = big.clone().requires_grad_()
     value = fastdiv.kl_div(x[1:], big[:-1], target_type="logits")
     same(got, torch.autograd.grad(value, x)[0])
+
+
+@pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
+def test_ranks(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    try:
+        ranks.run(2, shard_arguments.in_place)
+    finally:
+        ranks.close()

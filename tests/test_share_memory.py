@@ -38,7 +38,7 @@ def test_share_memory_is_exact() -> None:
         assert share_memory(a, b) is share_memory(b, a) is expected, (a.stride(), b.stride())
         assert shares_with_itself(a) is (len(of_a) != len({*of_a})), (a.shape, a.stride())
         answers.append(expected)
-    assert answers.count(True) > 500 and answers.count(False) > 500
+    assert answers.count(True) > 300 and answers.count(False) > 300
 
 
 def test_what_takes_too_long_to_tell_is_taken_for_shared() -> None:

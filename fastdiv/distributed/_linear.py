@@ -131,8 +131,7 @@ def linear_cross_entropy(
         logits = layer.logits
         dim, classes = logits.dim() - 1, logits.shape[-1]
         _check.check_reduction(reduction)
-        ignored = -100 if ignore_index is None else ignore_index
-        _check.check_ignored(ignored)
+        ignored = _check.check_ignored(-100 if ignore_index is None else ignore_index)
         spec = cross_entropy_spec(
             target,
             classes + 1,  # one more at least, on the other ranks

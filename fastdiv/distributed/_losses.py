@@ -87,13 +87,12 @@ def cross_entropy(
         _check.check_logits(input)
         d = _check.class_dim(input, (1 if input.dim() > 1 else 0) if dim is None else dim)
         _check.check_reduction(reduction)
-        _check.check_ignored(ignore_index)
         spec = cross_entropy_spec(
             target,
             input.shape[d] + 1,  # one more at least, on the other ranks
             batch=input.shape[0],
             reduction=reduction,
-            ignore_index=ignore_index,
+            ignore_index=_check.check_ignored(ignore_index),
             label_smoothing=label_smoothing,
             smoothing=smoothing,
             temperature=temperature,
