@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _ops, reference
 from ._backend import use_kernel
+from ._inference import savable
 from ._torch_private import is_batched, is_transformed, light_apply, unwrap_if_dead
 from .reference import Spec, Stats
 
@@ -27,9 +28,9 @@ def row_loss(
     row_weight: Tensor | None = None,
 ) -> Tensor:
     """The loss of a matrix of logits ``[R, C]``, reduced as the spec says."""
+    rows = savable(x, t, label, class_weight, row_weight)
     if not use_kernel(x, spec.reduction == "pointwise"):
-        return reference.loss(spec, x, t, label, class_weight, row_weight)
-    rows = (x, t, label, class_weight, row_weight)
+        return reference.loss(spec, *rows)
     transformed = is_transformed()
     if torch.compiler.is_compiling():
         # Dynamo cannot trace a function of ours under vmap; operations of torch's it can.
@@ -48,7 +49,7 @@ def row_loss_and_stats(
     row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """The loss, and statistics of its rows from the same pass."""
-    rows = (x, t, label, class_weight, row_weight)
+    rows = savable(x, t, label, class_weight, row_weight)
     if not use_kernel(x):
         return reference.loss(spec, *rows), reference.stats(spec, x, t, label, row_weight)
     if torch.compiler.is_compiling():

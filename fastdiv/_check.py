@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ._backend import use_kernel
@@ -17,13 +20,28 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32, torch.uint8)
 TARGET_TYPES = ("logits", "log_probs", "probs")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
+NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 NO_LABEL_IGNORED = -(2**63)  # an ignore_index that no label has
+
+
+def check_tensor(v: Tensor, name: str) -> None:
+    """A tensor whose elements are at fixed distances in memory, each of them a number."""
+    if not isinstance(v, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(v).__name__}")
+    if v.is_nested:
+        raise TypeError(
+            f"{name} must be a dense Tensor, got a nested one of layout {v.layout}: give its "
+            "values(), or torch.nested.to_padded_tensor() of it with padding that does not count"
+        )
+    if v.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense Tensor, got layout {v.layout}: call to_dense()")
+    if v.is_quantized:
+        raise TypeError(f"{name} must not be quantized, got {v.dtype}: call dequantize()")
 
 
 def check_logits(x: Tensor, name: str = "input") -> None:
     """A tensor of a floating dtype that we have kernels for."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    check_tensor(x, name)
     if x.dtype not in FLOATS:
         raise TypeError(
             f"{name} must be of dtype float32, bfloat16, float16 or float64, got {x.dtype}"
@@ -33,9 +51,12 @@ def check_logits(x: Tensor, name: str = "input") -> None:
 
 
 def are_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are torch's own strided tensors on one device; some may be absent."""
-    return all(
-        type(v) in (Tensor, Parameter) and v.layout is torch.strided and v.device == x.device
+    """Whether these are torch's own strided tensors on one device; others than x may be absent."""
+    return x is not None and all(
+        type(v) in (Tensor, Parameter)
+        and v.layout is torch.strided
+        and not v.is_nested
+        and v.device == x.device
         for v in (x, *others)
         if v is not None
     )
@@ -66,8 +87,36 @@ def check_target_type(value: str | None, name: str = "target_type") -> str:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether this is a number of Python's; a flag is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def number(value: float, name: str) -> float:
+    """A real number, and not one that a derivative is asked for."""
+    if type(value) in NUMBERS:
+        return value
+    if isinstance(value, Tensor) and wants_gradient(value):
+        raise ValueError(f"{name} gets no gradient: give {name}.detach(), or a Python number")
+    shape = tuple(getattr(value, "shape", ()))
+    if math.prod(shape) != 1:
+        raise ValueError(f"{name} must be one number, got {type(value).__name__} of shape {shape}")
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    if kind in ("bool", "torch.bool") or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def wants_gradient(v: Tensor) -> bool:
+    """Whether a derivative by this tensor is asked for, in reverse or in forward mode."""
+    if v.requires_grad or torch.compiler.is_compiling():
+        return v.requires_grad
+    return forward_ad.unpack_dual(v).tangent is not None
+
+
 def check_positive(value: float, name: str) -> float:
     """A positive finite number."""
+    value = number(value, name)
     if not (0 < value < math.inf):
         raise ValueError(f"{name} must be a positive finite number, got {value}")
     return float(value)
@@ -80,6 +129,7 @@ def scale_of(temperature: float) -> float:
 
 def check_finite(value: float, name: str) -> float:
     """A finite number."""
+    value = number(value, name)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
@@ -87,6 +137,7 @@ def check_finite(value: float, name: str) -> float:
 
 def check_share(value: float, name: str) -> float:
     """A number in [0, 1]."""
+    value = number(value, name)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value}")
     return float(value)
@@ -96,18 +147,25 @@ def log_of_base(base: float | None) -> float:
     """What divides a value in nats to give one in this base."""
     if base is None:
         return 1.0
-    if check_positive(base, "base") == 1.0:
+    base = check_positive(base, "base")
+    if base == 1.0:
         raise ValueError("base must not be 1")
     return math.log(base)
 
 
-def check_in_place(x: Tensor) -> None:
-    """Logits that may be overwritten by their gradient."""
-    if x.is_leaf and x.requires_grad:
-        raise ValueError(
-            "inplace_backward=True would overwrite a leaf tensor with its own gradient; "
-            "it is meant for logits that a model computed"
-        )
+def check_ignored(ignore_index: int, name: str = "ignore_index") -> int:
+    """A whole number, which need not be a class."""
+    if type(ignore_index) in (int, torch.SymInt):
+        return ignore_index
+    try:
+        if not isinstance(ignore_index, bool):
+            return operator.index(ignore_index)
+    except TypeError:
+        pass
+    raise TypeError(
+        f"{name} must be an int, got {ignore_index!r}: to ignore no label, give a number that is "
+        "no class, such as -100"
+    )
 
 
 def same_device(x: Tensor, other: Tensor, name: str) -> None:
@@ -167,13 +225,10 @@ def row_vector(x: Tensor, dim: int, v: Tensor, name: str) -> Tensor:
 
 def weight_vector(x: Tensor, v: Tensor, name: str) -> Tensor:
     """A weight in the dtype of the loss; weights get no gradient."""
-    if not isinstance(v, Tensor) or not (
-        v.is_floating_point() or v.dtype in LABELS or v.dtype == torch.bool
-    ):
-        raise TypeError(
-            f"{name} must be a real Tensor, got {getattr(v, 'dtype', type(v).__name__)}"
-        )
-    if v.requires_grad:
+    check_tensor(v, name)
+    if not (v.is_floating_point() or v.dtype in LABELS or v.dtype == torch.bool):
+        raise TypeError(f"{name} must be a real Tensor, got {v.dtype}")
+    if wants_gradient(v):
         raise ValueError(
             f"{name} gets no gradient: detach it, or use reduction='none' and multiply the result"
         )
@@ -202,8 +257,7 @@ def class_weights(x: Tensor, classes: int, v: Tensor | None) -> Tensor | None:
 
 def check_label_type(y: Tensor, name: str) -> None:
     """A tensor of class indices."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(y).__name__}")
+    check_tensor(y, name)
     if y.dtype not in LABELS:
         raise TypeError(f"{name} must hold int64, int32 or uint8 class indices, got {y.dtype}")
 
@@ -230,8 +284,8 @@ def values_may_be_read(v: Tensor) -> bool:
 
 
 def values_exist(v: Tensor) -> bool:
-    """Whether the code runs on values: neither compiled, nor transformed, nor on fake tensors."""
-    if torch.compiler.is_compiling() or func_is_active():
+    """Whether the tensor has values: not in compiled or transformed code, nor if it is fake."""
+    if torch.compiler.is_compiling() or func_is_active() or v.is_meta:
         return False
     return not is_fake(v.detach())  # under FakeTensorMode, a real tensor's alias is fake
 

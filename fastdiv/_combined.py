@@ -71,16 +71,17 @@ class LabelSmoothingLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.size = size
-        self.padding_idx = padding_idx
+        self.padding_idx = _check.check_ignored(padding_idx, "padding_idx")
         self.smoothing = _check.check_share(smoothing, "smoothing")
         self.normalize_length = normalize_length
         self.inplace_backward = inplace_backward
         # Of label or not, and then of which other class.
-        self.entropy = float(stats.entropy([1 - smoothing, smoothing]))
-        self.entropy += smoothing * math.log(max(size - 1, 1))
+        self.entropy = float(stats.entropy([1 - self.smoothing, self.smoothing]))
+        self.entropy += self.smoothing * math.log(max(size - 1, 1))
 
     @torch.jit.unused  # a recogniser is scripted for its users with the loss it was trained with
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        _check.check_logits(x, "x")
         if x.dim() != 3 or x.shape[-1] != self.size:
             raise ValueError(f"x must be of shape (batch, length, {self.size}), got {(*x.shape,)}")
         value = cross_entropy(
@@ -176,7 +177,7 @@ class DistillationLoss(nn.Module):
         self.temperature = _check.check_positive(temperature, "temperature")
         self.scale_by_temperature = scale_by_temperature
         self.target_type = target_type
-        self.ignore_index = ignore_index
+        self.ignore_index = _check.check_ignored(ignore_index)
         self.reduction = reduction
         self.dim = dim
         self.divergence_options = dict(divergence_options or {})

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _check, _linear_ops
 from ._autograd import is_differentiated, row_loss, row_loss_and_stats
 from ._backend import use_kernel
+from ._inference import savable
 from ._linear_ops import HEADS, LinearCall, Tensors
 from ._torch_private import is_transformed
 from .reference import Stats
@@ -24,6 +25,7 @@ from .reference import Stats
 
 def linear_loss(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stats | None]:
     """The loss, reduced as the spec says, and statistics if the call asks for them."""
+    tensors = savable(*tensors)
     x, given = tensors[0], tensors[:HEADS]
     assert x is not None
     if is_transformed() or not use_kernel(x):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._backend import use_kernel
-from ._check import FLOATS, are_plain, row_shape
+from ._check import FLOATS, are_plain, is_number, row_shape
 from ._torch_private import function_mode_watches, is_exporting, is_jit_traced, is_transformed
 from .cross_entropy import cross_entropy as ours
 
@@ -63,10 +63,13 @@ def fused(
     if (
         size_average is None
         and reduce is None
+        and isinstance(reduction, str)
         and reduction in ("mean", "sum", "none")
-        and isinstance(label_smoothing, (int, float))
+        and is_number(label_smoothing)
         and 0 <= label_smoothing <= 1
+        and is_number(ignore_index)
         and isinstance(ignore_index, int)
+        and -(2**63) <= ignore_index < 2**63
         and _fit(input, target, weight, ignore_index)
     ):
         try:
@@ -93,7 +96,9 @@ def _watched() -> bool:
 
 def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
     """Whether these are tensors of which torch and we make the same, and there is a kernel."""
-    if not are_plain(input, target, weight) or input.dtype not in FLOATS or input.dim() == 0:
+    if target is None or not are_plain(input, target, weight):
+        return False
+    if input.dtype not in FLOATS or input.dim() == 0:
         return False
     dim = 1 if input.dim() > 1 else 0
     classes = input.shape[dim]

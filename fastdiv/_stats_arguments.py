@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import operator
@@ -13,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import _check, reference
+from ._torch_private import without_fake_mode
 
 Vector = Tensor | npt.ArrayLike
 Axis = int | Sequence[int] | None
@@ -50,7 +49,7 @@ def evaluate(
         raise ValueError(f"nan_policy must be one of {NAN_POLICIES}, got {nan_policy!r}")
     if _are_tensors(given):
         return _value(function, unit, axis, nan_policy, keepdims, given)
-    with _real_tensors():
+    with without_fake_mode():
         tensors = {name: _from_array(v, name) for name, v in given.items()}
         return _value(function, unit, axis, nan_policy, keepdims, tensors).numpy()[()]
 
@@ -74,11 +73,6 @@ def _are_tensors(given: dict[str, Vector]) -> bool:
         kinds = " and ".join(f"{name} is a {type(v).__name__}" for name, v in given.items())
         raise TypeError(f"{kinds}: give both as tensors, or neither")
     return all(tensors)
-
-
-def _real_tensors() -> contextlib.AbstractContextManager[Any]:
-    """Arrays have values, and give values, in FakeTensorMode as elsewhere."""
-    return unset_fake_temporarily()
 
 
 def _from_array(v: Any, name: str) -> Tensor:
@@ -163,7 +157,7 @@ def _check_values(v: Tensor, name: str, nan_policy: NanPolicy) -> None:
             f"{name} must hold probabilities, got {v[v < 0].min().item()}: take the softmax of "
             "logits, or give them to the functions of fastdiv itself"
         )
-    if nan_policy == "raise" and _check.values_exist(v) and not v.is_meta:
+    if nan_policy == "raise" and _check.values_exist(v):
         if bool((nans := v.isnan()).any()):
             raise ValueError(
                 f"The input contains nan values: {int(nans.sum())} in {name} of shape "

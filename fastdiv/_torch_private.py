@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -112,6 +113,17 @@ _FakeTensor = _find("torch._subclasses.fake_tensor", "FakeTensor")
 def is_fake(v: Tensor) -> bool:
     """Whether a tensor has a shape but no values (``FakeTensorMode``); else we go by its name."""
     return type(v).__name__ == "FakeTensor" if _FakeTensor is None else isinstance(v, _FakeTensor)
+
+
+# Arrays have values under FakeTensorMode, too.  Without the private name, they are taken for fake.
+without_fake_mode: Callable[[], AbstractContextManager[Any]] = (
+    _find("torch._subclasses.fake_tensor", "unset_fake_temporarily") or nullcontext
+)
+
+
+def viewed(v: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of; None where it is none, or where we cannot tell."""
+    return getattr(v, "_base", None)
 
 
 def is_jit_traced() -> bool:

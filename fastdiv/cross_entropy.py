@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _check
 from ._autograd import row_loss, row_loss_and_stats
 from ._dtensor import takes_dtensors
+from ._in_place import check_in_place
 from .reference import Spec, Stats
 
 Smoothing = Literal["all", "others"]
@@ -190,8 +191,7 @@ def cross_entropy(
     _check.check_logits(input)
     dim = _check.class_dim(input, (1 if input.dim() > 1 else 0) if dim is None else dim)
     _check.check_reduction(reduction)
-    if inplace_backward:
-        _check.check_in_place(input)
+    ignore_index = _check.check_ignored(ignore_index)
     classes = input.shape[dim]
     spec = cross_entropy_spec(
         target,
@@ -206,7 +206,7 @@ def cross_entropy(
         z_loss=z_loss,
         inplace=inplace_backward,
     )
-    soft = target.is_floating_point()
+    given, soft = (input, target), target.is_floating_point()
     if soft:
         _check.check_logits(target, "target")
         input, target = _check.same_dtype(input, target)
@@ -217,6 +217,8 @@ def cross_entropy(
         x, t = _check.same_rows(input, target, dim)
     else:
         x, y = _check.as_rows(input, dim), _check.labels(input, dim, target, "target", ignore_index)
+    if inplace_backward:
+        check_in_place(given[0], target=given[1], weight=weight, token_weight=token_weight)
     if return_stats:
         value, stats = row_loss_and_stats(spec, x, t, y, class_weight, row_weight)
         stats = Stats(*(_check.as_input(s, input, dim) for s in stats))

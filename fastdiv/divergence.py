@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _check
 from ._autograd import row_loss
 from ._dtensor import takes_dtensors
+from ._in_place import check_in_place
 from .reference import Spec
 
 
@@ -32,11 +33,12 @@ def of_rows(
     _check.check_target_type(target_type)
     dim = _check.class_dim(input, dim)
     _check.check_reduction(reduction, pointwise=True)
-    if inplace_backward:
-        _check.check_in_place(input)
+    given = (input, target)
     input, target = _check.same_dtype(input, target)
     row_weight = None if token_weight is None else _check.token_weights(input, dim, token_weight)
     x, t = _check.same_rows(input, target, dim)
+    if inplace_backward:
+        check_in_place(given[0], target=given[1], token_weight=token_weight)
     spec = Spec(
         loss=loss,
         target_type=target_type,

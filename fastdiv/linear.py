@@ -137,7 +137,7 @@ def linear_cross_entropy(
     Source: :func:`torch.nn.functional.linear_cross_entropy`; Wijmans et al., *Cut Your Losses in
     Large-Vocabulary Language Models* (2024); Hsu et al., *Liger Kernel* (2024).
     """
-    ignored = -100 if ignore_index is None else ignore_index
+    ignored = _check.check_ignored(-100 if ignore_index is None else ignore_index)
     if chunk_size is None:
         chunk_size = getattr(options, "batch_chunk_size", None)
     _layer.check_chunk_size(chunk_size)

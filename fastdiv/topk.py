@@ -9,6 +9,7 @@ from . import _check, reference_topk
 from ._autograd import row_loss
 from ._backend import use_kernel
 from ._dtensor import takes_dtensors
+from ._in_place import check_in_place
 from .reference import Spec, value_dtype
 
 LOSSES = {missing: loss for loss, missing in reference_topk.TOPK.items()}
@@ -106,10 +107,10 @@ def topk_kl_div(
         )
     _check.check_reduction(reduction)
     dim = _check.class_dim(input, dim)
-    if inplace_backward:
-        _check.check_in_place(input)
     row_weight = _check.token_weights(input, dim, token_weight)
     _check_shapes(input, values, indices, dim)
+    if inplace_backward:
+        check_in_place(input, values=values, indices=indices, token_weight=token_weight)
     x, v = _check.as_rows(input, dim), _check.as_rows(values, dim)
     y = _check.as_rows(indices, dim).to(torch.int64)
     native = use_kernel(x)

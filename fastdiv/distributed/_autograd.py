@@ -23,6 +23,7 @@ from .._autograd import (
     row_loss_and_stats,
 )
 from .._backend import use_kernel
+from .._inference import savable
 from .._torch_private import is_transformed
 from ..reference import Spec, Stats
 from . import _shard
@@ -56,6 +57,7 @@ class Call:
 
 def shard_loss(call: Call, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:
     """The loss, the sum of the weights in a mean, and statistics if the call asks for them."""
+    rows = savable(*rows)
     x, t, label, class_weight, row_weight = rows
     assert x is not None
     if call.shards.world.size == 1 or is_transformed() or not use_kernel(x):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from .._in_place import check_no_leaf
 from ..reference import Stats
 
 Placements = list[Any]
@@ -39,6 +40,8 @@ def _of_logits(function: Callable[..., Any], given: dict[str, Any]) -> Any:
     x = given["input"]
     if not isinstance(x, DTensor):
         raise TypeError("input must be a DTensor where another argument is one")
+    if given.get("inplace_backward"):
+        check_no_leaf(x)  # which its local tensor does not know
     dim = given["dim"]
     dim = (1 if x.dim() > 1 else 0) if dim is None else dim % x.dim()
     axis = _axis_of_classes(x, dim, "input")

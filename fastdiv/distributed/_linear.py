@@ -131,12 +131,13 @@ def linear_cross_entropy(
         logits = layer.logits
         dim, classes = logits.dim() - 1, logits.shape[-1]
         _check.check_reduction(reduction)
+        ignored = _check.check_ignored(-100 if ignore_index is None else ignore_index)
         spec = cross_entropy_spec(
             target,
             classes + 1,  # one more at least, on the other ranks
             batch=logits.shape[0],
             reduction=reduction,
-            ignore_index=-100 if ignore_index is None else ignore_index,
+            ignore_index=ignored,
             label_smoothing=label_smoothing,
             smoothing=smoothing,
             temperature=temperature,
@@ -154,7 +155,7 @@ def linear_cross_entropy(
             y,
             _check.class_weights(logits, classes, weight),
             _check.token_weights(logits, dim, token_weight),
-            (label_smoothing, smoothing),
+            (_check.check_share(label_smoothing, "label_smoothing"), smoothing),
             stats=return_stats,
             layer=layer,
             teacher=(t, None, None),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .. import _check
+from .._in_place import check_in_place
 from ..cross_entropy import cross_entropy_spec
 from ..divergence import js_loss
 from ..reference import Spec
@@ -86,14 +87,12 @@ def cross_entropy(
         _check.check_logits(input)
         d = _check.class_dim(input, (1 if input.dim() > 1 else 0) if dim is None else dim)
         _check.check_reduction(reduction)
-        if inplace_backward:
-            _check.check_in_place(input)
         spec = cross_entropy_spec(
             target,
             input.shape[d] + 1,  # one more at least, on the other ranks
             batch=input.shape[0],
             reduction=reduction,
-            ignore_index=ignore_index,
+            ignore_index=_check.check_ignored(ignore_index),
             label_smoothing=label_smoothing,
             smoothing=smoothing,
             temperature=temperature,
@@ -110,12 +109,14 @@ def cross_entropy(
             x, y = _check.as_rows(input, d), global_labels(input, d, target, "target")
         class_weight = _check.class_weights(logits, input.shape[d], weight)
         row_weight = _check.token_weights(logits, d, token_weight)
+        if inplace_backward:
+            check_in_place(input, target=target, weight=weight, token_weight=token_weight)
         return RowArguments(
             spec,
             y,
             class_weight,
             row_weight,
-            (label_smoothing, smoothing),
+            (_check.check_share(label_smoothing, "label_smoothing"), smoothing),
             stats=return_stats,
             input=input,
             dim=d,
@@ -148,11 +149,11 @@ def _divergence(
         _check.check_target_type(target_type)
         d = _check.class_dim(input, dim)
         _check.check_reduction(reduction)
-        if inplace_backward:
-            _check.check_in_place(input)
         logits, rows = _check.same_dtype(input, target)
         row_weight = _check.token_weights(logits, d, token_weight)
         x, t = _check.same_rows(logits, rows, d)
+        if inplace_backward:
+            check_in_place(input, target=target, token_weight=token_weight)
         spec = Spec(
             loss=name,
             target_type=target_type,

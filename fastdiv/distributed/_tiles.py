@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import _linear_ops, _ops, reference
 from .._autograd import is_differentiated
 from .._backend import use_kernel
+from .._inference import savable
 from .._linear import Problem, by_classes, by_rows
 from .._linear_autograd import linear_loss
 from .._linear_ops import HEADS, LinearCall, Tensors
@@ -74,6 +75,7 @@ class Tiles:
 
 def layer_loss(call: LayerCall, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:
     """The loss, the sum of the weights in a mean, and statistics if the call asks for them."""
+    tensors = savable(*tensors)
     x, weight, *_ = tensors
     assert x is not None and weight is not None
     if call.shards.world.size == 1:

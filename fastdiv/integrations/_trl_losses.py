@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._backend import use_kernel
-from .._check import FLOATS, are_plain
+from .._check import FLOATS, are_plain, is_number
 from ..divergence import js_div
 from ..entropy import entropy, log_prob, log_prob_and_entropy
 from ..reference import value_dtype
@@ -36,16 +36,17 @@ def generalized_jsd_loss(
     """:func:`fastdiv.js_div`; its ``beta`` is GKD's."""
     x, t = student_logits, teacher_logits
     if (
-        not _fit(x, t, labels)
+        t is None
+        or not _fit(x, t, labels)
         or t.dtype not in FLOATS
         or t.shape != x.shape
         or x.dim() < 2
         or (labels is not None and labels.shape != x.shape[:-1])
-        or not (_is_number(beta) and 0 <= beta <= 1)
+        or not (is_number(beta) and 0 <= beta <= 1)
         or not _is_temperature(temperature)
         or (num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean"))
         or logits_are_probs  # taken as they are, normalised or not
-        or not _is_number(top_k)
+        or not is_number(top_k)
         or 0 < top_k < x.shape[-1]
     ):
         return None
@@ -156,7 +157,8 @@ def _fit(x: Tensor, *others: Tensor | None) -> bool:
 
 def _fit_index(x: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> bool:
     return (
-        _fit(x, index, row_mask)
+        index is not None
+        and _fit(x, index, row_mask)
         and x.dim() > 1
         and index.dtype is torch.int64
         and index.numel() > 0
@@ -167,9 +169,5 @@ def _fit_index(x: Tensor, index: Tensor, temperature: float, row_mask: Tensor | 
     )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
-
-
 def _is_temperature(value: Any) -> bool:
-    return _is_number(value) and 0 < value < math.inf
+    return is_number(value) and 0 < value < math.inf
