@@ -10,6 +10,7 @@ kept in between, and a block's gradient is complete when the block is left.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,10 +118,20 @@ class Results:
     argmax: Tensor
 
 
+Look = Callable[[Rows, tuple[Any, ...], Tensor, Tensor], None]  # rows, tiles, values, records
+
+
 def by_rows(
-    p: Problem, loss_with_stats: int, grad: Tensor | None, gradients: list[Gradients]
+    p: Problem,
+    loss_with_stats: int,
+    grad: Tensor | None,
+    gradients: list[Gradients],
+    look: Look | None = None,
 ) -> Results:
-    """Values of the rows and, if asked for, statistics; adds to gradients for an upstream one."""
+    """Values of the rows and, if asked for, statistics; adds to gradients for an upstream one.
+
+    Without an upstream gradient, ``look`` is called for every chunk while its logits are held.
+    """
     stats, both = loss_with_stats >= 0, len(gradients) > 1
     out = Results(
         p.weight.new_zeros(_ops.value_shape(p.options, p.rows)),
@@ -144,6 +155,8 @@ def by_rows(
                 out.stats[:, rows], out.argmax[rows] = of_rows
             if upstream is None:
                 out.record[rows] = record
+                if look is not None:
+                    look(rows, tiles, value, record)
                 return
             dt = _ops.backward_in_place(upstream, *tiles, record, total, *p.options, both)
         for g, d in zip(gradients, (tiles[0], dt), strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,11 @@ def failures(group: Any, rank: int) -> dict[str, tuple[str, str]]:
     def linear(h: Any, w: Any, **options: Any) -> Any:
         return lambda: sharded.linear_cross_entropy(h, w, y[: len(h)], group=group, **options)
 
+    def layers(h: Any, g: Any) -> Any:
+        return lambda: sharded.linear_kl_div(h, w, g, target_linear_weight=w, group=group)
+
+    h = x[:, :3].contiguous()
+    turned = h.flip(0) if odd else h  # the same rows in another order
     short = x[: ROWS - 1] if odd else x
     cases = {
         "option": cross_entropy(reduction="all" if odd else "mean"),
@@ -53,6 +59,13 @@ def failures(group: Any, rank: int) -> dict[str, tuple[str, str]]:
         "loss": kl_div(x, x) if odd else cross_entropy(),
         "hidden gradient": linear(x[:, :3].clone().requires_grad_(odd), w),
         "labels": cross_entropy(y=y.flip(0).clamp(max=4) if odd else y),
+        "order of labels": cross_entropy(y=y[[1, 0, 2, 3, 4, 4]] if odd else y.clamp(max=4)),
+        "token weights": cross_entropy(y=y.clamp(max=4), token_weight=1.0 + y * odd),
+        "hidden states": linear(turned, w),
+        "one hidden state": linear(torch.where(h == h[-1, -1], h + odd * 1e-7, h), w),
+        "teacher": layers(h, turned),
+        "number": cross_entropy(num_classes=0 if odd else 10),
+        "numbers": cross_entropy(num_classes=10 + odd),
         "range": cross_entropy(y=y + 1000),
         "index": lambda: sharded.log_prob(x, y - 1, group=group),
         "nothing": cross_entropy(),
@@ -65,4 +78,26 @@ def dies(group: Any, rank: int) -> tuple[str, str]:
         os._exit(1)
     found = outcome(lambda: sharded.entropy(torch.randn(4, 3), group=group))
     assert found[0] == "RuntimeError", found
+    return found
+
+
+def gathered(group: Any, rank: int) -> dict[str, tuple[str, str]]:
+    """Every function with the number of classes, of logits that every rank has whole."""
+    x, w, y = torch.randn(ROWS, CLASSES), torch.randn(CLASSES, 3), torch.arange(ROWS) % CLASSES
+    arguments: dict[str, Any] = {
+        "cross_entropy": (x, y),
+        "entropy": (x,),
+        "log_prob": (x, y),
+        "log_prob_and_entropy": (x, y),
+        **{name: (x, x) for name in ("kl_div", "reverse_kl_div", "js_div")},
+        "linear_cross_entropy": (x[:, :3], w, y),
+        "linear_kl_div": (x[:, :3], w, x),
+    }
+    assert {*arguments, "token_mean"} == {*sharded.__all__}
+    found = {}
+    for name, tensors in arguments.items():
+        options: dict[str, Any] = {"target_type": "logits"} if name.endswith("_div") else {}
+        function = functools.partial(getattr(sharded, name), *tensors, group=group, **options)
+        found[name] = outcome(functools.partial(function, num_classes=CLASSES))
+        function(num_classes=CLASSES * torch.distributed.get_world_size(group))
     return found

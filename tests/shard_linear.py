@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import fastdiv
 import fastdiv.distributed as sharded
 from cases import make_inputs
 from edges import gradients, same
+from fastdiv.distributed import _local
 from shards import SIZES, classes_of, digest, size_of
 
 
@@ -78,6 +80,66 @@ def linear(group: Any, rank: int, dtype: torch.dtype) -> list[str]:
                 except AssertionError as error:
                     wrong.append(f"{name} {how}, tensor {i}: {error}")
             found.append(digest(*ours[:n]))
+    assert not wrong, "\n".join(wrong)
+    return found
+
+
+def infinite(group: Any, rank: int, like_gpu: bool) -> list[str]:
+    """Rows of infinite divergence, and a shard without mass, of layers; teachers' gradients too.
+
+    A GPU is not asked whether there are such rows: ``like_gpu`` does what is done there.
+    """
+    sizes, found, wrong = SIZES[size_of(group)], [], []
+    mine, last = classes_of(rank, sizes), classes_of(len(sizes) - 1, sizes)
+    hidden, teacher = make_inputs((40, 24), torch.float32, scale=1.0, seed=1)
+    w, v = make_inputs((sum(sizes), 24), torch.float32, scale=0.5, seed=2)
+    one, shard = torch.zeros(sum(sizes)), torch.zeros(sum(sizes))
+    one[sizes[0] + 1], shard[last] = -math.inf, -math.inf
+    t = teacher @ v.t()
+    t[::2, sizes[0] + 1] = -math.inf  # which makes these rows finite
+    t[::2, last] = -math.inf
+    p = t.softmax(-1)
+
+    def layers(m: Any, h: Tensor, g: Tensor, w: Tensor, v: Tensor, b: Tensor, **o: Any) -> Tensor:
+        return m.linear_kl_div(h, w, g, target_linear_weight=v, linear_bias=b, **o)
+
+    asked = _local._are_none
+    if like_gpu:
+        _local._are_none = lambda found: False
+    try:
+        for name, bias in (("one class", one), ("a shard", shard)):
+            for kind, target in (("layers", teacher), ("logits", t), ("probs", p)):
+                dense = kind != "layers"
+                f = layers
+                if dense:
+                    f = lambda m, h, t, w, b, k=kind, **o: m.linear_kl_div(  # noqa: E731
+                        h, w, t, target_type=k, linear_bias=b, **o
+                    )
+                weights = (w,) if dense else (w, v)
+                whole = gradients(
+                    lambda *a, f=f, b=bias: f(fastdiv, *a, b, reduction="none"),
+                    *(hidden, target, *weights),
+                )
+                ours = gradients(
+                    lambda *a, f=f, b=bias[mine]: f(
+                        sharded, *a, b, reduction="none", group=group, chunk_size=7
+                    ),
+                    *(hidden, target[:, mine] if dense else target),
+                    *(m[mine] for m in weights),
+                )
+                expected = (
+                    *whole[:2],
+                    whole[2][:, mine] if dense else whole[2],
+                    *(g[mine] for g in whole[3:]),
+                )
+                for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+                    try:
+                        same(a, b, 1e-4)
+                    except AssertionError as error:
+                        wrong.append(f"{name}, {kind}, tensor {i}: {error}")
+                found.append(digest(*ours[:2]))
+    finally:
+        _local._are_none = asked
     assert not wrong, "\n".join(wrong)
     return found
 

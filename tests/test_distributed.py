@@ -47,3 +47,9 @@ def test_reference(ranks: Ranks) -> None:
 @pytest.mark.parametrize("what", ["divergences", "rows_of_logits", "next_to_zero"])
 def test_hard_rows(ranks: Ranks, what: str, size: int) -> None:
     same_on_all(ranks.run(size, getattr(shard_edges, what)))
+
+
+def test_hard_rows_that_are_not_looked_for(ranks: Ranks) -> None:
+    """As on a GPU, which is not asked whether there are any."""
+    looked_for = ranks.run(3, shard_edges.divergences)
+    assert ranks.run(3, shard_edges.divergences_like_gpu) == looked_for

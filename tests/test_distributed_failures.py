@@ -32,6 +32,13 @@ EXPECTED = {
     "loss": ("RuntimeError", "loss: kl_div", ""),
     "hidden gradient": ("RuntimeError", "gradients of hidden states: [True, False]", ""),
     "labels": ("RuntimeError", "must have the same labels", ""),
+    "order of labels": ("RuntimeError", "the labels must be the same on every rank", ""),
+    "token weights": ("RuntimeError", "token_weight must be the same on every rank", ""),
+    "hidden states": ("RuntimeError", "input, the hidden states of a tensor-parallel layer", ""),
+    "one hidden state": ("RuntimeError", "input, the hidden states of a tensor-parallel", ""),
+    "teacher": ("RuntimeError", "target, the hidden states of a tensor-parallel teacher", ""),
+    "number": ("ValueError", "num_classes must be a positive", "num_classes must be a positive"),
+    "numbers": ("RuntimeError", "rank {odd}: num_classes: 11", ""),
     "range": ("IndexError", "target[0] is 1000, out of range for", ""),
     "index": ("IndexError", "index[0] is -1, out of range for", ""),
     "nothing": ("none", "", ""),
@@ -57,6 +64,20 @@ def test_every_rank_raises(ranks: Ranks, size: int) -> None:
                 assert theirs.format(odd=size - 1) in other[name][1], (name, other[name])
             else:
                 assert other[name] == odd[name], name
+
+
+def test_the_ranks_that_differ_are_named(ranks: Ranks) -> None:
+    found = ranks.run(4, shard_failures.failures)[0]
+    for name in ("order of labels", "token weights", "hidden states", "teacher"):
+        assert "between ranks 0, 1, 2 / rank 3" in found[name][1]
+
+
+def test_gathered_logits(ranks: Ranks) -> None:
+    """With the number of classes, logits that are not sharded are refused on all ranks."""
+    first, second = ranks.run(2, shard_failures.gathered)
+    assert first == second
+    for kind, text in first.values():
+        assert kind == "ValueError" and "num_classes=5 classes in all, got 5 + 5 = 10" in text
 
 
 def test_a_rank_that_dies(ranks: Ranks) -> None:

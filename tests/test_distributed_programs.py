@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import shard_dtensors
 import shard_linear
 import shard_programs
 import shards
@@ -29,6 +30,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.mark.parametrize("size", [2, 4])
 def test_linear(ranks: Ranks, size: int, dtype: torch.dtype) -> None:
     results = ranks.run(size, shard_linear.linear, dtype)
+    assert all(result == results[0] for result in results)
+
+
+@ON_CPU
+@pytest.mark.parametrize("size", [2, 3])
+def test_linear_rows_of_infinite_divergence(ranks: Ranks, size: int) -> None:
+    """The same bits whether a rank looks for such rows first, or, as on a GPU, cannot."""
+    results = [r for gpu in (False, True) for r in ranks.run(size, shard_linear.infinite, gpu)]
     assert all(result == results[0] for result in results)
 
 
@@ -59,6 +68,27 @@ def test_compiled(ranks: Ranks) -> None:
 @ON_CPU
 def test_dtensors(ranks: Ranks) -> None:
     ranks.run(4, shard_programs.dtensors)
+
+
+@ON_CPU
+@pytest.mark.parametrize("what", ["functions_of_logits", "functions_of_layers", "without_values"])
+def test_dtensors_everywhere(ranks: Ranks, what: str) -> None:
+    ranks.run(4, getattr(shard_dtensors, what))
+
+
+@ON_CPU
+def test_a_weight_of_data_parallel_ranks(ranks: Ranks) -> None:
+    """The error names both readings, on all ranks."""
+    for kind, text in ranks.run(4, shard_dtensors.fsdp):
+        assert kind == "RuntimeError" and text.startswith("input must be the same on every rank")
+        assert "tensor parallelism" in text and "FSDP2" in text
+
+
+@ON_CPU
+def test_plain_tensors_that_differ_beside_dtensors(ranks: Ranks) -> None:
+    for found in ranks.run(4, shard_dtensors.plain_tensors):
+        for name, (kind, text) in found.items():
+            assert kind == "RuntimeError" and "target must be the same" in text, (name, text)
 
 
 @ON_CPU

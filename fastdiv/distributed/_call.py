@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from .._backend import use_kernel
 from .._torch_private import is_transformed
 from ..cross_entropy import smoothing_rates
 from ..reference import Spec, Stats
+from ._alike import checksums
 from ._autograd import Call, shard_loss
 from ._mean import token_mean
-from ._world import Group, Plan, Shards, agree, checked, labels_in_short, world_of
+from ._world import Group, Plan, Shards, World, agree, checked, nothing_is_real, world_of
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Arguments:
     smoothing: tuple[float, str] | None = None  # whose rates depend on how many classes there are
     label_name: str = "target"
     stats: bool = False
+    num_classes: int | None = None  # of all shards, if the caller says so
 
 
 @dataclass(kw_only=True)
@@ -44,12 +46,15 @@ class RowArguments(Arguments):
 
 
 def loss_of(
-    prepare: Callable[[], RowArguments], group: Group, mean_group: Group = None
+    prepare: Callable[[], RowArguments],
+    group: Group,
+    mean_group: Group = None,
+    num_classes: int | None = None,
 ) -> tuple[Tensor, Stats | None]:
     """The loss of what ``prepare`` makes of the arguments, in their shape, and statistics."""
     world = world_of(group)
-    a = checked(world, prepare)
-    shards = agree(world, plan_of(a, a.x, a.x.shape[1], {"mean over": size_of(mean_group)}))
+    a = arguments_of(world, prepare, num_classes)
+    shards = shards_of(world, a, a.x, a.x.shape[1], {"mean over": size_of(mean_group)})
     call = call_of(a, shards, mean_group)
     value, total, stats = shard_loss(call, a.x, a.t, a.label, a.class_weight, a.row_weight)
     if stats is not None:
@@ -58,6 +63,53 @@ def loss_of(
     if a.spec.reduction == "none":
         value = value.reshape((*value.shape[:-1], *_check.row_shape(a.input, a.dim)))
     return value, stats
+
+
+A = TypeVar("A", bound=Arguments)
+
+
+def arguments_of(world: World, prepare: Callable[[], A], num_classes: int | None) -> A:
+    """The arguments of a rank, checked; where they are refused, all ranks raise."""
+
+    def prepared() -> A:
+        if num_classes is not None and not (isinstance(num_classes, int) and num_classes > 0):
+            raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
+        return replace(prepare(), num_classes=num_classes)
+
+    return checked(world, prepared)
+
+
+def shards_of(
+    world: World,
+    a: Arguments,
+    x: Tensor,
+    classes: int,
+    more: dict[str, Any],
+    hidden: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Shards:
+    """The shards of all ranks, if these mean the same and have all classes between them."""
+    plan = plan_of(a, x, classes, more)
+    if world.size > 1:
+        alike = checksums((a.label, a.row_weight, *hidden))
+        plan = replace(plan, labels=_labels_in_short(a), alike=alike)
+    shards = agree(world, plan)
+    if a.num_classes is not None and not nothing_is_real() and shards.classes != a.num_classes:
+        raise ValueError(
+            f"the shards of the ranks must have num_classes={a.num_classes} classes in all, got "
+            f"{' + '.join(map(str, shards.sizes))} = {shards.classes}: every rank must give its "
+            "own shard; logits that were gathered are for the functions of fastdiv"
+        )
+    return shards
+
+
+def _labels_in_short(a: Arguments) -> tuple[int, int, int]:
+    """The smallest and the largest label that counts, and the sum of all these."""
+    if a.label is None or not _check.values_may_be_read(a.label):
+        return 0, 0, 0
+    counting = a.label[a.label != a.spec.ignore_index]
+    if not counting.numel():
+        return 0, 0, 0
+    return int(counting.min()), int(counting.max()), int(counting.sum())
 
 
 def call_of(a: Arguments, shards: Shards, mean_group: Group) -> Call:
@@ -101,6 +153,8 @@ def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan
         "dtype": x.dtype,
         "device": x.device.type,
         "kernels": use_kernel(x) and not is_transformed(),
+        "num_classes": a.num_classes,
+        "values are compared": _check.values_may_be_read(x),
         **more,
     }
     if not compiling:
@@ -113,13 +167,9 @@ def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan
             "label smoothing": a.smoothing,
             "z_loss": spec.z_loss,
         }
-    counts = None
-    if a.label is not None and not compiling:
-        counts = a.label != spec.ignore_index
     return Plan(
         tuple(f"{name}: {value}" for name, value in what.items()),
         operator.index(classes),  # for the compiler: a constant, however dynamic the batch
-        labels_in_short(a.label, counts),
     )
 
 

@@ -19,6 +19,7 @@ def entropy(
     reduction: str = "none",
     group: Group = None,
     mean_group: Group = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     r"""Shannon entropy of rows of logits whose classes are sharded.
 
@@ -32,6 +33,8 @@ def entropy(
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
         group: The ranks that share the vocabulary; all processes for None.
         mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
+        num_classes: All classes of all shards.  If given, shards that do not have as many in all
+            are refused on every rank, as logits that were already gathered would be.
 
     Returns:
         The entropy, the same bits on every rank of ``group``.
@@ -61,7 +64,7 @@ def entropy(
         spec = Spec("entropy", reduction=reduction, batch=input.shape[0], scale=scale)
         return RowArguments(spec, input=input, dim=d, x=_check.as_rows(input, d))
 
-    value, _ = loss_of(prepare, group, mean_group)
+    value, _ = loss_of(prepare, group, mean_group, num_classes)
     return value if base is None else value / _check.log_of_base(base)
 
 
@@ -72,6 +75,7 @@ def log_prob(
     dim: int = -1,
     temperature: float = 1.0,
     group: Group = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     r"""Log-probability of one class a row of logits whose classes are sharded.
 
@@ -83,6 +87,8 @@ def log_prob(
         dim: Dimension of the classes.
         temperature: Divides the logits.
         group: The ranks that share the vocabulary; all processes for None.
+        num_classes: All classes of all shards.  If given, shards that do not have as many in all
+            are refused on every rank, as logits that were already gathered would be.
 
     Returns:
         One value a row in nats, the same bits on every rank of ``group``.
@@ -103,7 +109,7 @@ def log_prob(
 
     Source: :func:`fastdiv.log_prob`.
     """
-    return -_of_index("cross_entropy", input, index, dim, temperature, group)
+    return -_of_index("cross_entropy", input, index, dim, temperature, group, num_classes)
 
 
 def log_prob_and_entropy(
@@ -113,6 +119,7 @@ def log_prob_and_entropy(
     dim: int = -1,
     temperature: float = 1.0,
     group: Group = None,
+    num_classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Log-probability of one class a row, and entropy of the row, of sharded logits.
 
@@ -132,13 +139,19 @@ def log_prob_and_entropy(
 
     Source: :func:`fastdiv.log_prob_and_entropy`.
     """
-    both = _of_index("log_prob_and_entropy", input, index, dim, temperature, group)
+    both = _of_index("log_prob_and_entropy", input, index, dim, temperature, group, num_classes)
     log_prob, entropy = both.unbind(0)
     return log_prob, entropy
 
 
 def _of_index(
-    loss: str, input: Tensor, index: Tensor, dim: int, temperature: float, group: Group
+    loss: str,
+    input: Tensor,
+    index: Tensor,
+    dim: int,
+    temperature: float,
+    group: Group,
+    num_classes: int | None,
 ) -> Tensor:
     def prepare() -> RowArguments:
         _check.check_logits(input)
@@ -149,4 +162,4 @@ def _of_index(
         x = _check.as_rows(input, d)
         return RowArguments(spec, label, label_name="index", input=input, dim=d, x=x)
 
-    return loss_of(prepare, group)[0]
+    return loss_of(prepare, group, num_classes=num_classes)[0]

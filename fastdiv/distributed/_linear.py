@@ -14,9 +14,17 @@ from .._linear_ops import dtype_of_value
 from ..cross_entropy import cross_entropy_spec
 from ..linear_divergence import check_teacher
 from ..reference import Spec, Stats
-from ._call import Arguments, call_of, global_labels, mean_of, plan_of, size_of
+from ._call import (
+    Arguments,
+    arguments_of,
+    call_of,
+    global_labels,
+    mean_of,
+    shards_of,
+    size_of,
+)
 from ._tiles import LayerCall, layer_loss
-from ._world import Group, agree, checked, world_of
+from ._world import Group, world_of
 
 
 @dataclass(kw_only=True)
@@ -32,10 +40,13 @@ class LayerArguments(Arguments):
 
 
 def _loss_of(
-    prepare: Callable[[], LayerArguments], group: Group, mean_group: Group
+    prepare: Callable[[], LayerArguments],
+    group: Group,
+    mean_group: Group,
+    num_classes: int | None,
 ) -> tuple[Tensor, Stats | None]:
     world = world_of(group)
-    a = checked(world, prepare)
+    a = arguments_of(world, prepare, num_classes)
     x, weight, bias = a.layer.tensors
     t, t_weight, t_bias = a.teacher
     more = {
@@ -44,7 +55,8 @@ def _loss_of(
         # Which gradients are added up over the ranks.
         "gradients of hidden states": [v is not None and v.requires_grad for v in (x, t)],
     }
-    shards = agree(world, plan_of(a, x, len(weight), more))
+    hidden = x, None if t_weight is None else t
+    shards = shards_of(world, a, x, len(weight), more, hidden)
     call = call_of(a, shards, mean_group)
     dtype = dtype_of_value(x, t)
     weights = (None if w is None else w.to(dtype) for w in (a.class_weight, a.row_weight))
@@ -78,6 +90,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     group: Group = None,
     mean_group: Group = None,
+    num_classes: int | None = None,
 ) -> Any:
     r"""Cross entropy of a linear layer whose classes are sharded; no rank holds its logits whole.
 
@@ -104,6 +117,8 @@ def linear_cross_entropy(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
         group: The ranks that share the vocabulary; all processes for None.
         mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
+        num_classes: All classes of all shards.  If given, shards that do not have as many in all
+            are refused on every rank, as logits that were already gathered would be.
 
     Returns:
         The loss, the same bits on every rank of ``group``, and the statistics if asked for.
@@ -162,7 +177,7 @@ def linear_cross_entropy(
             chunk_size=chunk_size,
         )
 
-    value, stats = _loss_of(prepare, group, mean_group)
+    value, stats = _loss_of(prepare, group, mean_group, num_classes)
     return value if stats is None else (value, stats)
 
 
@@ -181,6 +196,7 @@ def linear_kl_div(
     chunk_size: int | None = None,
     group: Group = None,
     mean_group: Group = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of a linear layer whose classes are sharded.
 
@@ -203,6 +219,8 @@ def linear_kl_div(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
         group: The ranks that share the vocabulary; all processes for None.
         mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
+        num_classes: All classes of all shards.  If given, shards that do not have as many in all
+            are refused on every rank, as logits that were already gathered would be.
 
     Returns:
         The divergence in nats, the same bits on every rank of ``group``.
@@ -243,4 +261,4 @@ def linear_kl_div(
             spec, row_weight=weight, layer=layer, teacher=tensors, chunk_size=chunk_size
         )
 
-    return _loss_of(prepare, group, mean_group)[0]
+    return _loss_of(prepare, group, mean_group, num_classes)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -23,12 +24,16 @@ class Forward(NamedTuple):
     record: Tensor
     stats: Tensor | None = None  # lse, entropy, log_prob
     argmax: Tensor | None = None
+    terms: Tensor | None = None  # sums of them, of odd rows
+
+
+# From values, records and weights of some rows: the records to sum the terms of odd ones from, and
+# which these are; nothing if none is.
+Odd = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None]
 
 
 class Kernels(Protocol):
     """What computes on the logits of a shard, however these are held."""
-
-    skip_rows: bool  # a GPU, too: rows of weight 0 cost next to nothing
 
     def forward(
         self,
@@ -37,8 +42,9 @@ class Kernels(Protocol):
         class_weight: Tensor | None,
         weight: Tensor | None,
         stats: bool,
+        odd: Odd | None = None,
     ) -> Forward:
-        """Every row, with or without statistics."""
+        """Every row, with or without statistics, and with sums of the terms of odd ones."""
 
     def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
         """Sums of a divergence's terms from a given record, ``[R, 5]``; of rows of weight 1."""
@@ -50,10 +56,15 @@ class Dense:
 
     x: Tensor
     t: Tensor | None
-    skip_rows = True
 
     def forward(
-        self, spec: Spec, label: Any, class_weight: Any, weight: Any, stats: bool
+        self,
+        spec: Spec,
+        label: Any,
+        class_weight: Any,
+        weight: Any,
+        stats: bool,
+        odd: Odd | None = None,
     ) -> Forward:
         """See ``Kernels``."""
         rows = (self.x, self.t, label, class_weight, weight)
@@ -62,7 +73,10 @@ class Dense:
                 *rows, *_ops.options(spec, stats=True)
             )
             return Forward(value, record, of_rows, argmax)
-        return Forward(*_ops.forward(*rows, *_ops.options(spec))[:2])
+        value, record, _ = _ops.forward(*rows, *_ops.options(spec))
+        found = None if odd is None else odd(value, record, weight)
+        terms = None if found is None else self.terms(spec, *found)
+        return Forward(value, record, terms=terms)
 
     def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
         """See ``Kernels``."""
@@ -118,6 +132,7 @@ def columns(rows: Rows, kernels: Kernels, stats: bool) -> dict[str, Tensor]:
         rows.class_weight if rows.smoothed else None,
         None if stats else counts,  # which are of all rows
         stats or (rows.smoothed and label is not None),  # for the label's log-probability
+        odd_rows(rows),
     )
     record = dict(zip(RECORD, local.record.unbind(1), strict=True))
     out = {name: record[name] for name in ("x_max", "x_logz")}
@@ -126,7 +141,7 @@ def columns(rows: Rows, kernels: Kernels, stats: bool) -> dict[str, Tensor]:
     if spec.loss == "log_prob_and_entropy":
         return {**out, "label": local.value[0], "entropy": local.value[1]}
     if spec.loss in ("kl_div", "reverse_kl_div"):
-        return {**out, **_of_divergence(rows, kernels, local, record, counts)}
+        return {**out, **_of_divergence(rows, local, record)}
     if rows.smoothed:
         out |= {"value": local.value, "mass": record["a"]}
     if label is not None:
@@ -142,44 +157,66 @@ def columns(rows: Rows, kernels: Kernels, stats: bool) -> dict[str, Tensor]:
     return out
 
 
-def _of_divergence(
-    rows: Rows,
-    kernels: Kernels,
-    local: Forward,
-    record: dict[str, Tensor],
-    counts: Tensor | None,
-) -> dict[str, Tensor]:
+def _of_empty(rows: Rows) -> bool:
+    """Whether shards where only the target has mass must say how much that is."""
+    return rows.spec.loss == "kl_div" and rows.spec.target_type != "logits"
+
+
+def _of_infinite(rows: Rows) -> bool:
+    """Whether gradients of infinite rows need more than their values."""
+    if rows.spec.loss == "kl_div":
+        return rows.spec.target_type == "logits" and rows.need_t
+    return rows.spec.loss == "reverse_kl_div"
+
+
+def odd_rows(rows: Rows) -> Odd | None:
+    """What finds the few rows whose terms are summed once more, if there may be any.
+
+    By what sums change as the shard's log q all grow by 1, the finite terms are told.
+    """
+    of_empty, of_infinite = _of_empty(rows), _of_infinite(rows)
+    if not (of_empty or of_infinite):
+        return None
+
+    def odd(value: Tensor, record: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        x_logz = record[:, RECORD.index("x_logz")]
+        empty = x_logz == -torch.inf
+        found = (empty & of_empty) | (value.isinf() & of_infinite)
+        if weight is not None:
+            found &= weight != 0
+        if _are_none(found):
+            return None
+        shifted = record.clone()
+        shifted[:, RECORD.index("x_logz")] = torch.where(empty, 0.0, x_logz - 1)
+        shifted[:, RECORD.index("gap")] -= 1
+        return shifted, found.to(value.dtype)
+
+    return odd
+
+
+def _are_none(found: Tensor) -> bool:
+    """Whether there is no such row; a GPU is not asked, where rows of weight 0 cost little."""
+    return found.is_cpu and not found.any()
+
+
+def _of_divergence(rows: Rows, local: Forward, record: dict[str, Tensor]) -> dict[str, Tensor]:
     spec = rows.of_shard
-    forward, logits = spec.loss == "kl_div", spec.target_type == "logits"
+    forward = spec.loss == "kl_div"
     out = {"value": local.value}
-    if logits:
+    if spec.target_type == "logits":
         out |= {name: record[name] for name in ("t_max", "t_logz", "gap")}
     else:
         out["mass"] = 1 - record["a"] if forward else 1 + record["b"]
-    if rows.spec.loss == "js_div":  # sums its own terms later
-        return out
-    # Shards where only the target has mass, and sums that an infinite row's gradients need.
-    empty = record["x_logz"] == -torch.inf
-    of_empty, of_infinite = forward and not logits, not forward or (logits and rows.need_t)
-    odd = (empty & of_empty) | (local.value.isinf() & of_infinite)
-    if counts is not None:
-        odd &= counts != 0
-    if of_infinite:
+    if _of_infinite(rows):
         out["share"] = torch.full_like(local.value, NOTHING_INFINITE)
-    if not odd.any() if odd.is_cpu else not (kernels.skip_rows and (of_empty or of_infinite)):
+    if local.terms is None:
         return out
-    # A sweep over these few rows.  By what sums change as the shard's log q all grow by 1, the
-    # finite terms are told.
-    shifted = local.record.clone()
-    shifted[:, RECORD.index("x_logz")] = torch.where(empty, 0.0, record["x_logz"] - 1)
-    shifted[:, RECORD.index("gap")] -= 1
-    terms = kernels.terms(spec, shifted, odd.to(local.value.dtype))
-    _, u, v, q, p = terms.unbind(1)
-    if of_infinite:
+    _, u, v, q, p = local.terms.unbind(1)
+    if _of_infinite(rows):
         slope, moved = (record["b"], v / p) if forward else (record["a"], u / q)
-        infinite = odd & local.value.isinf()
+        infinite = local.value.isinf()
         out["value"] = torch.where(infinite, slope, local.value)
         out["share"] = torch.where(infinite, (moved - slope).abs(), out["share"])
-    if of_empty:
-        out["mass"] = torch.where(odd & empty, p, out["mass"])
+    if _of_empty(rows):
+        out["mass"] = torch.where(record["x_logz"] == -torch.inf, p, out["mass"])
     return out

@@ -33,6 +33,7 @@ def cross_entropy(
     return_stats: bool = False,
     group: Group = None,
     mean_group: Group = None,
+    num_classes: int | None = None,
 ) -> Any:
     r"""Cross entropy of logits whose classes are sharded over the ranks of a group.
 
@@ -60,6 +61,8 @@ def cross_entropy(
         group: The ranks that share the vocabulary; all processes for None.
         mean_group: Data-parallel ranks over whose rows, all of them, ``reduction="mean"`` is to
             average, as :func:`token_mean` does.  None: over this rank's rows.
+        num_classes: All classes of all shards.  If given, shards that do not have as many in all
+            are refused on every rank, as logits that were already gathered would be.
 
     Returns:
         The loss, the same bits on every rank of ``group``, and the statistics if asked for.
@@ -124,7 +127,7 @@ def cross_entropy(
             t=t,
         )
 
-    value, stats = loss_of(prepare, group, mean_group)
+    value, stats = loss_of(prepare, group, mean_group, num_classes)
     return value if stats is None else (value, stats)
 
 
@@ -140,6 +143,7 @@ def _divergence(
     inplace_backward: bool,
     group: Group,
     mean_group: Group,
+    num_classes: int | None,
     beta: float = 0.0,
 ) -> Tensor:
     def prepare() -> RowArguments:
@@ -165,7 +169,7 @@ def _divergence(
         )
         return RowArguments(spec, row_weight=row_weight, input=input, dim=d, x=x, t=t)
 
-    return loss_of(prepare, group, mean_group)[0]
+    return loss_of(prepare, group, mean_group, num_classes)[0]
 
 
 def kl_div(
@@ -180,6 +184,7 @@ def kl_div(
     inplace_backward: bool = False,
     group: Group = None,
     mean_group: Group = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of sharded rows, :math:`\mathrm{KL}(p \| q)`.
 
@@ -196,6 +201,8 @@ def kl_div(
         inplace_backward: The gradient is written over the logits.
         group: The ranks that share the vocabulary; all processes for None.
         mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
+        num_classes: All classes of all shards.  If given, shards that do not have as many in all
+            are refused on every rank, as logits that were already gathered would be.
 
     Returns:
         The divergence in nats, the same bits on every rank of ``group``.
@@ -218,7 +225,7 @@ def kl_div(
     Source: :func:`fastdiv.kl_div`, by the chain rule over groups of classes.
     """
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return _divergence("kl_div", input, target, *how, group, mean_group)
+    return _divergence("kl_div", input, target, *how, group, mean_group, num_classes)
 
 
 def reverse_kl_div(
@@ -233,6 +240,7 @@ def reverse_kl_div(
     inplace_backward: bool = False,
     group: Group = None,
     mean_group: Group = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     r"""Reverse Kullback-Leibler divergence of sharded rows, :math:`\mathrm{KL}(q \| p)`.
 
@@ -252,7 +260,7 @@ def reverse_kl_div(
     Source: :func:`fastdiv.reverse_kl_div`.
     """
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return _divergence("reverse_kl_div", input, target, *how, group, mean_group)
+    return _divergence("reverse_kl_div", input, target, *how, group, mean_group, num_classes)
 
 
 def js_div(
@@ -268,6 +276,7 @@ def js_div(
     inplace_backward: bool = False,
     group: Group = None,
     mean_group: Group = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     r"""Generalised Jensen-Shannon divergence of sharded rows.
 
@@ -290,4 +299,4 @@ def js_div(
     Source: :func:`fastdiv.js_div`.
     """
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return _divergence("js_div", input, target, *how, group, mean_group, beta)
+    return _divergence("js_div", input, target, *how, group, mean_group, num_classes, beta)

@@ -27,7 +27,7 @@ from .._torch_private import is_transformed
 from ..reference import Spec, Stats
 from . import _shard
 from ._autograd import Call, whole_loss
-from ._local import Forward
+from ._local import Forward, Odd
 from ._shard import ShardedRows
 from ._whole import shared
 from ._world import Shards, World, sum_over
@@ -46,7 +46,6 @@ class Tiles:
 
     tensors: Tensors
     chunk_size: int
-    skip_rows = False
 
     def _problem(self, spec: Spec, label: Any, class_weight: Any, weight: Any) -> Problem:
         x, w, b, t, t_weight, t_bias = self.tensors[:HEADS]
@@ -56,12 +55,30 @@ class Tiles:
         return Problem(Head(x, w, b), teacher, *rows, [*_ops.options(spec)], self.chunk_size)
 
     def forward(
-        self, spec: Spec, label: Any, class_weight: Any, weight: Any, stats: bool
+        self,
+        spec: Spec,
+        label: Any,
+        class_weight: Any,
+        weight: Any,
+        stats: bool,
+        odd: Odd | None = None,
     ) -> Forward:
         """See ``Kernels``."""
         p = self._problem(spec, label, class_weight, weight)
-        out = by_rows(p, _ops.options(spec, stats=True)[0] if stats else -1, None, [])
-        return Forward(out.value, out.record, *((out.stats, out.argmax) if stats else ()))
+        sums: Tensor | None = None
+
+        def look(rows: Any, tiles: Any, value: Tensor, record: Tensor) -> None:
+            nonlocal sums
+            found = None if odd is None else odd(value, record, tiles[-1])
+            if found is not None:
+                if sums is None:
+                    sums = record.new_zeros(p.rows, _ops.TERM_SUMS)
+                of_rows, which = found
+                sums[rows] = _ops.terms(*tiles[:-1], which, of_rows, *p.options)
+
+        out = by_rows(p, _ops.options(spec, stats=True)[0] if stats else -1, None, [], look)
+        of_rows, argmax = (out.stats, out.argmax) if stats else (None, None)
+        return Forward(out.value, out.record, of_rows, argmax, sums)
 
     def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
         """See ``Kernels``."""

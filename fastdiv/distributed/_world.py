@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .. import _check
-from .._torch_private import constant
+from .._torch_private import constant, is_fake
+from ._alike import ALIKE, check_alike
 
 T = TypeVar("T")
 Group = Any  # torch.distributed.ProcessGroup, of which a torch without distributed has none
@@ -80,12 +80,13 @@ class Plan:
     call: tuple[str, ...]
     classes: int = 0
     labels: tuple[int, int, int] = (0, 0, 0)  # smallest, largest, sum; of those that count
+    alike: tuple[int, ...] = (0,) * len(ALIKE)  # checksums of tensors that all ranks have alike
 
     def header(self, failed: bool = False) -> list[int]:
         """Of one length and dtype whatever the plan: the one exchange that cannot mismatch."""
         digest = hashlib.blake2b(repr(self.call).encode(), digest_size=8).digest()
         code = int.from_bytes(digest, "little", signed=True)
-        return [int(failed), code, self.classes, *self.labels]
+        return [int(failed), code, self.classes, *self.labels, *self.alike]
 
 
 def checked(world: World, prepare: Callable[[], T]) -> T:
@@ -95,18 +96,18 @@ def checked(world: World, prepare: Callable[[], T]) -> T:
     try:
         return prepare()
     except Exception as error:
-        if world.size > 1 and _every_call(world.name):
-            _gather_numbers(world, Plan(()).header(failed=True))
+        if world.size > 1 and every_call(world.name) and not nothing_is_real():
+            gather_numbers(world, Plan(()).header(failed=True))
             _gather_objects(world, f"{type(error).__name__}: {error}")
         raise
 
 
 def agree(world: World, plan: Plan) -> Shards:
     """The shards of all ranks, if all are about to do the same."""
-    if world.size == 1:
-        return Shards(world, (plan.classes,))
-    if torch.compiler.is_compiling() or not _every_call(world.name):
-        of_plan = plan.call, plan.classes, plan.labels
+    if world.size == 1 or nothing_is_real():
+        return Shards(world, (plan.classes,) * world.size)
+    if torch.compiler.is_compiling() or not every_call(world.name):
+        of_plan = plan.call, plan.classes, plan.labels, plan.alike
         return Shards(world, _agree_once((world.name, world.rank, world.size), of_plan))
     return Shards(world, _agree(world, plan))
 
@@ -125,8 +126,9 @@ def _agree_once(world: tuple[str, int, int], plan: tuple[Any, ...]) -> tuple[int
 
 
 def _agree(world: World, plan: Plan) -> tuple[int, ...]:
-    headers = _gather_numbers(world, plan.header())
-    failed, codes, classes, *labels = zip(*headers, strict=True)
+    headers = gather_numbers(world, plan.header())
+    failed, codes, classes, *rest = zip(*headers, strict=True)
+    labels, alike = rest[: -len(ALIKE)], rest[-len(ALIKE) :]
     if any(failed):
         texts = _gather_objects(world, None)
         rank = next(r for r, text in enumerate(texts) if text)
@@ -143,21 +145,20 @@ def _agree(world: World, plan: Plan) -> tuple[int, ...]:
         raise RuntimeError(
             "every rank must have the same labels, all of them global:\n" + _by_rank(texts)
         )
+    check_alike(list(zip(*alike, strict=True)))
     return classes
+
+
+def nothing_is_real() -> bool:
+    """Whether new tensors are fake (``FakeTensorMode``), so that no rank can be asked anything.
+
+    The others are taken to have as many classes as this one.
+    """
+    return not torch.compiler.is_compiling() and is_fake(torch.empty(0))
 
 
 def _by_rank(texts: list[str]) -> str:
     return "\n".join(f"  rank {r}: {text}" for r, text in enumerate(texts))
-
-
-def labels_in_short(label: Tensor | None, weight: Tensor | None) -> tuple[int, int, int]:
-    """Of labels whose values may be read, what tells them from another rank's."""
-    if label is None or not _check.values_may_be_read(label):
-        return 0, 0, 0
-    counting = label if weight is None else label[weight != 0]
-    if not counting.numel():
-        return 0, 0, 0
-    return int(counting.min()), int(counting.max()), int(counting.sum())
 
 
 # --- the exchange -----------------------------------------------------------------------------
@@ -174,12 +175,12 @@ def _group(name: str) -> Any:
     return distributed_c10d._resolve_process_group(name)  # type: ignore
 
 
-def _every_call(name: str) -> bool:
+def every_call(name: str) -> bool:
     """Whether ranks compare every call, or only those of a new kind, to wait for no GPU."""
     return _device(name).type == "cpu" or os.environ.get("FASTDIV_CHECK") == "1"
 
 
-def _gather_numbers(world: World, mine: list[int]) -> list[list[int]]:
+def gather_numbers(world: World, mine: list[int]) -> list[list[int]]:
     numbers = torch.tensor(mine, dtype=torch.int64, device=_device(world.name))
     return gather(world, numbers).tolist()
 
