@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from ._backend import use_kernel
+from ._recording import of_constant_size
 from .reference import value_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -118,6 +119,7 @@ def same_device(x: Tensor, other: Tensor, name: str) -> None:
 
 def as_rows(x: Tensor, dim: int) -> Tensor:
     """A matrix with the classes last and contiguous; a view where there is one."""
+    x = of_constant_size(x, dim)
     if dim != 1 or x.dim() != 2:
         x = x.movedim(dim, -1)
         x = x.reshape(-1, x.shape[-1])

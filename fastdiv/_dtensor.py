@@ -7,17 +7,20 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from ._recording import recorded
 
 F = TypeVar("F", bound=Callable[..., Any])
 PLAIN = {Tensor, Parameter}
 
 
 def takes_dtensors(function: F) -> F:
-    """The same function, which of DTensors takes the shards.
+    """The same function, which takes the shards of DTensors, and can be traced.
 
-    Nothing but a look at a dictionary where nobody has imported torch's DTensor.
+    Where nobody has imported torch's DTensor, a look at a dictionary is all that DTensors cost.
     """
 
     @functools.wraps(function)
@@ -29,6 +32,8 @@ def takes_dtensors(function: F) -> F:
                         from .distributed import _dtensor
 
                         return _dtensor.call(function, args, kwargs)
+        if torch.jit.is_tracing():
+            return recorded(function, args, kwargs)
         return function(*args, **kwargs)
 
     return cast(F, call)

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _check
 from ._autograd import row_loss, row_loss_and_stats
 from ._dtensor import takes_dtensors
+from ._recording import size_of
 from .reference import Spec, Stats
 
 Smoothing = Literal["all", "others"]
@@ -192,7 +193,7 @@ def cross_entropy(
     _check.check_reduction(reduction)
     if inplace_backward:
         _check.check_in_place(input)
-    classes = input.shape[dim]
+    classes = size_of(input, dim)
     spec = cross_entropy_spec(
         target,
         classes,

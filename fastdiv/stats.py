@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _check, reference
+from ._recording import recordable
 from .reference_divergences import log_of, masked_product
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
 Vector = Tensor | npt.ArrayLike
 
 
+@recordable
 def information_content(pk: Vector, base: float | None = None, axis: int | None = -1) -> Any:
     r"""Information content of every event: what its observation tells.
 
@@ -57,6 +59,7 @@ def information_content(pk: Vector, base: float | None = None, axis: int | None 
     return _like(pk, _information(p) / unit)
 
 
+@recordable
 def entropy(
     pk: Vector, qk: Vector | None = None, base: float | None = None, axis: int | None = -1
 ) -> Any:
@@ -102,6 +105,7 @@ def entropy(
     return _like(pk, masked_product(p, _information(p)).sum(axis) / unit)
 
 
+@recordable
 def cross_entropy(pk: Vector, qk: Vector, base: float | None = None, axis: int | None = -1) -> Any:
     r"""Cross entropy of two probability vectors.
 
@@ -121,6 +125,7 @@ def cross_entropy(pk: Vector, qk: Vector, base: float | None = None, axis: int |
     return _like(pk, reference.expected(p, _information(q)).sum(axis) / unit)
 
 
+@recordable
 def kl_div(pk: Vector, qk: Vector, base: float | None = None, axis: int | None = -1) -> Any:
     r"""Kullback-Leibler divergence of the second vector from the first.
 
@@ -142,6 +147,7 @@ def kl_div(pk: Vector, qk: Vector, base: float | None = None, axis: int | None =
     return _like(pk, _not_negative(_relative_entropy(p, q).sum(axis)) / unit)
 
 
+@recordable
 def js_div(pk: Vector, qk: Vector, base: float | None = None, axis: int | None = -1) -> Any:
     r"""Jensen-Shannon divergence of two probability vectors.
 
@@ -164,6 +170,7 @@ def js_div(pk: Vector, qk: Vector, base: float | None = None, axis: int | None =
     return _like(pk, _jensen_shannon(p, q, axis) / unit)
 
 
+@recordable
 def jensenshannon(p: Vector, q: Vector, base: float | None = None, axis: int | None = -1) -> Any:
     r"""Jensen-Shannon distance of two probability vectors: a metric.
 

@@ -59,6 +59,11 @@ class Shards:
 
 def world_of(group: Group) -> World:
     """The ranks of a group; of all processes for None."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record the collectives of fastdiv.distributed: trace a model "
+            "without its loss, or a function of fastdiv, which takes whole rows"
+        )
     if group is None:
         return World(*_default_world())
     return World(group.group_name, dist.get_rank(group), dist.get_world_size(group))
