@@ -65,6 +65,11 @@ def backend(name: str) -> Iterator[None]:
         _current = previous
 
 
+def is_native() -> bool:
+    """Whether a kernel is demanded of every loss."""
+    return _current == "native"
+
+
 def use_kernel(x: torch.Tensor, pointwise: bool = False) -> bool:
     """Whether a kernel computes a loss of these logits; raises where one is demanded in vain."""
     if _current == "reference":

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ._backend import use_kernel
+from ._recording import of_constant_size
 from ._torch_private import func_is_active, is_fake
 from .reference import value_dtype
 
@@ -176,6 +177,7 @@ def same_device(x: Tensor, other: Tensor, name: str) -> None:
 
 def as_rows(x: Tensor, dim: int) -> Tensor:
     """A matrix with the classes last and contiguous; a view where there is one."""
+    x = of_constant_size(x, dim)
     if dim != 1 or x.dim() != 2:
         x = x.movedim(dim, -1)
         x = x.reshape(-1, x.shape[-1])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _check, stats
 from ._divergence_modules import FUNCTIONS
+from ._recording import recordable
 from .cross_entropy import cross_entropy
 
 
@@ -80,6 +81,7 @@ class LabelSmoothingLoss(nn.Module):
         self.entropy += self.smoothing * math.log(max(size - 1, 1))
 
     @torch.jit.unused  # a recogniser is scripted for its users with the loss it was trained with
+    @recordable
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         _check.check_logits(x, "x")
         if x.dim() != 3 or x.shape[-1] != self.size:
@@ -182,6 +184,7 @@ class DistillationLoss(nn.Module):
         self.dim = dim
         self.divergence_options = dict(divergence_options or {})
 
+    @recordable
     def forward(
         self, input: Tensor, target: Tensor, labels: Tensor, token_weight: Tensor | None = None
     ) -> Tensor:

@@ -10,14 +10,17 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._recording import recorded
+from ._torch_private import is_jit_traced
+
 F = TypeVar("F", bound=Callable[..., Any])
 PLAIN = {Tensor, Parameter}
 
 
 def takes_dtensors(function: F) -> F:
-    """The same function, which of DTensors takes the shards.
+    """The same function, which takes the shards of DTensors, and can be traced.
 
-    Nothing but a look at a dictionary where nobody has imported torch's DTensor.
+    Where nobody has imported torch's DTensor, a look at a dictionary is all that DTensors cost.
     """
 
     @functools.wraps(function)
@@ -29,6 +32,8 @@ def takes_dtensors(function: F) -> F:
                         from .distributed import _dtensor
 
                         return _dtensor.call(function, args, kwargs)
+        if is_jit_traced():
+            return recorded(function, args, kwargs)
         return function(*args, **kwargs)
 
     return cast(F, call)

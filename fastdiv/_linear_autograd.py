@@ -48,8 +48,8 @@ def _unfused(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stats |
     if t is not None:
         t = t if t_weight is None else F.linear(t, t_weight, t_bias)
         dtype = torch.promote_types(x.dtype, t.dtype)
-        x, t = x.to(dtype), t.to(dtype)
-    rows = (x, t, label, class_weight, row_weight)
+        x, t = x.to(dtype), _check.as_rows(t.to(dtype), 1)
+    rows = (_check.as_rows(x, 1), t, label, class_weight, row_weight)
     if call.stats:
         return row_loss_and_stats(call.spec, *rows)
     return row_loss(call.spec, *rows), None

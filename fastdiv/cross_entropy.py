@@ -10,6 +10,7 @@ from . import _check
 from ._autograd import row_loss, row_loss_and_stats
 from ._dtensor import takes_dtensors
 from ._in_place import check_in_place
+from ._recording import size_of
 from .reference import Spec, Stats
 
 Smoothing = Literal["all", "others"]
@@ -192,7 +193,7 @@ def cross_entropy(
     dim = _check.class_dim(input, (1 if input.dim() > 1 else 0) if dim is None else dim)
     _check.check_reduction(reduction)
     ignore_index = _check.check_ignored(ignore_index)
-    classes = input.shape[dim]
+    classes = size_of(input, dim)
     spec = cross_entropy_spec(
         target,
         classes,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _check, _layer
 from ._dtensor import takes_dtensors
+from ._recording import size_of
 from .cross_entropy import cross_entropy, cross_entropy_spec
 from .reference import Spec, Stats
 
@@ -159,7 +160,8 @@ def linear_cross_entropy(
         )
     layer = _layer.make_layer(input, linear_weight, linear_bias)
     logits = layer.logits
-    dim, classes = logits.dim() - 1, logits.shape[-1]
+    dim = logits.dim() - 1
+    classes = size_of(logits, dim)
     _check.check_reduction(reduction)
     spec = cross_entropy_spec(
         target,

@@ -83,7 +83,9 @@ def log_powers(
     above_q = torch.where(apart, -torch.inf, alpha * log_ratio)
     log_w = torch.where(apart, -torch.inf, alpha * log_ratio + torch.where(apart, 0.0, lq))
     mass = q if alpha < 0 else p
-    infinite = apart & (mass != 0) & (not 0 <= alpha <= 1)
+    infinite = apart & (mass != 0)
+    if 0 <= alpha <= 1:
+        infinite = torch.zeros_like(infinite)
     return log_w, above_q, infinite
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._recording import recordable
 from ._stats_arguments import Axis, Distributions, NanPolicy, Vector, evaluate
 from .reference_divergences import log_of, masked_product
 
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 
+@recordable
 def information_content(
     pk: Vector,
     base: float | None = None,
@@ -67,6 +69,7 @@ def information_content(
     return evaluate(_information_content, base, axis, nan_policy, pk=pk)
 
 
+@recordable
 def entropy(
     pk: Vector,
     qk: Vector | None = None,
@@ -127,6 +130,7 @@ def entropy(
     return evaluate(_entropy, base, axis, nan_policy, keepdims, pk=pk)
 
 
+@recordable
 def cross_entropy(
     pk: Vector,
     qk: Vector,
@@ -152,6 +156,7 @@ def cross_entropy(
     return evaluate(_cross_entropy, base, axis, nan_policy, keepdims, pk=pk, qk=qk)
 
 
+@recordable
 def kl_div(
     pk: Vector,
     qk: Vector,
@@ -179,6 +184,7 @@ def kl_div(
     return evaluate(_kl_div, base, axis, nan_policy, keepdims, pk=pk, qk=qk)
 
 
+@recordable
 def js_div(
     pk: Vector,
     qk: Vector,
@@ -207,6 +213,7 @@ def js_div(
     return evaluate(_js_div, base, axis, nan_policy, keepdims, pk=pk, qk=qk)
 
 
+@recordable
 def jensenshannon(
     p: Vector,
     q: Vector,

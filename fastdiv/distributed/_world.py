@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .._torch_private import constant, is_fake
+from .._torch_private import constant, is_fake, is_jit_traced
 from ._alike import ALIKE, check_alike
 
 T = TypeVar("T")
@@ -54,6 +54,11 @@ class Shards:
 
 def world_of(group: Group) -> World:
     """The ranks of a group; of all processes for None."""
+    if is_jit_traced():
+        raise RuntimeError(
+            "torch.jit.trace cannot record the collectives of fastdiv.distributed: trace a model "
+            "without its loss, or a function of fastdiv, which takes whole rows"
+        )
     if group is None:
         return World(*_default_world())
     return World(group.group_name, dist.get_rank(group), dist.get_world_size(group))
