@@ -15,7 +15,6 @@ import scipy.stats
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fastdiv
 from fastdiv import stats
 from scipy_values import EVERY_PAIR, NAN, PAIRS, Function, close, value
 
@@ -266,11 +265,9 @@ def test_fake_and_meta_tensors(ours: Function, nan_policy: str) -> None:
             assert ours(p, p, **options).shape == (1, 3, 1)
             content = stats.information_content(p, axis=None, nan_policy=nan_policy)
             assert content.shape == p.shape
-        # Arrays are as real as ever, and so is what is made of them.
+        # Arrays have values also there, and give values.
         of_arrays = ours([1.0, 2.0], [3.0, 4.0], nan_policy=nan_policy)
-        loss = fastdiv.nn.LabelSmoothingLoss(10, -1, 0.1)
     assert of_arrays == ours([1.0, 2.0], [3.0, 4.0])
-    assert loss.entropy == fastdiv.nn.LabelSmoothingLoss(10, -1, 0.1).entropy
 
 
 def test_every_function_is_tested() -> None:
