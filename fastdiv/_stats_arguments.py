@@ -28,7 +28,7 @@ class Distributions(NamedTuple):
 
     vectors: tuple[Tensor, ...]
     dims: tuple[int, ...]
-    kept: tuple[int, ...]  # the shape of a result that keeps ``dims``
+    kept: tuple[int, ...]  # the axes of size 1 that keepdims puts into the result, in order
     omitted: Tensor | None  # which entries nan_policy="omit" left out
 
 
@@ -64,7 +64,9 @@ def _value(
 ) -> Tensor:
     found = _distributions(axis, nan_policy, given)
     value = function(found, unit)
-    return value.reshape(found.kept) if keepdims else value
+    for dim in found.kept if keepdims else ():
+        value = value.unsqueeze(dim)
+    return value
 
 
 def _are_tensors(given: dict[str, Vector]) -> bool:
@@ -91,20 +93,20 @@ def _distributions(axis: Axis, nan_policy: NanPolicy, given: dict[str, Tensor]) 
         raise RuntimeError(f"{' and '.join(given)} are on {' and '.join(map(str, devices))}")
     shape = tuple(_common_shape(axis, given))
     dims = _dims(axis, shape)
-    kept = tuple(1 if d in dims else n for d, n in enumerate(shape))
+    kept = tuple(sorted(dims))
     if axis is None:
-        kept = (1,) * max(v.dim() for v in given.values())
+        kept = tuple(range(max(v.dim() for v in given.values())))
         if len(given) == 2:
             given = {name: v.reshape(-1) for name, v in given.items()}
-    vectors = []
+    given = {name: v.to(dtype) for name, v in given.items()}
     for name, v in given.items():
-        v = v.to(dtype)
         _check_values(v, name, nan_policy)
-        vectors.append(v.expand(shape))
+    vectors = torch.broadcast_tensors(*given.values())
     omitted = None
     if nan_policy == "omit":
         omitted = functools.reduce(torch.logical_or, (v.isnan() for v in vectors))
-    return Distributions(tuple(_normalised(v, dims, omitted) for v in vectors), dims, kept, omitted)
+    divided = tuple(_normalised(v, dims, omitted) for v in vectors)
+    return Distributions(divided, dims, kept, omitted)
 
 
 def _common_dtype(given: dict[str, Tensor]) -> torch.dtype:

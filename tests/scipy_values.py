@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import scipy.spatial.distance
 import scipy.stats
+import torch
+from torch import Tensor
 
 from fastdiv import stats
 
@@ -40,3 +42,13 @@ SYMMETRIC = (stats.js_div, stats.jensenshannon)
 
 def close(actual: Any, expected: Any, rtol: float = 1e-11, atol: float = 1e-13) -> None:
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
+
+
+def value(function: Function, *args: Any, **options: Any) -> Any:
+    """Of arrays, once as they are and once as tensors, which must agree."""
+    of_arrays = function(*args, **options)
+    of_tensors = function(*(torch.tensor(np.ascontiguousarray(v)) for v in args), **options)
+    assert isinstance(of_arrays, (np.ndarray, np.floating))
+    assert isinstance(of_tensors, Tensor)
+    np.testing.assert_array_equal(of_arrays, of_tensors.numpy())
+    return of_arrays

@@ -18,18 +18,7 @@ from torch import Tensor
 
 import fastdiv
 from fastdiv import stats
-from scipy_values import EVERY_PAIR, INF, NAN, PAIRS, SYMMETRIC, Function, close
-
-
-def value(function: Function, *args: Any, **options: Any) -> Any:
-    """Of arrays, once as they are and once as tensors, which must agree."""
-    of_arrays = function(*args, **options)
-    of_tensors = function(*(torch.tensor(np.ascontiguousarray(v)) for v in args), **options)
-    assert isinstance(of_arrays, (np.ndarray, np.floating))
-    assert isinstance(of_tensors, Tensor)
-    np.testing.assert_array_equal(of_arrays, of_tensors.numpy())
-    return of_arrays
-
+from scipy_values import EVERY_PAIR, INF, NAN, PAIRS, SYMMETRIC, Function, close, value
 
 # --- SciPy's values ---
 
