@@ -114,7 +114,7 @@ def tree(tmp_path: Path) -> Path:
     (tree / "csrc/cuda").mkdir(parents=True)
     (tree / "fastdiv").mkdir()
     (tree / "setup.py").write_text("1")
-    (tree / "csrc/cuda/rows.cu").write_text("2")
+    (tree / "csrc/cuda/reduce.cu").write_text("2")
     (tree / "fastdiv/__init__.py").write_text("")
     return tree
 
@@ -133,7 +133,7 @@ def test_prebuilt(
     assert gpu_build.take(prebuilt, tree) and binary.is_file()
     binary.unlink()
 
-    (tree / "csrc/cuda/rows.cu").write_text("3")
+    (tree / "csrc/cuda/reduce.cu").write_text("3")
     assert not gpu_build.take(prebuilt, tree) and not binary.exists()
     assert "of other sources" in capsys.readouterr().out
 
