@@ -77,7 +77,7 @@ check: $(BUILT)  ## compare every loss with its reference on this machine
 bench: $(BUILT)  ## measure everything on this machine, into benchmarks/results (ARGS=--quick: less)
 	$(BIN)/python -m fastdiv bench $(or $(ARGS),--all --json --plot)
 
-gpu-check:  ## build, test and measure on a GPU, with the packages of PYTHON (no .venv, no network)
+gpu-check:  ## build, test, profile and measure on a GPU, with the packages of PYTHON (no .venv, no network)
 	$(PYTHON) tests/gpu_check.py $(STEPS) $(if $(DRY_RUN),--dry-run) $(ARGS)
 
 clean:  ## remove what was built and all caches; keep .venv and its packages

@@ -10,6 +10,7 @@ from . import nn, stats
 from ._backend import backend
 from ._info import build_info
 from ._patch import patch_torch
+from ._public import set_home as _set_home
 from .alpha import alpha_div, renyi_div
 from .cross_entropy import cross_entropy
 from .distance import hellinger_distance, tv_distance
@@ -48,3 +49,5 @@ __all__ = [
     "topk_kl_div",
     "tv_distance",
 ]
+
+_set_home(__name__, __all__, globals())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from . import cross_entropy as _cross_entropy
-from . import entropy as _entropy
 from ._combined import DistillationLoss, LabelSmoothingLoss
 from ._divergence_modules import (
     AlphaDivLoss,
@@ -25,6 +23,9 @@ from ._linear_modules import (
     LinearLogProbAndEntropy,
     LinearReverseKLDivLoss,
 )
+from ._public import set_home as _set_home
+from .cross_entropy import cross_entropy as _cross_entropy
+from .entropy import entropy as _entropy
 from .reference import Stats
 
 __all__ = [
@@ -107,7 +108,7 @@ class CrossEntropyLoss(nn.Module):
         self, input: Tensor, target: Tensor, token_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Stats]:
         """The loss of these logits."""
-        return _cross_entropy.cross_entropy(
+        return _cross_entropy(
             input,
             target,
             self.weight,
@@ -166,7 +167,7 @@ class EntropyLoss(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The entropy of these logits."""
-        return _entropy.entropy(
+        return _entropy(
             input,
             dim=self.dim,
             temperature=self.temperature,
@@ -180,3 +181,6 @@ class EntropyLoss(nn.Module):
             f"dim={self.dim}, temperature={self.temperature}, base={self.base}, "
             f"reduction={self.reduction!r}"
         )
+
+
+_set_home(__name__, __all__, globals())

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from gpu_steps import NEEDED, STEPS, Check
 
 ROOT = Path(__file__).resolve().parent.parent
 PREBUILT = ROOT / "build" / "prebuilt"
+PATIENCE = 10  # seconds that a late step gets to say what it has found
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "*.so", "*.egg-info"
 )
@@ -67,7 +69,7 @@ class Outcome:
         return f"{self.name:10} {self.result:5} {self.seconds:5.0f} s  {self.note}".rstrip()
 
 
-def stop(process: subprocess.Popen[bytes], patience: float = 10) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and all that it started; pytest first says which tests have failed."""
     for how in (signal.SIGINT, signal.SIGKILL):
         try:
@@ -75,7 +77,7 @@ def stop(process: subprocess.Popen[bytes], patience: float = 10) -> None:
         except ProcessLookupError:
             break
         try:
-            process.wait(patience)
+            process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             continue
     process.wait()
@@ -121,7 +123,7 @@ def run_step(name: str, check: Check, environment: dict[str, str], at_most: floa
     return Outcome(name, result, took, note + (lines[-1].strip("= ")[:90] if lines else ""))
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or "build/gpu-check")
@@ -130,7 +132,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--select", default="", metavar="EXPRESSION", help="tests: pytest's -k")
     only_build = "only build for these architectures (as 90), into build/prebuilt"
     parser.add_argument("--prebuild", default="", metavar="ARCHS", help=only_build)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if unknown := set(options.steps) - set(STEPS):
         parser.error(f"no step {', '.join(sorted(unknown))} among {', '.join(STEPS)}")
     return options

@@ -115,7 +115,7 @@ class Check:
             sizes = ["--shapes", "64x1024", "32x4096", "--seconds", "0", "--rounds", "2"]
             return self._bench("bench", "cross_entropy", "js_div", "--phases", *sizes)
         shapes = [f"{2**27 // c}x{c}" for c in CLASSES]
-        limits = ["--seconds", "0.15", "--stop-after", str(max(1, self.seconds - 15))]
+        limits = ["--seconds", "0.15", "--stop-after", self._stop_after()]
         return self._bench("bench", *ASKED_MOST, "--shapes", *shapes, *limits)
 
     def every(self) -> list[str]:
@@ -123,14 +123,14 @@ class Check:
         if self.dry_run:
             sizes = ["--shapes", "64x1024", "--seconds", "0", "--rounds", "2"]
             return self._bench("every", "kl_div", *sizes)
-        limits = ["--seconds", "0.1", "--stop-after", str(max(1, self.seconds - 15))]
+        limits = ["--seconds", "0.1", "--stop-after", self._stop_after()]
         return self._bench("every", "--shapes", "4096x32768", *limits)
 
     def compiled(self) -> list[str] | str:
         """Beside torch.compile, which takes some eight seconds for each loss and dtype."""
         if self.dry_run:
             return "torch.compile is measured on a GPU only"
-        limits = ["--seconds", "0.15", "--stop-after", str(max(1, self.seconds - 15))]
+        limits = ["--seconds", "0.15", "--stop-after", self._stop_after()]
         return self._bench("compiled", *ASKED_MOST, "--shapes", "4096x32768", *limits)
 
     def _bench(self, name: str, *arguments: str) -> list[str]:
@@ -139,6 +139,10 @@ class Check:
         compiled = [] if name == "compiled" else ["--no-compile"]
         bench = self.python("-m", "fastdiv", "bench", f"--device={self.device}", *arguments)
         return [*bench, *dtypes, *compiled, *written]
+
+    def _stop_after(self) -> str:
+        """Seconds that leave time to begin and to write what there is."""
+        return f"{max(1, self.seconds - 15):.0f}"
 
     def _processes(self, most: int) -> list[str]:
         """Each process needs a core for its references, and a context on the GPU."""

@@ -88,10 +88,13 @@ def processes_in(file: Path) -> list[int]:
 def test_instructions_that_are_cut_off_leave_no_valgrind(pids: Path, how: signal.Signals) -> None:
     quiet = subprocess.DEVNULL
     with subprocess.Popen([sys.executable, "-c", BENCH], stdout=quiet, stderr=quiet) as bench:
-        started = processes_in(pids)
-        assert all(map(runs, started))
-        bench.send_signal(how)
-        assert bench.wait(60) != 0
+        try:
+            started = processes_in(pids)
+            assert all(map(runs, started))
+            bench.send_signal(how)
+            assert bench.wait(60) != 0
+        finally:
+            bench.kill()
     wait_until_ended(started)
 
 

@@ -9,6 +9,7 @@ refused, or that does not fit the others, gives an error on all of them.
 :func:`token_mean` averages over the tokens of data-parallel ranks, of any loss.
 """
 
+from .._public import set_home as _set_home
 from ._entropy import entropy, log_prob, log_prob_and_entropy
 from ._linear import linear_cross_entropy, linear_kl_div
 from ._losses import cross_entropy, js_div, kl_div, reverse_kl_div
@@ -26,3 +27,5 @@ __all__ = [
     "reverse_kl_div",
     "token_mean",
 ]
+
+_set_home(__name__, __all__, globals())
