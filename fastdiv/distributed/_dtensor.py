@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -114,7 +115,30 @@ def _local(v: Tensor, mesh: DeviceMesh, placements: Any, name: str) -> Tensor:
         v = v.redistribute(placements=placements)  # cuts, and sends nothing
     if v.device_mesh != mesh or tuple(v.placements) != tuple(placements):
         raise ValueError(f"{name} must be placed as {tuple(placements)}, got {v.placements}")
-    return v.to_local()
+    return v.to_local() if torch.compiler.is_compiling() else _ToLocal.apply(v)
+
+
+class _ToLocal(torch.autograd.Function):
+    """``DTensor.to_local`` whose gradient has the shape and the strides of the DTensor.
+
+    Torch 2.11 makes them up from one shard, wrongly where shards differ in size.  A leaf then
+    accumulates its gradient in a layout of its own, replicated over the mesh.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: DTensor) -> Tensor:
+        ctx.placed = {
+            "device_mesh": v.device_mesh,
+            "placements": v.placements,
+            "shape": v.shape,
+            "stride": v.stride(),
+        }
+        local = v.to_local()
+        return local.view_as(local)  # not the tensor inside of the DTensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> DTensor:
+        return DTensor.from_local(grad, run_check=False, **ctx.placed)
 
 
 def _axis_of_classes(v: DTensor, dim: int, name: str) -> int:
