@@ -3,6 +3,7 @@
 PYTHON ?= python3
 ARGS   ?=
 STEPS  ?=
+PAIRS  ?=
 # Two cores are busy while one process compiles; each one takes about 3 GB.
 WORKERS ?= 2
 # torch's threads would wait for one another by spinning, for the cores that the other process needs.
@@ -29,7 +30,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test docs dist lint format check bench gpu-check clean distclean
+.PHONY: help build demo test matrix docs dist lint format check bench gpu-check clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,7 @@ help:  ## list the targets
 	@echo '  PYTHON=python3.12   the interpreter that .venv is made with (3.10 or newer; now: $(PYTHON))'
 	@echo '  ARGS="-k kl -x"     passed on by demo, test, check, bench and gpu-check'
 	@echo '  WORKERS=2           processes of the tests'
+	@echo '  PAIRS="py3.12-torch2.11 py3.10-torch2.13" or all    what matrix runs (default: four pairs)'
 	@echo '  STEPS="build tests" DRY_RUN=1 OUT=folder    some steps of gpu-check; on the CPU; its files'
 
 build: $(BUILT)  ## .venv, pinned packages, compiled extension (rebuilt when setup.py or csrc changes)
@@ -46,6 +48,11 @@ demo: $(BUILT)  ## train a small language model with the fused loss
 
 test: $(BUILT)  ## the whole test suite, doctests included, in WORKERS processes
 	$(ASLEEP) $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
+
+# Pyenv's commands run only the versions that are chosen; elsewhere the variable means nothing.
+matrix: export PYENV_VERSION ?= 3.13:3.12:3.11:3.10
+matrix: $(PACKAGES)  ## build and test with other Pythons and torches (PAIRS=py3.12-torch2.11: that pair; PAIRS=all: each)
+	$(BIN)/nox $(if $(filter all,$(PAIRS)),--tags all,$(if $(PAIRS),--sessions $(PAIRS))) $(if $(ARGS),-- $(ARGS))
 
 docs: $(BUILT) $(DOCS)  ## the documentation, into docs/_build/index.html; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build
@@ -80,12 +87,12 @@ bench: $(BUILT)  ## measure everything on this machine, into benchmarks/results 
 gpu-check:  ## build, test, profile and measure on a GPU, with the packages of PYTHON (no .venv, no network)
 	$(PYTHON) tests/gpu_check.py $(STEPS) $(if $(DRY_RUN),--dry-run) $(ARGS)
 
-clean:  ## remove what was built and all caches; keep .venv and its packages
+clean:  ## remove what was built and all caches; keep .venv, .nox and their packages
 	rm -rf build dist *.egg-info fastdiv/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./.nox \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean  ## clean, and remove .venv
-	rm -rf $(VENV)
+distclean: clean  ## clean, and remove .venv and .nox
+	rm -rf $(VENV) .nox
 
 $(READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _check
 from ._linear_autograd import linear_loss
 from ._linear_ops import LinearCall, dtype_of_value
+from ._torch_private import constant
 from .reference import Spec, Stats
 
 
@@ -61,9 +62,15 @@ def make_layer(
     return Layer(input, weight, bias)
 
 
+@constant
+def _has_autocast(device: str) -> bool:
+    """Whether autocast exists for a device, which the compiler of torch 2.11 cannot trace."""
+    return torch.amp.is_autocast_available(device)
+
+
 def as_autocast(v: Tensor) -> Tensor:
     device = v.device.type
-    if v.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if v.dtype == torch.float64 or not _has_autocast(device):
         return v
     return v.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else v
 

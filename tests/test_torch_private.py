@@ -208,7 +208,8 @@ class Double(torch.autograd.Function):
 def test_light_apply(lack):
     blind = lack("torch._C._functorch.unwrap_if_dead")
     assert blind.light_apply(Double) == Double.apply
-    assert _torch_private.light_apply(Double) != Double.apply
+    in_python = "apply" in vars(torch.autograd.Function)  # in torch 2.14 it is C++ already
+    assert (_torch_private.light_apply(Double) != Double.apply) == in_python
     for module in (_torch_private, blind):
         kept = []
         torch.func.grad(lambda v, kept=kept: kept.append(v) or v.sum())(torch.ones(2))

@@ -116,6 +116,14 @@ def test_selective_log_softmax(
             agree(name, calls, rows(dtype, *shape), index=index, temperature=0.7, row_mask=mask)
 
 
+def test_classes_that_tie(calls: list[str]) -> None:
+    """Equal logits give equal values, but each class has a gradient of its own."""
+    x = rows(torch.float32, 3, 5)
+    x[..., :4] = x.amax(-1, keepdim=True)
+    index = torch.tensor([2, 0, 3, 0, 7]).expand(3, 5, 5)
+    agree("selective_log_softmax", calls, x, index=index)
+
+
 @every_dtype
 @pytest.mark.parametrize("shape", [(), (5,), (3, 5), (2, 3, 5)], ids=str)
 def test_entropy(calls: list[str], shape: tuple[int, ...], dtype: torch.dtype) -> None:
