@@ -75,8 +75,9 @@ class Tiles:
                 sums[rows] = _ops.terms(*tiles[:-1], which, of_rows, *p.options)
 
         out = by_rows(p, _ops.options(spec, stats=True)[0] if stats else -1, None, [], look)
-        of_rows = (out.stats, out.argmax) if stats else (None, None)
-        return Forward(out.value, out.record, *of_rows, sums)
+        if not stats:
+            return Forward(out.value, out.record, terms=sums)
+        return Forward(out.value, out.record, out.stats, out.argmax)
 
     def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
         """See ``Kernels``."""
