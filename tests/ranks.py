@@ -99,11 +99,13 @@ class Ranks:
         """Where a rank is that does not answer."""
         os.kill(self.processes[rank].pid, signal.SIGUSR1)
         file = self.folder / f"store{self.starts}.{rank}"
+        text = ""
         for _ in range(50):
-            if text := file.read_text():
-                return text
             time.sleep(0.1)
-        return ""
+            before, text = text, file.read_text()
+            if text and text == before:  # all of it is there
+                break
+        return text
 
     def close(self) -> None:
         """Ends the processes; the next task starts new ones."""

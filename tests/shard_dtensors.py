@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import fastdiv
 from cases import make_inputs
-from edges import same
+from edges import gradients, same
 from shard_failures import outcome
 
 ROWS, CLASSES, WIDTH = 6, 13, 5  # neither of the first two can be shared out evenly by four
@@ -126,6 +126,17 @@ def terms_and_statistics(group: Any, rank: int) -> None:
     close(value.full_tensor(), fastdiv.cross_entropy(x, y))
     assert stats.argmax.placements == (Shard(0),)
     assert stats.argmax.full_tensor().equal(x.argmax(-1))
+    leaf = rows.clone().requires_grad_()
+    assert outcome(lambda: fastdiv.cross_entropy(leaf, y, inplace_backward=True))[0] == "ValueError"
+    own = leaf * 1
+    memory = own.to_local().data_ptr()
+    fastdiv.cross_entropy(own, y, inplace_backward=True).backward()
+    expected = gradients(lambda x: fastdiv.cross_entropy(x, y), x)[1]
+    same(leaf.grad.full_tensor(), expected)
+    if own.to_local().numel():
+        assert own.to_local().data_ptr() == memory
+        mine = slice(2 * rank, 2 * rank + 2)
+        same(own.to_local().detach(), expected[mine])  # overwritten
 
 
 def functions_of_layers(group: Any, rank: int) -> None:

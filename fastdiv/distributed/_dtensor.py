@@ -79,6 +79,8 @@ def _of_logits(function: Callable[..., Any], given: dict[str, Any]) -> Any:
     x = given["input"]
     if not isinstance(x, DTensor):
         raise TypeError("input must be a DTensor where another argument is one")
+    if given.get("inplace_backward"):
+        _check.check_in_place(x)  # which its local part does not know
     dim = given["dim"]
     dim = (1 if x.dim() > 1 else 0) if dim is None else _check.class_dim(x, dim)
     axis = _axis_of_classes(x.placements, x, dim, "input")
@@ -90,8 +92,6 @@ def _of_logits(function: Callable[..., Any], given: dict[str, Any]) -> Any:
             placements[name] = list(x.placements) if v.dim() == x.dim() else rows
     if isinstance(given.get("weight"), Tensor):
         placements["weight"] = layout.of_classes
-    if given.get("inplace_backward"):
-        _check.check_in_place(x)  # whose local part would not say that it is a leaf's
     return _call(function, given, layout, placements, {}, x.shape[dim])
 
 
