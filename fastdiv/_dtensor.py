@@ -1,4 +1,4 @@
-"""DTensors whose classes are sharded: the public functions hand them to ``fastdiv.distributed``."""
+"""DTensors: the public functions hand them to ``fastdiv.distributed._dtensor``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAIN = {Tensor, Parameter}
 
 
 def takes_dtensors(function: F) -> F:
-    """The same function, which of DTensors takes the shards.
+    """The same function, which computes DTensors from their local parts.
 
     Nothing but a look at a dictionary where nobody has imported torch's DTensor.
     """
