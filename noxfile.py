@@ -17,8 +17,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = {"2.11": "2.11.0", "2.13": "2.13.0", "2.14": "2.14.1"}
 DEFAULT = ("py3.10-torch2.13", "py3.11-torch2.14", "py3.12-torch2.11", "py3.13-torch2.14")
 
-# The fast part of the suite: all that may depend on the versions, on one instruction set only (the
-# check before it compares all of them).  New files of tests belong to it unless they are named here.
+# The fast part of the suite has all that may depend on the versions, on one instruction set only;
+# the check before it compares all of them.  New files of tests belong to it unless named here.
 FAST = ("-m", "not slow", "-k", "not avx")
 LEFT_OUT = (
     # the kernels, which the versions do not change

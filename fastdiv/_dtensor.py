@@ -1,4 +1,4 @@
-"""DTensors whose classes are sharded: the public functions hand them to ``fastdiv.distributed``."""
+"""DTensors: the public functions hand them to ``fastdiv.distributed._dtensor``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN = {Tensor, Parameter}
 
 
 def takes_dtensors(function: F) -> F:
-    """The same function, which takes the shards of DTensors, and can be traced.
+    """The same function, which computes DTensors from their local parts, and can be traced.
 
     Where nobody has imported torch's DTensor, a look at a dictionary is all that DTensors cost.
     """

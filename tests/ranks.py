@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
+import os
+import signal
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +26,8 @@ class RankFailed(Exception):
 
 
 def _serve(rank: int, store: str, pipe: Connection) -> None:
+    stack = open(f"{store}.{rank}", "w")  # faulthandler writes to it for as long as this runs
+    faulthandler.register(signal.SIGUSR1, file=stack)  # whatever the rank hangs in
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -73,7 +79,7 @@ class Ranks:
         for rank, pipe in enumerate(pipes):
             # Who waits for a rank that has failed need not be waited for.
             if not pipe.poll(5 if failures else SECONDS):
-                failures[rank] = "does not answer"
+                failures[rank] = f"does not answer\n{self._stack(rank)}"
                 continue
             try:
                 result, failure = pipe.recv()
@@ -82,12 +88,24 @@ class Ranks:
             results.append(result)
             if failure:
                 failures[rank] = failure
-        if {"does not answer", "is gone"} & set(failures.values()):
+        if any(text.startswith(("does not answer", "is gone")) for text in failures.values()):
             self.close()
         if failures:
             lines = (f"rank {rank} of {size}: {text}" for rank, text in failures.items())
             raise RankFailed("\n".join(lines))
         return results
+
+    def _stack(self, rank: int) -> str:
+        """Where a rank is that does not answer."""
+        os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        file = self.folder / f"store{self.starts}.{rank}"
+        text = ""
+        for _ in range(50):
+            time.sleep(0.1)
+            before, text = text, file.read_text()
+            if text and text == before:  # all of it is there
+                break
+        return text
 
     def close(self) -> None:
         """Ends the processes; the next task starts new ones."""

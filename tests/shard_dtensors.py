@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import fastdiv
 from cases import make_inputs
-from edges import same
+from edges import gradients, same
 from shard_failures import outcome
 
 ROWS, CLASSES, WIDTH = 6, 13, 5  # neither of the first two can be shared out evenly by four
@@ -74,8 +74,8 @@ def take(function: Any, **options: Any) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k in known}
 
 
-def functions_of_logits(group: Any, rank: int) -> None:
-    """Every function, placement and reduction; labels and teachers as plain tensors, or placed."""
+def functions_of_logits(group: Any, rank: int, where: str) -> None:
+    """Every function and reduction; labels and teachers as plain tensors, or placed."""
     x, t = make_inputs((ROWS, CLASSES), torch.float32)
     y, wrong = t.argmax(-1), []
     y[:2] = -100  # all of the first rank's rows
@@ -92,41 +92,57 @@ def functions_of_logits(group: Any, rank: int) -> None:
         "cross_entropy": ([x, y], {"label_smoothing": 0.1, "weight": weight, "z_loss": 0.1}),
     }
     cases = {n: c for n, c in cases.items() if not n.startswith("linear")}
-    for where, (shape, placements) in PLACEMENTS.items():
-        mesh = init_device_mesh("cpu", shape)
-        of_rows = [Replicate() if p == Shard(1) else p for p in placements]
-        for name, (tensors, options) in cases.items():
-            function = getattr(fastdiv, name)
-            if not hasattr(fastdiv.distributed, name) and where not in WHOLE_ROWS:
-                continue
-            placed = [distribute_tensor(x, mesh, placements)]
-            for v in tensors[1:]:
-                as_input = v.dim() == 2
-                placed.append(distribute_tensor(v, mesh, placements if as_input else of_rows))
-            reductions = ["none", "sum", "mean", "batchmean"]
-            if "reduction" not in inspect.signature(function).parameters:
-                reductions = ["none"]
-            for reduction in reductions:
-                more = {"token_weight": token_weight} if reduction == "mean" else {}
-                how = take(function, **options, **more, reduction=reduction)
-                loss = lambda *v, f=function, o=how: f(*v, **o)  # noqa: E731
-                wrong += compare(f"{name} {reduction} {where}", loss, tensors, placed)
-            wrong += compare(f"{name}, plain, {where}", loss, tensors, [placed[0], *tensors[1:]])
-    mesh = init_device_mesh("cpu", (4,))
+    shape, placements = PLACEMENTS[where]
+    mesh = init_device_mesh("cpu", shape)
+    of_rows = [Replicate() if p == Shard(1) else p for p in placements]
+    for name, (tensors, options) in cases.items():
+        function = getattr(fastdiv, name)
+        if not hasattr(fastdiv.distributed, name) and where not in WHOLE_ROWS:
+            continue
+        placed = [distribute_tensor(x, mesh, placements)]
+        for v in tensors[1:]:
+            as_input = v.dim() == 2
+            placed.append(distribute_tensor(v, mesh, placements if as_input else of_rows))
+        reductions = ["none", "sum", "mean", "batchmean"]
+        if "reduction" not in inspect.signature(function).parameters:
+            reductions = ["none"]
+        for reduction in reductions:
+            more = {"token_weight": token_weight} if reduction == "mean" else {}
+            how = take(function, **options, **more, reduction=reduction)
+            loss = lambda *v, f=function, o=how: f(*v, **o)  # noqa: E731
+            wrong += compare(f"{name} {reduction} {where}", loss, tensors, placed)
+        wrong += compare(f"{name}, plain, {where}", loss, tensors, [placed[0], *tensors[1:]])
+    assert not wrong, "\n".join(wrong)
+
+
+def terms_and_statistics(group: Any, rank: int) -> None:
+    """Of rows that are shared out, one rank having none of them."""
+    x, t = make_inputs((ROWS, CLASSES), torch.float32)
+    y, mesh = t.argmax(-1), init_device_mesh("cpu", (4,))
     rows = distribute_tensor(x, mesh, [Shard(0)])
     terms = lambda x, t: fastdiv.kl_div(x, t, target_type="logits", reduction="pointwise")  # noqa: E731
-    wrong += compare("pointwise", terms, [x, t], [rows, t])
+    assert not compare("pointwise", terms, [x, t], [rows, t])
     value, stats = fastdiv.cross_entropy(rows, y, return_stats=True)
     close(value.full_tensor(), fastdiv.cross_entropy(x, y))
     assert stats.argmax.placements == (Shard(0),)
     assert stats.argmax.full_tensor().equal(x.argmax(-1))
-    assert not wrong, "\n".join(wrong)
+    leaf = rows.clone().requires_grad_()
+    assert outcome(lambda: fastdiv.cross_entropy(leaf, y, inplace_backward=True))[0] == "ValueError"
+    own = leaf * 1
+    memory = own.to_local().data_ptr()
+    fastdiv.cross_entropy(own, y, inplace_backward=True).backward()
+    expected = gradients(lambda x: fastdiv.cross_entropy(x, y), x)[1]
+    same(leaf.grad.full_tensor(), expected)
+    if own.to_local().numel():
+        assert own.to_local().data_ptr() == memory
+        mine = slice(2 * rank, 2 * rank + 2)
+        same(own.to_local().detach(), expected[mine])  # overwritten
 
 
 def functions_of_layers(group: Any, rank: int) -> None:
     """Every linear function; hidden states and weights placed in every way that fits."""
-    h, g = make_inputs((ROWS, WIDTH), torch.float32)
-    w, v = make_inputs((CLASSES, WIDTH), torch.float32, seed=1)
+    h, g = make_inputs((ROWS, WIDTH), torch.float32, scale=1.0)
+    w, v = make_inputs((CLASSES, WIDTH), torch.float32, scale=1.0, seed=1)
     b, y, wrong = w[:, 0].contiguous(), (h @ w.t()).argmax(-1), []
     y[:2] = -100
     ways = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -101,3 +102,10 @@ def gathered(group: Any, rank: int) -> dict[str, tuple[str, str]]:
         found[name] = outcome(functools.partial(function, num_classes=CLASSES))
         function(num_classes=CLASSES * torch.distributed.get_world_size(group))
     return found
+
+
+def waits_for_no_one(group: Any, rank: int) -> None:
+    """Hangs on one rank, when the other has failed."""
+    if rank == 1:
+        time.sleep(600)
+    raise ValueError("this rank has failed")

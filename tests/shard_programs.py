@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
@@ -134,6 +135,36 @@ def compiled(group: Any, rank: int) -> list[str]:
     for a, b in zip(built, gradients(loss, arguments[0]), strict=True):
         same(a, b)
     return [digest(traced[0], built[0])]
+
+
+def fake(group: Any, rank: int) -> None:
+    """Under FakeTensorMode, as memory is estimated, no rank asks another, nor any tensor."""
+    with FakeTensorMode():
+        x, t, w = torch.randn(6, 5), torch.randn(6, 5), torch.randn(5, 3)
+        h, y = torch.randn(6, 3), torch.zeros(6, dtype=torch.int64)
+        losses: list[tuple[Any, list[Tensor]]] = [
+            (lambda x: sharded.cross_entropy(x, y, label_smoothing=0.1, group=group), [x]),
+            (lambda x: sharded.entropy(x, reduction="mean", mean_group=group, group=group), [x]),
+            (lambda x: sharded.log_prob(x, y, group=group), [x]),
+            (lambda x: sharded.log_prob_and_entropy(x, y, group=group)[1], [x]),
+            (lambda h, w: sharded.linear_cross_entropy(h, w, y, group=group), [h, w]),
+            (lambda h, w, t: sharded.linear_kl_div(
+                h, w, t, target_type="logits", num_classes=9, group=group
+            ), [h, w, t]),
+        ]  # fmt: skip
+        for name in ("kl_div", "reverse_kl_div", "js_div"):
+            f = getattr(sharded, name)
+            losses.append(
+                (lambda x, t, f=f: f(x, t, target_type="logits", group=group), [x, t])  # type: ignore[misc]
+            )
+        for loss, tensors in losses:
+            for a, b in zip(gradients(loss, *tensors)[1:], tensors, strict=True):
+                assert a.shape == b.shape and isinstance(a, FakeTensor)
+        try:
+            sharded.entropy(x, reduction="all", group=group)
+        except ValueError:
+            return
+        raise AssertionError("no ValueError")
 
 
 def dtensors(group: Any, rank: int) -> None:

@@ -122,6 +122,19 @@ def test_empty_batch(case: Case) -> None:
             assert value.item() == 0 if reduction == "sum" else value.isnan()
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_statistics_of_an_empty_batch(soft: bool) -> None:
+    x, w = torch.zeros(0, 7, requires_grad=True), torch.zeros(7, 7)
+    y = torch.zeros(0, 7) if soft else torch.zeros(0, dtype=torch.int64)
+    for function, tensors in (
+        (fastdiv.cross_entropy, (x, y)),
+        (fastdiv.linear_cross_entropy, (x, w, y)),
+    ):
+        value, stats = function(*tensors, return_stats=True, reduction="sum")
+        value.backward()
+        assert value == 0 and all(s.shape == (0,) for s in stats)
+
+
 # --- NaN stays in its row ---
 
 

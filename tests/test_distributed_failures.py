@@ -10,6 +10,7 @@ import torch
 
 import fastdiv.distributed as sharded
 import shard_failures
+from fastdiv.distributed._alike import LENGTH, checksum
 from ranks import RankFailed, Ranks
 
 pytestmark = [
@@ -56,6 +57,9 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
 def test_every_rank_raises(ranks: Ranks, size: int) -> None:
     *others, odd = ranks.run(size, shard_failures.failures)
     assert odd.keys() == EXPECTED.keys()
+    different = {2: "rank 0 / rank 1", 4: "ranks 0, 1, 2 / rank 3"}[size]
+    for name in ("order of labels", "token weights", "hidden states", "teacher"):
+        assert f"between {different}" in odd[name][1]
     for name, (kind, own, theirs) in EXPECTED.items():
         assert odd[name][0] == kind and own.format(odd=size - 1) in odd[name][1], odd[name]
         for other in others:
@@ -64,12 +68,6 @@ def test_every_rank_raises(ranks: Ranks, size: int) -> None:
                 assert theirs.format(odd=size - 1) in other[name][1], (name, other[name])
             else:
                 assert other[name] == odd[name], name
-
-
-def test_the_ranks_that_differ_are_named(ranks: Ranks) -> None:
-    found = ranks.run(4, shard_failures.failures)[0]
-    for name in ("order of labels", "token weights", "hidden states", "teacher"):
-        assert "between ranks 0, 1, 2 / rank 3" in found[name][1]
 
 
 def test_gathered_logits(ranks: Ranks) -> None:
@@ -86,6 +84,30 @@ def test_a_rank_that_dies(ranks: Ranks) -> None:
     assert "rank 1 of 2: is gone" in str(error.value) and "rank 0" not in str(error.value)
 
 
+def test_a_rank_that_hangs_says_where(ranks: Ranks) -> None:
+    with pytest.raises(RankFailed) as error:
+        ranks.run(2, shard_failures.waits_for_no_one)
+    assert "this rank has failed" in str(error.value)
+    hanging = str(error.value).split("rank 1 of 2: does not answer")[1]
+    assert "shard_failures.py" in hanging and "in waits_for_no_one" in hanging
+
+
 def test_no_group() -> None:
     with pytest.raises(RuntimeError, match="init_process_group"):
         sharded.entropy(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
+def test_checksum(dtype: torch.dtype) -> None:
+    """It changes with any entry, and with the order of entries near and far; not with strides."""
+    v = torch.arange(3 * LENGTH // 2).remainder(251).to(dtype).view(-1, 12)
+    seen = {int(checksum(v)), int(checksum(v[:-1]))}
+    seen |= {int(checksum(v[[1, 0, *range(2, len(v))]])), int(checksum(v.flip(0)))}
+    seen |= {int(checksum(v.roll(LENGTH // 12, 0))), int(checksum(v.t()))}
+    for place in (0, len(v) - 1):
+        other = v.clone()
+        other[place, 5] += 1
+        seen.add(int(checksum(other)))
+    assert len(seen) == 8
+    assert checksum(v) == checksum(v.t().contiguous().t())
+    assert checksum(torch.zeros(3, 0)) == 0

@@ -66,12 +66,23 @@ def test_compiled(ranks: Ranks) -> None:
 
 
 @ON_CPU
+def test_fake_tensors(ranks: Ranks) -> None:
+    ranks.run(2, shard_programs.fake)
+
+
+@ON_CPU
 def test_dtensors(ranks: Ranks) -> None:
     ranks.run(4, shard_programs.dtensors)
 
 
 @ON_CPU
-@pytest.mark.parametrize("what", ["functions_of_logits", "functions_of_layers", "without_values"])
+@pytest.mark.parametrize("where", shard_dtensors.PLACEMENTS)
+def test_dtensors_of_logits(ranks: Ranks, where: str) -> None:
+    ranks.run(4, shard_dtensors.functions_of_logits, where)
+
+
+@ON_CPU
+@pytest.mark.parametrize("what", ["functions_of_layers", "terms_and_statistics", "without_values"])
 def test_dtensors_everywhere(ranks: Ranks, what: str) -> None:
     ranks.run(4, getattr(shard_dtensors, what))
 

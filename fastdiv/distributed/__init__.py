@@ -6,6 +6,10 @@ probabilities, teachers and class weights are sharded as the input is.  Every ra
 of whole rows, and the gradient of a shard is its part of theirs.  A rank whose arguments are
 refused, or that does not fit the others, gives an error on all of them.
 
+What must be the same on all ranks is compared by checksums: labels, token weights, and the hidden
+states of layers; on a GPU only with ``FASTDIV_CHECK=1``.  ``num_classes`` says how many classes the
+shards must have in all.
+
 :func:`token_mean` averages over the tokens of data-parallel ranks, of any loss.
 """
 

@@ -81,7 +81,7 @@ def _of_logits(function: Callable[..., Any], given: dict[str, Any]) -> Any:
     if not isinstance(x, DTensor):
         raise TypeError("input must be a DTensor where another argument is one")
     if given.get("inplace_backward"):
-        check_no_leaf(x)  # which its local tensor does not know
+        check_no_leaf(x)  # which its local part does not know
     dim = given["dim"]
     dim = (1 if x.dim() > 1 else 0) if dim is None else _check.class_dim(x, dim)
     axis = _axis_of_classes(x.placements, x, dim, "input")
