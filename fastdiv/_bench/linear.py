@@ -93,7 +93,7 @@ def losses(compiled: bool = False) -> dict[str, LinearLoss]:
     return {**found, "fused": fastdiv.linear_cross_entropy, "per_row": _per_row}
 
 
-def _step(loss: LinearLoss, h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+def step(loss: LinearLoss, h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(h, w, y), (h, w))
 
 
@@ -101,16 +101,16 @@ def _step(loss: LinearLoss, h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ..
 
 
 def extra_memory(jobs: Sequence[LinearJob]) -> Iterator[int | None]:
-    """Bytes at the peak of each beyond arguments and gradients; None where nobody tells."""
+    """Bytes at the peak of each beyond arguments and gradients, if the system tells them."""
     return measured_apart(__name__, jobs, _measure)
 
 
 def _measure(job: LinearJob) -> int | None:
     loss = losses()[job.variant]
     small = job._replace(rows=64, hidden=64, classes=512)
-    _step(loss, *small.make_inputs())  # loads what is loaded lazily, starts the threads
+    step(loss, *small.make_inputs())  # loads what is loaded lazily, starts the threads
     inputs = job.make_inputs()
-    gradients, peak = peak_of(lambda: _step(loss, *inputs), job.device)
+    gradients, peak = peak_of(lambda: step(loss, *inputs), job.device)
     return None if peak is None else max(0, peak - sum(g.nbytes for g in gradients))
 
 
@@ -223,7 +223,7 @@ def _calls(size: LinearJob, compiled: bool) -> dict[str, Call]:
 
     torch.compiler.reset()
     steps = {
-        name: lambda loss=loss: _step(loss, h, w, y)
+        name: lambda loss=loss: step(loss, h, w, y)
         for name, loss in losses(compiled).items()
         if name not in left_out(size)
     }

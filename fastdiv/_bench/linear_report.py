@@ -11,8 +11,8 @@ from .report import busy_line, machine_line
 
 CAPTION = """\
 Cross entropy of a linear layer, forward and backward. Products: time over that of the three matrix
-products alone. Extra: peak memory beyond arguments and gradients, and that over the logits' size.
-Medians of interleaved rounds; ±: half the interquartile range.\
+products alone. Extra: peak memory beyond arguments and gradients, as the system counts it, and that
+over the logits' size. Medians of interleaved rounds; ±: half the interquartile range.\
 """
 STYLES = {
     "eager": ("eager torch", "#bdbdbd"),
