@@ -7,6 +7,7 @@ fits, or TRL means something that fastdiv has not, or the arguments are wrong.
 from __future__ import annotations
 
 import math
+from types import NoneType
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def generalized_jsd_loss(
         or not (is_number(beta) and 0 <= beta <= 1)
         or not _is_temperature(temperature)
         or (num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean"))
+        or not isinstance(num_items_in_batch, (Tensor, int, float, NoneType))
         or logits_are_probs  # taken as they are, normalised or not
         or not is_number(top_k)
         or 0 < top_k < x.shape[-1]
