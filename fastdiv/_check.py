@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from ._backend import use_kernel
 from ._recording import of_constant_size
+from ._symbolic import log
 from .reference import value_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -93,13 +94,13 @@ def check_share(value: float, name: str) -> float:
     return float(value)
 
 
-def log_of_base(base: float | None) -> float:
+def log_of_base(base: float | None) -> float | Tensor:
     """What divides a value in nats to give one in this base."""
     if base is None:
         return 1.0
     if check_positive(base, "base") == 1.0:
         raise ValueError("base must not be 1")
-    return math.log(base)
+    return log(base)
 
 
 def check_in_place(x: Tensor) -> None:

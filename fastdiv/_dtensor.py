@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._recording import recorded
+from ._recording import is_tracing, recorded
 
 F = TypeVar("F", bound=Callable[..., Any])
 PLAIN = {Tensor, Parameter}
@@ -32,7 +31,7 @@ def takes_dtensors(function: F) -> F:
                         from .distributed import _dtensor
 
                         return _dtensor.call(function, args, kwargs)
-        if torch.jit.is_tracing():
+        if is_tracing():
             return recorded(function, args, kwargs)
         return function(*args, **kwargs)
 

@@ -19,6 +19,7 @@ from . import _backend
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 _active = False  # whether a call that a tracer records is under way
 
 
@@ -27,7 +28,7 @@ def recordable(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.jit.is_tracing():
+        if is_tracing():
             return recorded(function, args, kwargs)
         return function(*args, **kwargs)
 
@@ -47,7 +48,7 @@ def recorded(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     outer, _active = _active, True
     try:
         with _backend.backend("reference"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             return function(*args, **kwargs)
     finally:
         _active = outer

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from .. import _check
+from .._recording import is_tracing
 
 T = TypeVar("T")
 Group = Any  # torch.distributed.ProcessGroup, of which a torch without distributed has none
@@ -59,7 +60,7 @@ class Shards:
 
 def world_of(group: Group) -> World:
     """The ranks of a group; of all processes for None."""
-    if torch.jit.is_tracing():
+    if is_tracing():
         raise RuntimeError(
             "torch.jit.trace cannot record the collectives of fastdiv.distributed: trace a model "
             "without its loss, or a function of fastdiv, which takes whole rows"
