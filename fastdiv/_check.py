@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from ._backend import use_kernel
 from ._recording import of_constant_size
-from ._symbolic import log
+from ._symbolic import log, same_shape
 from .reference import value_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -139,7 +139,7 @@ def same_dtype(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Input and target, of one dtype, as matrices."""
-    if target.shape != x.shape:
+    if not same_shape(target.shape, x.shape):
         raise ValueError(
             f"target must have the shape of input, {tuple(x.shape)}, got {tuple(target.shape)}"
         )
@@ -159,7 +159,7 @@ def as_input(value: Tensor, x: Tensor, dim: int) -> Tensor:
 
 def row_vector(x: Tensor, dim: int, v: Tensor, name: str) -> Tensor:
     """One entry for each row of x, as a contiguous vector."""
-    if v.shape != row_shape(x, dim):
+    if not same_shape(v.shape, row_shape(x, dim)):
         raise ValueError(
             f"{name} must have the shape of input without its class dimension {dim}, "
             f"{row_shape(x, dim)}, got {tuple(v.shape)}"

@@ -36,3 +36,21 @@ def scalar(value: float) -> Tensor:
 def log(value: float) -> float | Tensor:
     """The logarithm of a positive number."""
     return scalar(value).log() if is_symbolic(value) else math.log(value)
+
+
+def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes are equal.
+
+    Of sizes that depend on data the compiler cannot know it.  The compiled code then checks it.
+    """
+    if not torch.compiler.is_compiling():
+        return shape == other
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if len(shape) != len(other):
+        return False
+    for n, m in zip(shape, other, strict=True):
+        if guard_or_false(n != m):
+            return False
+        torch._check(n == m)
+    return True
