@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _ops, reference
+from . import _ops, _symbolic_ops, reference
 from ._backend import use_kernel
 from ._inference import savable
+from ._symbolic import is_symbolic
 from ._torch_private import is_batched, is_transformed, light_apply, unwrap_if_dead
 from .reference import Spec, Stats
 
@@ -62,7 +63,12 @@ def row_loss_and_stats(
 
 def _traced(spec: Spec, stats: bool, rows: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """What Dynamo sees; a function without gradient it would call with an argument too many."""
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in rows[:2]):
+    differentiable = torch.is_grad_enabled() and any(
+        v is not None and v.requires_grad for v in rows[:2]
+    )
+    if is_symbolic(*_ops.float_options(spec)):
+        return _symbolic_ops.row_loss(spec, stats, rows, differentiable)
+    if differentiable:
         return _TracedRowLoss.apply(spec, stats, *rows)
     return _TracedRowLoss.forward(spec, stats, *rows)
 

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from ._backend import use_kernel
 from ._recording import of_constant_size
+from ._symbolic import log, same_shape
 from ._torch_private import func_is_active, is_fake
 from .reference import value_dtype
 
@@ -144,14 +145,14 @@ def check_share(value: float, name: str) -> float:
     return float(value)
 
 
-def log_of_base(base: float | None) -> float:
+def log_of_base(base: float | None) -> float | Tensor:
     """What divides a value in nats to give one in this base."""
     if base is None:
         return 1.0
     base = check_positive(base, "base")
     if base == 1.0:
         raise ValueError("base must not be 1")
-    return math.log(base)
+    return log(base)
 
 
 def check_ignored(ignore_index: int, name: str = "ignore_index") -> int:
@@ -196,7 +197,7 @@ def same_dtype(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Input and target, of one dtype, as matrices."""
-    if target.shape != x.shape:
+    if not same_shape(target.shape, x.shape):
         raise ValueError(
             f"target must have the shape of input, {tuple(x.shape)}, got {tuple(target.shape)}"
         )
@@ -216,7 +217,7 @@ def as_input(value: Tensor, x: Tensor, dim: int) -> Tensor:
 
 def row_vector(x: Tensor, dim: int, v: Tensor, name: str) -> Tensor:
     """One entry for each row of x, as a contiguous vector."""
-    if v.shape != row_shape(x, dim):
+    if not same_shape(v.shape, row_shape(x, dim)):
         raise ValueError(
             f"{name} must have the shape of input without its class dimension {dim}, "
             f"{row_shape(x, dim)}, got {tuple(v.shape)}"

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _check, stats
+from . import _check
 from ._divergence_modules import FUNCTIONS
 from ._recording import recordable
+from ._symbolic import log
 from .cross_entropy import cross_entropy
 
 
@@ -76,9 +77,6 @@ class LabelSmoothingLoss(nn.Module):
         self.smoothing = _check.check_share(smoothing, "smoothing")
         self.normalize_length = normalize_length
         self.inplace_backward = inplace_backward
-        # Of label or not, and then of which other class.
-        self.entropy = float(stats.entropy([1 - self.smoothing, self.smoothing]))
-        self.entropy += self.smoothing * math.log(max(size - 1, 1))
 
     @torch.jit.unused  # a recogniser is scripted for its users with the loss it was trained with
     @recordable
@@ -96,16 +94,25 @@ class LabelSmoothingLoss(nn.Module):
             smoothing="others",
             inplace_backward=self.inplace_backward,
         )
-        if self.normalize_length:
-            return value - self.entropy
-        labels = (target != self.padding_idx).sum(dtype=value.dtype)
-        return value - labels / x.shape[0] * self.entropy
+        entropy = _entropy_of_smoothed_label(self.smoothing, self.size)
+        if not self.normalize_length:
+            labels = (target != self.padding_idx).sum(dtype=value.dtype)
+            entropy = labels / x.shape[0] * entropy
+        return (value - entropy).to(value.dtype)
 
     def extra_repr(self) -> str:
         return (
             f"size={self.size}, padding_idx={self.padding_idx}, smoothing={self.smoothing}, "
             f"normalize_length={self.normalize_length}"
         )
+
+
+def _entropy_of_smoothed_label(epsilon: float, classes: int) -> float | Tensor:
+    """That of label or not, and then that of which other class."""
+    if epsilon == 0:
+        return 0.0
+    other = epsilon * (math.log(max(classes - 1, 1)) - log(epsilon))
+    return other if epsilon == 1 else other - (1 - epsilon) * log(1 - epsilon)
 
 
 class DistillationLoss(nn.Module):

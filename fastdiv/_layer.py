@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _check
 from ._linear_autograd import linear_loss
 from ._linear_ops import LinearCall, dtype_of_value
+from ._symbolic import same_shape
 from ._torch_private import constant
 from .reference import Spec, Stats
 
@@ -83,7 +84,7 @@ def as_rows(v: Tensor) -> Tensor:
 def check_target(logits: Tensor, target: Tensor) -> None:
     """A target of the shape and device of the logits."""
     _check.check_logits(target, "target")
-    if target.shape != logits.shape:
+    if not same_shape(target.shape, logits.shape):
         raise ValueError(
             f"target must have the shape of the logits, {tuple(logits.shape)}, got "
             f"{tuple(target.shape)}"

@@ -32,12 +32,14 @@ def linear_loss(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stat
         return _unfused(call, *tensors)
     recording = torch.is_grad_enabled()
     needed = tuple(recording and v is not None and v.requires_grad for v in given)
+    symbolic = call.symbolic()
     if not any(needed):
-        value, _, _, stats, argmax = _linear_ops.forward(*tensors, *call.options(), needed)[:5]
+        out = _linear_ops.forward(*tensors, *call.options(symbolic), needed, symbolic)
+        value, _, _, stats, argmax = out[:5]
     elif torch.compiler.is_compiling():
-        value, stats, argmax = _TracedLinearLoss.apply(call, needed, *tensors)
+        value, stats, argmax = _TracedLinearLoss.apply(call, needed, symbolic, *tensors)
     else:
-        value, stats, argmax = _LinearLoss.apply(call, needed, *tensors)
+        value, stats, argmax = _LinearLoss.apply(call, needed, symbolic, *tensors)
     return value, Stats(stats[0], stats[1], argmax, stats[2]) if call.stats else None
 
 
@@ -67,15 +69,19 @@ def _at_once(call: LinearCall, tensors: Tensors) -> bool:
 
 
 def _forward_of(
-    ctx: Any, call: LinearCall, needed: tuple[bool, ...], tensors: Tensors
+    ctx: Any,
+    call: LinearCall,
+    needed: tuple[bool, ...],
+    symbolic: Tensor | None,
+    tensors: Tensors,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensors, list[Tensor]]:
     """What a forward returns, what it saves, and the gradients if they are computed with it."""
     ctx.call, ctx.needed, ctx.at_once = call, needed, _at_once(call, tensors)
     at_once = needed if ctx.at_once else (False,) * HEADS
-    out = _linear_ops.forward(*tensors, *call.options(), at_once)
+    out = _linear_ops.forward(*tensors, *call.options(symbolic), at_once, symbolic)
     value, divisor, record, stats, argmax, *gradients = out
     ctx.mark_non_differentiable(stats, argmax)
-    return (value, stats, argmax), (*tensors, divisor, record), gradients
+    return (value, stats, argmax), (*tensors, symbolic, divisor, record), gradients
 
 
 class _TracedLinearLoss(torch.autograd.Function):
@@ -83,20 +89,24 @@ class _TracedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: LinearCall, needed: tuple[bool, ...], *tensors: Tensor | None
+        ctx: Any,
+        call: LinearCall,
+        needed: tuple[bool, ...],
+        symbolic: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, saved, gradients = _forward_of(ctx, call, needed, tensors)
+        out, saved, gradients = _forward_of(ctx, call, needed, symbolic, tensors)
         ctx.save_for_backward(*saved, *gradients)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors[: HEADS + 3]
-        divisor, record, *gradients = ctx.saved_tensors[HEADS + 3 :]
+        symbolic, divisor, record, *gradients = ctx.saved_tensors[HEADS + 3 :]
         if ctx.at_once:
             gradients = [g * grad for g in gradients]
         else:
-            gradients = _recomputed(ctx, grad, divisor, record, tensors)
+            gradients = _recomputed(ctx, grad, divisor, record, tensors, symbolic)
         return _for_apply(ctx, gradients)
 
 
@@ -105,9 +115,13 @@ class _LinearLoss(_TracedLinearLoss):
 
     @staticmethod
     def forward(
-        ctx: Any, call: LinearCall, needed: tuple[bool, ...], *tensors: Tensor | None
+        ctx: Any,
+        call: LinearCall,
+        needed: tuple[bool, ...],
+        symbolic: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, saved, ctx.gradients = _forward_of(ctx, call, needed, tensors)
+        out, saved, ctx.gradients = _forward_of(ctx, call, needed, symbolic, tensors)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return out
@@ -115,8 +129,8 @@ class _LinearLoss(_TracedLinearLoss):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * (HEADS + 5)
-        *tensors, divisor, record = ctx.saved_tensors
+            return (None,) * (HEADS + 6)
+        *tensors, _, divisor, record = ctx.saved_tensors
         if is_differentiated(grad):
             return _for_apply(ctx, _differentiable(ctx, grad, tensors))
         if not ctx.at_once:
@@ -132,11 +146,16 @@ class _LinearLoss(_TracedLinearLoss):
 
 
 def _recomputed(
-    ctx: Any, grad: Tensor, divisor: Tensor, record: Tensor, tensors: Sequence[Tensor | None]
+    ctx: Any,
+    grad: Tensor,
+    divisor: Tensor,
+    record: Tensor,
+    tensors: Sequence[Tensor | None],
+    symbolic: Tensor | None = None,
 ) -> list[Tensor]:
-    ints, floats, _, chunk = ctx.call.options()
+    ints, floats, _, chunk = ctx.call.options(symbolic)
     return _linear_ops.backward(
-        grad.contiguous(), divisor, record, *tensors, ints, floats, chunk, ctx.needed
+        grad.contiguous(), divisor, record, *tensors, ints, floats, chunk, ctx.needed, symbolic
     )
 
 
@@ -157,4 +176,4 @@ def _differentiable(
 def _for_apply(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """One for each argument of ``apply``."""
     of_heads = (g if need else None for g, need in zip(gradients, ctx.needed, strict=True))
-    return None, None, *of_heads, None, None, None
+    return None, None, None, *of_heads, None, None, None

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import _check, _ops, reference
 from ._linear import Problem, by_classes, by_rows
 from ._linear_tiles import Gradients, Head
+from ._symbolic import as_tensor, is_symbolic
 from .reference import Spec, value_dtype
 
 # input, linear_weight, linear_bias; the target with a weight and a bias if it is hidden states;
@@ -30,19 +31,30 @@ class LinearCall:
     stats: bool = False
     chunk_size: int = 0
 
-    def options(self) -> tuple[list[int], list[float], int, int]:
-        """What the ops take after their tensors."""
-        options = _ops.options(self.spec)
-        with_stats = _ops.options(self.spec, stats=True)[0] if self.stats else -1
-        ints = len(options) - sum(isinstance(o, float) for o in options)
-        return list(options[:ints]), list(options[ints:]), with_stats, self.chunk_size
+    def options(self, symbolic: Tensor | None = None) -> tuple[list[int], list[float], int, int]:
+        """What the ops take after their tensors; no floats where a tensor has them."""
+        with_stats = _ops.int_options(self.spec, stats=True)[0] if self.stats else -1
+        floats = _ops.float_options(self.spec) if symbolic is None else ()
+        return list(_ops.int_options(self.spec)), list(floats), with_stats, self.chunk_size
+
+    def symbolic(self) -> Tensor | None:
+        """The floats in a tensor, if the compiler knows one of them by name only."""
+        floats = _ops.float_options(self.spec)
+        return as_tensor(floats) if is_symbolic(*floats) else None
 
 
-def _problem(tensors: Tensors, ints: Sequence[int], floats: Sequence[float], chunk: int) -> Problem:
+def _problem(
+    tensors: Tensors,
+    ints: Sequence[int],
+    floats: Sequence[float],
+    chunk: int,
+    symbolic: Tensor | None = None,
+) -> Problem:
     x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight = tensors
     assert x is not None
     teacher = None if t is None else Head(t, t_weight, t_bias)
-    options = _ops.of_each_row([*ints, *floats])
+    given = floats if symbolic is None else symbolic.tolist()
+    options = _ops.of_each_row([*ints, *given])
     return Problem(Head(x, weight, bias), teacher, label, class_weight, row_weight, options, chunk)
 
 
@@ -95,6 +107,7 @@ def forward(
     loss_with_stats: int,
     chunk_size: int,
     needed: Sequence[bool],
+    symbolic: Tensor | None = None,
 ) -> list[Tensor]:
     """Value, divisor, record, statistics, argmax and the gradients that are needed."""
     tensors = (x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight)
@@ -102,7 +115,7 @@ def forward(
     if label is not None and label.is_cpu:
         named = ("index", None) if ignored == _check.NO_LABEL_IGNORED else ("target", ignored)
         _check.check_labels(label, len(weight), *named)
-    p = _problem(tensors, ints, floats, chunk_size)
+    p = _problem(tensors, ints, floats, chunk_size, symbolic)
     divisor = torch.as_tensor(_divisor(tensors, ints), dtype=torch.float64, device=x.device)
     upstream = (1 / divisor).to(p.weight.dtype).expand(p.rows) if any(needed) else None
     with torch.autocast(x.device.type, enabled=False):
@@ -115,7 +128,8 @@ def forward(
 
 
 @forward.register_fake
-def _(x, weight, bias, t, t_weight, t_bias, label, cw, rw, ints, floats, with_stats, _, needed):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, t, t_weight, t_bias, *others):  # type: ignore[no-untyped-def]
+    ints, with_stats, needed = others[3], others[5], others[7]
     rows = x.shape[0]
     dtype = dtype_of_value(x, t)
     with_rows = rows if with_stats >= 0 else 0
@@ -147,10 +161,11 @@ def backward(
     floats: Sequence[float],
     chunk_size: int,
     needed: Sequence[bool],
+    symbolic: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients that are needed, from the records of the rows."""
     tensors = (x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight)
-    p = _problem(tensors, ints, floats, chunk_size)
+    p = _problem(tensors, ints, floats, chunk_size, symbolic)
     if _ops.reduces(ints):
         grad = (grad / divisor).to(grad.dtype).expand(p.rows)
     with torch.autocast(x.device.type, enabled=False):
@@ -160,7 +175,8 @@ def backward(
 
 
 @backward.register_fake
-def _(grad, divisor, record, x, weight, bias, t, t_weight, t_bias, label, cw, rw, i, f, _, needed):  # type: ignore[no-untyped-def]
+def _(grad, divisor, record, x, weight, bias, t, t_weight, t_bias, *others):  # type: ignore[no-untyped-def]
+    needed = others[6]
     return _fake_gradients((x, weight, bias, t, t_weight, t_bias), needed)
 
 

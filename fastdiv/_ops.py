@@ -24,19 +24,23 @@ REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
 
 def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
     """The options of an op, in the order of FD_OPTIONS_SCHEMA in row_ops.h."""
+    return *int_options(spec, stats), *float_options(spec)
+
+
+def int_options(spec: Spec, stats: bool = False) -> tuple[int, ...]:
+    """The first of them."""
     return (
         _LOSS_IDS[spec.loss + "_stats" if stats else spec.loss],
         _TARGET_TYPES[spec.target_type],
         REDUCTIONS[spec.reduction],
         spec.batch,
         spec.ignore_index,
-        spec.scale,
-        spec.softcap,
-        spec.shape,
-        spec.label,
-        spec.spread,
-        spec.z_loss,
     )
+
+
+def float_options(spec: Spec) -> tuple[float, ...]:
+    """The others."""
+    return spec.scale, spec.softcap, spec.shape, spec.label, spec.spread, spec.z_loss
 
 
 def spec_of(options: Sequence[Any]) -> Spec:
@@ -66,7 +70,8 @@ def of_each_row(options: Sequence[Any]) -> list[Any]:
 # --- fakes: what torch.compile and torch.export need to know ----------------------------------
 
 
-def _fake_forward(x: Tensor, options: tuple[Any, ...], stats: bool) -> tuple[Tensor, ...]:
+def fake_forward(x: Tensor, options: Sequence[Any], stats: bool) -> tuple[Tensor, ...]:
+    """Tensors like those of a forward."""
     rows, dtype = x.shape[0], value_dtype(x.dtype)
     value = x.new_empty(value_shape(options, rows), dtype=dtype)
     out = (value, x.new_empty((rows, RECORD_SIZE), dtype=dtype), x.new_empty((), dtype=dtype))
@@ -75,7 +80,8 @@ def _fake_forward(x: Tensor, options: tuple[Any, ...], stats: bool) -> tuple[Ten
     return (*out, x.new_empty((3, rows), dtype=dtype), x.new_empty(rows, dtype=torch.int64))
 
 
-def _fake_gradient(of: Tensor | None, x: Tensor, needed: bool) -> Tensor:
+def fake_gradient(of: Tensor | None, x: Tensor, needed: bool) -> Tensor:
+    """A tensor like a gradient; like an empty one where none is needed."""
     of = x if of is None else of
     return of.new_empty(of.shape if needed else (0,))
 
@@ -166,14 +172,14 @@ if _backend._C is not None:
     terms = torch.ops.fastdiv._row_terms.default
 
     _register = torch.library.register_fake
-    _register("fastdiv::_row_forward")(lambda x, *a: _fake_forward(x, a[4:], False))
-    _register("fastdiv::_row_forward_stats")(lambda x, *a: _fake_forward(x, a[4:], True))
+    _register("fastdiv::_row_forward")(lambda x, *a: fake_forward(x, a[4:], False))
+    _register("fastdiv::_row_forward_stats")(lambda x, *a: fake_forward(x, a[4:], True))
     _register("fastdiv::_row_backward")(
-        lambda grad, x, t, *a: (_fake_gradient(x, x, a[-2]), _fake_gradient(t, x, a[-1]))
+        lambda grad, x, t, *a: (fake_gradient(x, x, a[-2]), fake_gradient(t, x, a[-1]))
     )
-    _register("fastdiv::_row_backward_")(lambda grad, x, t, *a: _fake_gradient(t, x, a[-1]))
+    _register("fastdiv::_row_backward_")(lambda grad, x, t, *a: fake_gradient(t, x, a[-1]))
     _register("fastdiv::_row_forward_grad")(
-        lambda grad, x, t, *a: (_fake_forward(x, a[3:-1], False)[0], _fake_gradient(t, x, a[-1]))
+        lambda grad, x, t, *a: (fake_forward(x, a[3:-1], False)[0], fake_gradient(t, x, a[-1]))
     )
     _register("fastdiv::_row_terms")(lambda x, *a: a[4].new_empty((x.shape[0], TERM_SUMS)))
     torch.library.register_vmap("fastdiv::_row_forward", _vmap_forward)

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._backend import use_kernel
 from ._check import FLOATS, are_plain, is_number, row_shape
+from ._symbolic import same_shape
 from ._torch_private import function_mode_watches, is_exporting, is_jit_traced, is_transformed
 from .cross_entropy import cross_entropy as ours
 
@@ -103,9 +104,9 @@ def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
     dim = 1 if input.dim() > 1 else 0
     classes = input.shape[dim]
     if target.dtype in FLOATS:
-        fit = target.shape == input.shape and ignore_index < 0
+        fit = ignore_index < 0 and same_shape(target.shape, input.shape)
     else:
-        fit = target.dtype is torch.int64 and target.shape == row_shape(input, dim)
+        fit = target.dtype is torch.int64 and same_shape(target.shape, row_shape(input, dim))
     if weight is not None:
         fit = (
             fit

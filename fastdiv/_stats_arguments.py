@@ -33,7 +33,7 @@ class Distributions(NamedTuple):
 
 
 def evaluate(
-    function: Callable[[Distributions, float], Tensor],
+    function: Callable[[Distributions, float | Tensor], Tensor],
     base: float | None,
     axis: Axis,
     nan_policy: NanPolicy,
@@ -55,15 +55,15 @@ def evaluate(
 
 
 def _value(
-    function: Callable[[Distributions, float], Tensor],
-    unit: float,
+    function: Callable[[Distributions, float | Tensor], Tensor],
+    unit: float | Tensor,
     axis: Axis,
     nan_policy: NanPolicy,
     keepdims: bool,
     given: dict[str, Any],
 ) -> Tensor:
     found = _distributions(axis, nan_policy, given)
-    value = function(found, unit)
+    value = function(found, unit).to(found.vectors[0].dtype)
     for dim in found.kept if keepdims else ():
         value = value.unsqueeze(dim)
     return value

@@ -65,7 +65,7 @@ def alpha_div(
     *Families of Alpha- Beta- and Gamma-Divergences* (2010).
     """
     alpha = _check.check_finite(alpha, "alpha")
-    loss = {0.0: "reverse_kl_div", 1.0: "kl_div"}.get(alpha, "alpha_div")
+    loss = "reverse_kl_div" if alpha == 0 else "kl_div" if alpha == 1 else "alpha_div"
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
     return of_rows(loss, input, target, *how, shape=alpha)
 

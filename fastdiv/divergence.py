@@ -58,7 +58,8 @@ def of_rows(
 def js_loss(beta: float) -> tuple[str, float]:
     """Which loss a Jensen-Shannon divergence is, and beta, checked."""
     beta = _check.check_share(beta, "beta")
-    return {0.0: "kl_div", 1.0: "reverse_kl_div"}.get(beta, "js_div"), beta
+    # No look-up, for which the compiler would take every beta for a constant.
+    return "kl_div" if beta == 0 else "reverse_kl_div" if beta == 1 else "js_div", beta
 
 
 @takes_dtensors
@@ -237,6 +238,6 @@ def skew_kl_div(
     (2024); Lee, *Measures of Distributional Similarity* (1999).
     """
     skew = _check.check_share(skew, "skew")
-    loss = ("reverse_" if reverse else "") + ("skew_kl_div" if skew else "kl_div")
+    loss = ("reverse_" if reverse else "") + ("skew_kl_div" if skew != 0 else "kl_div")
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
     return of_rows(loss, input, target, *how, shape=skew)

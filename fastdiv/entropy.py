@@ -55,7 +55,7 @@ def entropy(
     )
     value = row_loss(spec, _check.as_rows(input, dim))
     if base is not None:
-        value = value / unit
+        value = (value / unit).to(value.dtype)
     return _check.as_input(value, input, dim) if reduction == "none" else value
 
 

@@ -119,7 +119,7 @@ def cross_entropy(
         omega = torch.ones_like(lq[..., 0]) if class_weight is None else class_weight[y]
         value = -expected(spec.label * omega, of_class(lq, y))
         if spec.spread:
-            r = torch.full_like(lq, spec.spread)
+            r = torch.zeros_like(lq) + spec.spread
             value = value - expected(r if class_weight is None else r * class_weight, lq).sum(-1)
     return value + spec.z_loss * omega * torch.logsumexp(x, -1) ** 2 if spec.z_loss else value
 

@@ -7,7 +7,6 @@ reference defines them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -39,7 +38,8 @@ def log_of(p: Tensor) -> Tensor:
 
 def log_mixture(lp: Tensor, lq: Tensor, share: float) -> Tensor:
     """``log(share p + (1 - share) q)``, which exists also where either product underflows."""
-    log_share, log_rest = (math.log(part) if part else -math.inf for part in (share, 1 - share))
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # for a share that is no constant
+    log_share, log_rest = (one * share).log(), (one * (1 - share)).log()
     parts = torch.stack([lp + log_share, lq + log_rest])
     empty = torch.isinf(parts).all(0)
     return torch.where(empty, -torch.inf, torch.logsumexp(torch.where(empty, 0.0, parts), 0))

@@ -245,27 +245,27 @@ def jensenshannon(
 # --- the value, from distributions and the size of a nat --------------------------------------
 
 
-def _information_content(given: Distributions, unit: float) -> Tensor:
+def _information_content(given: Distributions, unit: float | Tensor) -> Tensor:
     (p,) = given.vectors
     value = _information(p) / unit
     return value if given.omitted is None else torch.where(given.omitted, torch.nan, value)
 
 
-def _entropy(given: Distributions, unit: float) -> Tensor:
+def _entropy(given: Distributions, unit: float | Tensor) -> Tensor:
     (p,) = given.vectors
     return masked_product(p, _information(p)).sum(given.dims) / unit
 
 
-def _cross_entropy(given: Distributions, unit: float) -> Tensor:
+def _cross_entropy(given: Distributions, unit: float | Tensor) -> Tensor:
     p, q = given.vectors
     return reference.expected(p, _information(q)).sum(given.dims) / unit
 
 
-def _kl_div(given: Distributions, unit: float) -> Tensor:
+def _kl_div(given: Distributions, unit: float | Tensor) -> Tensor:
     return _not_negative(_relative_entropy(*given.vectors).sum(given.dims)) / unit
 
 
-def _js_div(given: Distributions, unit: float) -> Tensor:
+def _js_div(given: Distributions, unit: float | Tensor) -> Tensor:
     p, q = given.vectors
     # Both sides doubled: half of the smallest number would be 0.
     mixture = p + q
@@ -273,7 +273,7 @@ def _js_div(given: Distributions, unit: float) -> Tensor:
     return _not_negative(terms.sum(given.dims) / 4) / unit
 
 
-def _jensenshannon(given: Distributions, unit: float) -> Tensor:
+def _jensenshannon(given: Distributions, unit: float | Tensor) -> Tensor:
     js = _js_div(given, unit)
     equal = js == 0
     return torch.where(equal, 0.0, torch.where(equal, 1.0, js).sqrt())

@@ -10,6 +10,7 @@ from ._autograd import row_loss
 from ._backend import use_kernel
 from ._dtensor import takes_dtensors
 from ._in_place import check_in_place
+from ._symbolic import same_shape
 from .reference import Spec, value_dtype
 
 LOSSES = {missing: loss for loss, missing in reference_topk.TOPK.items()}
@@ -135,7 +136,8 @@ def topk_kl_div(
 
 def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
     shape = tuple(values.shape)
-    if len(shape) != x.dim() or _check.row_shape(values, dim) != _check.row_shape(x, dim):
+    rows = _check.row_shape(x, dim)
+    if len(shape) != x.dim() or not same_shape(_check.row_shape(values, dim), rows):
         raise ValueError(
             f"values must have the shape of input, {tuple(x.shape)}, with any k classes on "
             f"dim {dim}, got {shape}"
@@ -145,7 +147,7 @@ def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
             f"values of shape {shape} has {shape[dim]} classes on dim {dim}, which must be between "
             f"1 and the {x.shape[dim]} of input"
         )
-    if indices.shape != values.shape:
+    if not same_shape(indices.shape, values.shape):
         raise ValueError(
             f"indices must have the shape of values, {shape}, got {tuple(indices.shape)}"
         )

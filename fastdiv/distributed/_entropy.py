@@ -65,7 +65,7 @@ def entropy(
         return RowArguments(spec, input=input, dim=d, x=_check.as_rows(input, d))
 
     value, _ = loss_of(prepare, group, mean_group, num_classes)
-    return value if base is None else value / _check.log_of_base(base)
+    return value if base is None else (value / _check.log_of_base(base)).to(value.dtype)
 
 
 def log_prob(
