@@ -137,6 +137,17 @@ def terms_and_statistics(group: Any, rank: int) -> None:
         assert own.to_local().data_ptr() == memory
         mine = slice(2 * rank, 2 * rank + 2)
         same(own.to_local().detach(), expected[mine])  # overwritten
+    # One row, of which two of the ranks have nothing.
+    both = init_device_mesh("cpu", (2, 2))
+    for name in ("cross_entropy", "js_div"):
+        target = y[:1] if name == "cross_entropy" else t[:1]
+        options = {} if name == "cross_entropy" else {"target_type": "logits"}
+        loss = lambda x, t, n=name, o=options: getattr(fastdiv, n)(x, t, **o)  # noqa: E731
+        row = distribute_tensor(x[:1], both, [Shard(0), Shard(1)])
+        assert not compare("one row", loss, [x[:1], target], [row, target])
+    many = distribute_tensor(torch.ones(5, 2, WIDTH), mesh, [Shard(0)])
+    kind, text = outcome(lambda: fastdiv.linear_cross_entropy(x[:, :WIDTH], many, y))
+    assert kind == "ValueError" and "more than two dimensions" in text
 
 
 def functions_of_layers(group: Any, rank: int) -> None:

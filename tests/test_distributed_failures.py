@@ -15,7 +15,7 @@ from ranks import RankFailed, Ranks
 
 pytestmark = [
     pytest.mark.cpu_only("the ranks of these tests are processes of the CPU"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
 ]
 # The error of the rank that is different, a part of what it says, and of what the others say; "":
 # what that one does.

@@ -101,6 +101,11 @@ def _of_layer(function: Callable[..., Any], given: dict[str, Any], mesh: DeviceM
     for name, v in (("input", h), ("linear_weight", w)):
         if not isinstance(v, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(v).__name__}")
+    if w.dim() > 2:
+        raise ValueError(
+            "linear_weight of more than two dimensions is not taken with DTensors, got shape "
+            f"{tuple(w.shape)}: give the logits to cross_entropy"
+        )
     everywhere: Placements = [Replicate()] * mesh.ndim
     of_h, of_w = (v.placements if isinstance(v, DTensor) else everywhere for v in (h, w))
     last = h.dim() - 1
