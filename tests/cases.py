@@ -1,7 +1,7 @@
 """The table that drives the suite: every loss with its options, and the inputs it is tried on.
 
 A new loss is one line in LOSSES.  Truth is the reference in float64; `eager` is what a user of
-torch would write, in the dtype of the logits, and sets the accuracy that we must reach.
+torch would write, in the dtype of the logits; where a bound fails, its error is reported.
 """
 
 from __future__ import annotations

@@ -231,17 +231,22 @@ def test_shift_invariance(pair: tuple[Tensor, Tensor], shift: float) -> None:
 @pytest.mark.parametrize("name", ["kl_div", "reverse_kl_div", "js_div"])
 @pytest.mark.parametrize("offset", [0.0, 10.0, 50.0, -300.0])
 def test_logits_of_student_and_teacher_apart(name: str, offset: float) -> None:
-    """Logits of two models seldom have the same mean: no digit more is lost than in eager torch."""
+    """Logits of two models seldom have the same mean, which costs their gradients no digit.
+
+    Each is a difference of three numbers that are exact to an ulp, times a probability: six ulps of
+    the largest gradient are enough for the largest error, however far the rows are apart.
+    """
     case = next(c for c in LOSSES if c.name == name and c.target == "logits")
     t = torch.randn(64, 1000) * 0.1
     x = t + 0.01 * torch.randn(64, 1000) + offset
-    truth_x, truth_t = gradients(case, x.double(), t.double(), {"reduction": "sum"})[1]
+    right = gradients(case, x.double(), t.double(), {"reduction": "sum"})[1]
     ours = gradients(case, x, t, {"reduction": "sum"})[1]
     leaves = [x.requires_grad_(), t.requires_grad_()]
     eager = torch.autograd.grad(case.eager_rows(x, t).sum(), leaves)
-    for got, plain, truth in zip(ours, eager, (truth_x, truth_t), strict=True):
-        error, allowed = (got - truth).abs().max(), (plain - truth).abs().max()
-        assert error <= 1.5 * allowed, f"error {error:.1e}, of eager torch {allowed:.1e}"
+    for got, plain, truth in zip(ours, eager, right, strict=True):
+        error, theirs = (got - truth).abs().max(), (plain - truth).abs().max()
+        allowed = 6 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert error <= allowed, f"error {error:.1e} > {allowed:.1e}; of eager torch {theirs:.1e}"
 
 
 @given(pairs())

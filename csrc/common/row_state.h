@@ -105,35 +105,21 @@ struct RowState {
       }
   }
 
+  // With kRun, sums whose last digits are those of the value are added up in runs of so many
+  // columns, for the rounding errors of a sum grow with the number of its terms.
+  template <int kRun = 0>
   FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
     rebase(loss, max_of(tile.x, tile.n, x.max), kNormalise ? max_of(tile.t, tile.n, t.max) : t.max,
            scale);
-    const real x_max = x.max, t_max = kNormalise ? t.max : real(0);
-    real x_sum = 0, t_sum = 0, a = 0, b = 0, c = 0, d = 0;
-    FD_SIMD(reduction(+ : x_sum, t_sum, a, b, c, d))
-    for (int i = 0; i < tile.n; ++i) {
-      Column<real> col{};
-      col.lx = (tile.x[i] - x_max) * scale;
-      col.ex = exp_neg(col.lx);
-      col.weight = P::kWeights ? tile.weights[i] : real(1);
-      if constexpr (kTarget != Target::kNone) {
-        const real lt = log_target<kTarget>(tile.t[i], t_max, real(0), scale);
-        col.et = kTarget == Target::kProbs ? tile.t[i] : exp_neg(lt);
-        // From the logits themselves, where that counts: of two shifted and rounded ones the
-        // difference is worth less.
-        col.ratio = kNormalise && P::kExactRatio
-                        ? -difference_of_differences(tile.x[i], tile.t[i], x_max, t_max) * scale
-                        : lt - col.lx;
-        t_sum += col.et;
-      }
-      x_sum += col.ex;
-      const Sums<real> s = loss.partial(col);
-      if constexpr (P::kSums > 0) a += s.a;
-      if constexpr (P::kSums > 1) b += s.b;
-      if constexpr (P::kSums > 2) c += s.c, d += s.d;
+    Parts total;
+    if constexpr (P::kExactRatio && kRun > 0) {
+      for (int i = 0; i < tile.n; i += kRun)
+        total.add(parts_of(loss, tile, scale, i, tile.n - i < kRun ? tile.n : i + kRun));
+    } else {
+      total = parts_of(loss, tile, scale, 0, tile.n);
     }
-    x.sum += x_sum, t.sum += t_sum;
-    sums.add({a, b, c, d});
+    x.sum += total.x, t.sum += total.t;
+    sums.add(total.sums);
     if constexpr (P::kTilted) push_tilted(loss, tile, scale);
   }
 
@@ -162,6 +148,41 @@ struct RowState {
   FD_FN real mass() const { return kNormalise || kTarget == Target::kNone ? real(1) : t.sum; }
 
  private:
+  struct Parts {
+    real x = 0, t = 0;
+    Sums<real> sums;
+
+    FD_FN void add(const Parts& o) { x += o.x, t += o.t, sums.add(o.sums); }
+  };
+  // What columns [begin, end) of a tile add to the sums, under the maxima as they are.
+  FD_FN Parts parts_of(const P& loss, const Tile<real>& tile, real scale, int begin,
+                       int end) const {
+    const real x_max = x.max, t_max = kNormalise ? t.max : real(0);
+    real x_sum = 0, t_sum = 0, a = 0, b = 0, c = 0, d = 0;
+    FD_SIMD(reduction(+ : x_sum, t_sum, a, b, c, d))
+    for (int i = begin; i < end; ++i) {
+      Column<real> col{};
+      col.lx = (tile.x[i] - x_max) * scale;
+      col.ex = exp_neg(col.lx);
+      col.weight = P::kWeights ? tile.weights[i] : real(1);
+      if constexpr (kTarget != Target::kNone) {
+        const real lt = log_target<kTarget>(tile.t[i], t_max, real(0), scale);
+        col.et = kTarget == Target::kProbs ? tile.t[i] : exp_neg(lt);
+        // From the logits themselves, where that counts: of two shifted and rounded ones the
+        // difference is worth less.
+        col.ratio = kNormalise && P::kExactRatio
+                        ? -difference_of_differences(tile.x[i], tile.t[i], x_max, t_max) * scale
+                        : lt - col.lx;
+        t_sum += col.et;
+      }
+      x_sum += col.ex;
+      const Sums<real> s = loss.partial(col);
+      if constexpr (P::kSums > 0) a += s.a;
+      if constexpr (P::kSums > 1) b += s.b;
+      if constexpr (P::kSums > 2) c += s.c, d += s.d;
+    }
+    return {x_sum, t_sum, {a, b, c, d}};
+  }
   FD_FN void push_tilted(const P& loss, const Tile<real>& tile, real scale) {
     const real x_max = x.max, t_max = t.max, inf = Limits<real>::infinity;
     real infinite = 0, sum = 0;

@@ -21,7 +21,7 @@ RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
                                 source.kTeacher ? source.target(r).whole_tile(i, n, bt) : nullptr,
                                 P::kWeights ? source.whole_weights(i, n, bw) : nullptr,
                                 whole_vectors(n), tilted.data};
-          s.push(source.loss, tile, scale);
+          s.template push<kFirstSweepRun>(source.loss, tile, scale);
         });
         return s;
       },
