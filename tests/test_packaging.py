@@ -111,3 +111,23 @@ def test_no_wheel_without_kernels(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "compiled against torch 2.11 or newer" in done.stderr
+
+
+def test_the_matrix_has_all_supported_versions() -> None:
+    """Every Python of the classifiers, the oldest torch that compiles, and the pinned one."""
+    pytest.importorskip("nox")
+    spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
+    assert spec and spec.loader
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    project = (ROOT / "pyproject.toml").read_text()
+    assert list(matrix.PYTHONS) == re.findall(r"Python :: (3\.\d+)", project)
+    oldest, *_ = matrix.TORCHES
+    assert f'"torch>={oldest}"' in project
+    pinned = (ROOT / "requirements-dev.txt").read_text()
+    assert any(f"\ntorch=={torch}\n" in pinned for torch in matrix.TORCHES.values())
+    pairs = [name.removeprefix("py").split("-torch") for name in matrix.DEFAULT]
+    assert {python for python, _ in pairs} == set(matrix.PYTHONS)
+    assert {torch for _, torch in pairs} == set(matrix.TORCHES)
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in matrix.LEFT_OUT)
+    assert f'make matrix PAIRS="py$python-torch{oldest}"' in (ROOT / ".ci/run").read_text()

@@ -147,6 +147,31 @@ def test_linear(name: str, backend: None) -> None:
     agree(ours, truth, [hidden, weight])
 
 
+# --- functions of probabilities ---------------------------------------------------------------
+
+
+STATS = {"entropy": 1.0, "kl_div": 1.0, "js_div": 0.25}  # the slope of the slope
+
+
+@pytest.mark.parametrize("name", [*STATS, "jensenshannon"])
+@pytest.mark.parametrize("v", [[0.1, 0.2, 0.7], [0.25] * 4, [3.0]], ids=str)
+def test_functions_of_probabilities(name: str, v: list[float]) -> None:
+    """Of a vector and itself; neither adds up to 1 but is normalised."""
+    counts = torch.tensor(v, dtype=F64)
+    function = getattr(fastdiv.stats, name)
+    value, first, second = derivatives(
+        lambda p, q: function(p.softmax(0), q.softmax(0)), [counts, counts]
+    )
+    assert value == 0 and all((g.abs() < 1e-15).all() for g in first)
+    if name in STATS:
+        p = counts.softmax(0)
+        fisher = STATS[name] * (p.diag() - p.outer(p))
+        expected = torch.cat([torch.cat([fisher, -fisher], 1), torch.cat([-fisher, fisher], 1)])
+        n = len(v)
+        got = torch.stack([torch.cat(second[2 * i : 2 * i + 2]) for i in range(2 * n)])
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
 # --- a teacher of k classes -------------------------------------------------------------------
 
 
