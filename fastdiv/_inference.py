@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 
 def savable(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -21,11 +22,20 @@ def savable(*tensors: Tensor | None) -> tuple[Any, ...]:
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return tensors
+    if torch._C._are_functorch_transforms_active():
+        return tuple(v.clone() if v is not None and _wraps_one(v) else v for v in tensors)
     return tuple(_normal(v) if v is not None and v.is_inference() else v for v in tensors)
 
 
+def _wraps_one(v: Tensor) -> bool:
+    """Whether this is an inference tensor, or stands for one in a transform, as of vmap's."""
+    while is_functorch_wrapped_tensor(v):
+        v = get_unwrapped(v)
+    return v.is_inference()
+
+
 def _normal(v: Tensor) -> Tensor:
-    if v.is_neg() or not (v.is_cpu or v.is_cuda) or torch._C._are_functorch_transforms_active():
+    if v.is_neg() or not (v.is_cpu or v.is_cuda):
         return v.clone()
     with torch.no_grad():
         alias = v.new_empty(0)
