@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch_private import func_is_active
+from ._torch_private import func_is_active, inside_transforms
 
 
 def savable(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -23,11 +23,16 @@ def savable(*tensors: Tensor | None) -> tuple[Any, ...]:
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return tensors
+    if func_is_active():
+        return tuple(
+            v.clone() if v is not None and inside_transforms(v).is_inference() else v
+            for v in tensors
+        )
     return tuple(_normal(v) if v is not None and v.is_inference() else v for v in tensors)
 
 
 def _normal(v: Tensor) -> Tensor:
-    if v.is_neg() or not (v.is_cpu or v.is_cuda) or func_is_active():
+    if v.is_neg() or not (v.is_cpu or v.is_cuda):
         return v.clone()
     with torch.no_grad():
         alias = v.new_empty(0)

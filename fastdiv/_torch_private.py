@@ -95,6 +95,18 @@ _unwrap = _find("torch._C._functorch", "unwrap_if_dead")
 unwrap_if_dead: Callable[[Tensor], Tensor] = _unwrap or (lambda v: v)
 
 
+_wraps = _find("torch._C._functorch", "is_functorch_wrapped_tensor")
+_unwrapped = _find("torch._C._functorch", "get_unwrapped")
+
+
+def inside_transforms(v: Tensor) -> Tensor:
+    """The tensor that stands inside the wrappers of ``torch.func``; ``v`` where we cannot look."""
+    if _wraps is not None and _unwrapped is not None:
+        while _wraps(v):
+            v = _unwrapped(v)
+    return v
+
+
 def light_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` for calls under no transform, whose tensors ``unwrap_if_dead`` has seen.
 

@@ -161,7 +161,9 @@ def cross_entropy(
             the loss and, in a mean, its denominator. Rows of weight 0 do not count.
         inplace_backward: The backward writes the gradient over the logits' own memory.  Autograd
             notices: whoever else needs the logits for a backward gets an error.  Under
-            ``torch.compile`` a fresh gradient is used, which inductor places as it sees fit.
+            ``torch.compile`` a fresh gradient is used, which inductor places as it sees fit.  The
+            logits may be no leaf of autograd's graph, nor a view of one, and no other argument may
+            share their memory.
         return_stats: Also return a named tuple of ``lse``, ``entropy``, ``argmax`` and ``log_prob``
             (of the label, 0 where the row does not count; :math:`\sum p \log q` for soft targets)
             of every row, from the same pass, without gradient.
@@ -170,8 +172,10 @@ def cross_entropy(
         The loss, float32 (float64 if input or target is), and the statistics if asked for.
 
     Raises:
-        TypeError: a dtype that is not one of the above.
-        ValueError: shapes that do not fit, an option out of its range.
+        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; an
+            option that is no number, a flag included.
+        ValueError: shapes that do not fit, an option out of its range, a weight or an option that
+            requires a gradient, logits that may not be overwritten.
         IndexError: a label outside ``[0, C)`` that is not ``ignore_index`` (on CPU; elsewhere such
             a row is NaN), a dimension that ``input`` does not have.
 

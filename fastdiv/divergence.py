@@ -100,13 +100,17 @@ def kl_div(
             weight 0 does not count: loss and gradient 0, whatever it holds.
         inplace_backward: The backward writes the gradient over the logits' own memory; autograd
             notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
+            The logits may be no leaf of autograd's graph, nor a view of one, and no other argument
+            may share their memory.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).
 
     Raises:
-        TypeError: a dtype that is not one of the above.
-        ValueError: shapes that do not fit, an option out of its range.
+        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; an
+            option that is no number, a flag included.
+        ValueError: shapes that do not fit, an option out of its range, a weight or an option that
+            requires a gradient, logits that may not be overwritten.
         IndexError: a dimension that ``input`` does not have.
 
     Example:

@@ -35,8 +35,10 @@ def entropy(
         The entropy, float32 (float64 for float64 input).  A class at :math:`-\infty` adds nothing.
 
     Raises:
-        TypeError: a dtype that is not one of the above.
-        ValueError: no classes along ``dim``, an option out of its range.
+        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; an
+            option that is no number.
+        ValueError: no classes along ``dim``, an option out of its range, or that requires a
+            gradient.
         IndexError: a dimension that ``input`` does not have.
 
     Example:
@@ -74,8 +76,9 @@ def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float 
         One value a row, float32 (float64 for float64 input); differentiable.
 
     Raises:
-        TypeError: a dtype that is not one of the above.
-        ValueError: shapes that do not fit, an option out of its range.
+        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; a
+            temperature that is no number.
+        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
         IndexError: an index outside ``[0, C)`` (on CPU; elsewhere the row is NaN), a dimension that
             ``input`` does not have.
 

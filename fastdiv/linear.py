@@ -123,8 +123,9 @@ def linear_cross_entropy(
         ``linear_bias``, and probabilities that require one.
 
     Raises:
-        TypeError: a dtype that is not one of the above, or not that of ``input``.
-        ValueError: shapes that do not fit, an option out of its range.
+        TypeError: a dtype that is not one of the above, or not that of ``input``; a sparse,
+            nested or quantized tensor; an option that is no number.
+        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
         IndexError: a label outside ``[0, C)`` that is not ``ignore_index`` (on CPU; elsewhere such
             a row is NaN).
         RuntimeError: tensors on different devices.
@@ -231,8 +232,9 @@ def linear_log_prob_and_entropy(
         both differentiable.
 
     Raises:
-        TypeError: a dtype that is not one of the above, or not that of ``input``.
-        ValueError: shapes that do not fit, an option out of its range.
+        TypeError: a dtype that is not one of the above, or not that of ``input``; a sparse,
+            nested or quantized tensor; an option that is no number.
+        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
         IndexError: an index outside ``[0, C)`` (on CPU; elsewhere the row is NaN).
         RuntimeError: tensors on different devices.
 

@@ -109,8 +109,9 @@ def linear_kl_div(
         but the token weights gets a gradient where it requires one.
 
     Raises:
-        TypeError: a dtype that is not one of the above, or not that of its layer.
-        ValueError: shapes that do not fit, an option out of its range.
+        TypeError: a dtype that is not one of the above, or not that of its layer; a sparse,
+            nested or quantized tensor; an option that is no number.
+        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
         RuntimeError: tensors on different devices.
 
     Example:

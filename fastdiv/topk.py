@@ -70,6 +70,8 @@ def topk_kl_div(
             indices.
         inplace_backward: The backward writes the gradient over the logits' own memory; autograd
             notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
+            The logits may be no leaf of autograd's graph, nor a view of one, and no other argument
+            may share their memory.
 
     Returns:
         The divergence in nats, float32 (float64 for float64 input).  A class with :math:`p_c = 0`
@@ -77,9 +79,11 @@ def topk_kl_div(
         any class, gives :math:`+\infty` with a finite gradient.
 
     Raises:
-        TypeError: a dtype that is not one of the above.
-        ValueError: shapes that do not fit, an option out of its range, an index that is twice in a
-            row (off the CPU such a row is NaN).
+        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; a
+            temperature that is no number.
+        ValueError: shapes that do not fit, an option out of its range, a temperature that requires
+            a gradient, logits that may not be overwritten, an index that is twice in a row (off the
+            CPU such a row is NaN).
         IndexError: an index outside ``[0, C)`` (off the CPU such a row is NaN), a dimension that
             ``input`` does not have.
 

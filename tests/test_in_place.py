@@ -290,6 +290,13 @@ def test_compiled_code_makes_a_fresh_gradient() -> None:
     same(got, torch.autograd.grad(value, x)[0])
 
 
+def test_tensors_without_memory_share_none() -> None:
+    x = torch.empty(4, 7, device="meta").requires_grad_() * 1
+    t = torch.empty(4, 7, device="meta")
+    value = fastdiv.kl_div(x, t, target_type="logits", inplace_backward=True)
+    assert torch.autograd.grad(value, x)[0].is_meta
+
+
 @pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
 def test_ranks(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path)

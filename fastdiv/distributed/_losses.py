@@ -56,7 +56,8 @@ def cross_entropy(
         softcap: Soft cap of the logits.
         z_loss: Factor of the squared log-sum-exp.
         token_weight: Weights of the rows, the same on every rank.
-        inplace_backward: The gradient is written over the logits.
+        inplace_backward: The gradient is written over the logits; see
+            :func:`fastdiv.cross_entropy`.
         return_stats: Also return statistics of the whole rows; the argmax is a global index.
         group: The ranks that share the vocabulary; all processes for None.
         mean_group: Data-parallel ranks over whose rows, all of them, ``reduction="mean"`` is to
@@ -69,7 +70,8 @@ def cross_entropy(
 
     Raises:
         TypeError: a dtype that is not one of those of :func:`fastdiv.cross_entropy`.
-        ValueError: shapes that do not fit, an option out of its range.
+        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient,
+            logits that may not be overwritten.
         IndexError: a label outside of the vocabulary (on CPU; elsewhere such a row is NaN).
         RuntimeError: another rank's arguments were refused, or it does not call the same loss of as
             many rows with the same labels; there is no process group.
@@ -198,7 +200,8 @@ def kl_div(
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
         temperature: Divides the input's logits, and the target's where it has some.
         token_weight: Weights of the rows, the same on every rank.
-        inplace_backward: The gradient is written over the logits.
+        inplace_backward: The gradient is written over the logits; see
+            :func:`fastdiv.cross_entropy`.
         group: The ranks that share the vocabulary; all processes for None.
         mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
         num_classes: All classes of all shards.  If given, shards that do not have as many in all
@@ -209,7 +212,8 @@ def kl_div(
 
     Raises:
         TypeError: a dtype that is not one of those of :func:`fastdiv.kl_div`.
-        ValueError: shapes that do not fit, an option out of its range.
+        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient,
+            logits that may not be overwritten.
         RuntimeError: as of :func:`cross_entropy`.
 
     Example:
