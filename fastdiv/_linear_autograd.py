@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _check, _linear_ops
+from . import _check, _flops, _linear_ops
 from ._autograd import is_differentiated, row_loss, row_loss_and_stats
 from ._backend import use_kernel
 from ._linear_ops import HEADS, LinearCall, Tensors
@@ -29,6 +29,7 @@ def linear_loss(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stat
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if transformed or not use_kernel(x):
         return _unfused(call, *tensors)
+    _flops.tell_counters()
     recording = torch.is_grad_enabled()
     needed = tuple(recording and v is not None and v.requires_grad for v in given)
     if not any(needed):
