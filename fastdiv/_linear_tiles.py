@@ -47,9 +47,9 @@ def rounds_products(x: Tensor) -> bool:
 
 
 def _multiplies(half: torch.dtype) -> bool:
-    if half == torch.float16:
-        return bool(torch.cpu._is_amx_fp16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    """Whether the processor has products of these halves; no, where torch has lost the name."""
+    name = "_is_amx_fp16_supported" if half == torch.float16 else "_is_avx512_bf16_supported"
+    return bool(getattr(torch.cpu, name, bool)())
 
 
 # --- logits and their gradients, tile by tile -------------------------------------------------
