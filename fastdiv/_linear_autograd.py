@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _linear_ops
+from . import _check, _flops, _linear_ops
 from ._autograd import is_differentiated, row_loss, row_loss_and_stats
 from ._backend import use_kernel
 from ._inference import savable
@@ -30,6 +30,7 @@ def linear_loss(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stat
     assert x is not None
     if is_transformed() or not use_kernel(x):
         return _unfused(call, *tensors)
+    _flops.tell_counters()
     recording = torch.is_grad_enabled()
     needed = tuple(recording and v is not None and v.requires_grad for v in given)
     symbolic = call.symbolic()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _check, _ops, reference
+from . import _check, _flops, _ops, reference
 from ._linear import Problem, by_classes, by_rows
 from ._linear_tiles import Gradients, Head
 from ._symbolic import as_tensor, is_symbolic
@@ -187,3 +188,18 @@ def _fake_gradients(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         x.new_empty(0) if v is None or not need else v.new_empty(v.shape)
         for v, need in zip(tensors, needed, strict=True)
     ]
+
+
+# --- floating-point operations ----------------------------------------------------------------
+
+
+def _forward_flops(*args: Any, out_val: Any = None) -> int:
+    return _flops.of_products(args[:HEADS], args[-1])
+
+
+def _backward_flops(grad: Tensor, divisor: Tensor, record: Tensor, *args: Any, **_: Any) -> int:
+    return _flops.of_products(args[:HEADS], args[-1])
+
+
+_flops.register(torch.ops.fastdiv._linear_forward, _forward_flops)
+_flops.register(torch.ops.fastdiv._linear_backward, _backward_flops)

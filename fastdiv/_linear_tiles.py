@@ -32,6 +32,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def rounds_products(x: Tensor) -> bool:
+    """Whether products of such a tensor are rounded to halves: those of halves are, on a CPU."""
+    return x.is_cpu and product_dtype(x).itemsize == 2
+
+
 # --- logits and their gradients, tile by tile -------------------------------------------------
 
 
@@ -122,10 +127,10 @@ def _add_product(total: Tensor, rows: Rows, a: Tensor, b: Tensor) -> None:
             total[rows].addmm_(a, b)
         else:
             total[rows] += a @ b
-    elif a.is_cuda:
+    elif not rounds_products(a):
         total[rows] += torch.mm(a, b, out_dtype=total.dtype)
     else:
-        # On a CPU torch rounds every product of halves; a second product gives what that took.
+        # A second product gives what rounding took.
         product = a @ b
         total[rows] += product
         total[rows] += product.addmm_(a, b, beta=-1).nan_to_num_(0, 0, 0)  # none from infinity

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiv
 import fastdiv.distributed as sharded
@@ -162,3 +163,21 @@ def linear_memory(group: Any, rank: int) -> int:
     with Largest() as largest:
         sharded.linear_cross_entropy(h, w, torch.arange(1024), group=group).backward()
     return largest.most
+
+
+def linear_flops(group: Any, rank: int) -> dict[str, int]:
+    """Products of a shard's layer that a forward and a backward count, by loss."""
+    h, t = torch.randn(2, 6, 8).unbind()
+    w = torch.randn(10, 8, requires_grad=True)
+    losses = {
+        "cross_entropy": lambda: sharded.linear_cross_entropy(h, w, torch.arange(6), group=group),
+        "kl_div": lambda: sharded.linear_kl_div(
+            h, w, t, target_linear_weight=w.detach(), group=group
+        ),
+    }
+    found = {}
+    for name, loss in losses.items():
+        with FlopCounterMode(display=False) as counter:
+            loss().backward()
+        found[name] = counter.get_total_flops() // (2 * 6 * 8 * 10)
+    return found

@@ -47,6 +47,13 @@ def test_linear_logits_are_never_held_whole(ranks: Ranks) -> None:
 
 
 @ON_CPU
+def test_linear_flops(ranks: Ranks) -> None:
+    """Each layer's logits in the forward and in the backward, and the weight's gradient."""
+    for found in ranks.run(2, shard_linear.linear_flops):
+        assert found == {"cross_entropy": 3, "kl_div": 5}
+
+
+@ON_CPU
 @pytest.mark.parametrize("size", [2, 3])
 def test_backwards(ranks: Ranks, size: int) -> None:
     ranks.run(size, shard_programs.backwards)

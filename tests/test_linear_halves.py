@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
+from fastdiv._linear_tiles import product_dtype
 from linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
 
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
@@ -139,3 +140,12 @@ def test_the_weight_gradient_of_halves_is_summed_in_float32() -> None:
     fastdiv.linear_cross_entropy(h, w, y, reduction="sum", chunk_size=1).backward()
     assert w.grad is not None
     assert w.grad.flatten().tolist() == [-rows / 2, rows / 2]
+
+
+def test_a_torch_without_the_private_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves are then converted, which is right on every processor."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    for half in (torch.bfloat16, torch.float16):
+        x = torch.empty(0, dtype=half, device="cpu")
+        assert product_dtype(x) == torch.float32

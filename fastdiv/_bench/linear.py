@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
+from fastdiv._linear_tiles import product_dtype
 
-from .._torch_private import multiplies
 from .console import Advance
 from .losses import DTYPES
 from .memory import measured_apart, peak_of, serve
@@ -119,9 +119,9 @@ def _measure(job: LinearJob) -> int | None:
 
 def left_out(job: LinearJob) -> tuple[str, ...]:
     """Variants that would take minutes."""
-    halves = job.torch_dtype.itemsize == 2
-    fast = job.device == "cuda" or multiplies(torch.bfloat16)
-    return SLOW if halves and not fast else ()
+    if job.device == "cuda":
+        return ()
+    return SLOW if product_dtype(torch.empty(0, dtype=job.torch_dtype)) != job.torch_dtype else ()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _linear_ops, _ops, reference
+from .. import _flops, _linear_ops, _ops, reference
 from .._autograd import is_differentiated
 from .._backend import use_kernel
 from .._inference import savable
@@ -102,6 +102,7 @@ def layer_loss(call: LayerCall, *tensors: Tensor | None) -> tuple[Tensor, Tensor
         return value, total.to(value.dtype), stats
     if is_transformed() or not use_kernel(x):
         return _whole_layer(call, *tensors)
+    _flops.tell_counters()
     label, class_weight, row_weight = tensors[HEADS:]
     if label is not None:
         row_weight = reference.row_weights(call.spec.ignore_index, x, label, row_weight)
@@ -271,3 +272,15 @@ def backward(
 @backward.register_fake
 def _(grad, record, x, w, b, t, tw, tb, label, cw, rw, ints, floats, chunk, needed, group):  # type: ignore[no-untyped-def]
     return _linear_ops._fake_gradients((x, w, b, t, tw, tb), needed)
+
+
+def _forward_flops(*args: Any, out_val: Any = None) -> int:
+    return _flops.of_products(args[:HEADS], [False] * HEADS)
+
+
+def _backward_flops(grad: Tensor, record: Tensor, *args: Any, **_: Any) -> int:
+    return _flops.of_products(args[:HEADS], args[-2])
+
+
+_flops.register(torch.ops.fastdiv._shard_linear_forward, _forward_flops)
+_flops.register(torch.ops.fastdiv._shard_linear_backward, _backward_flops)
