@@ -92,7 +92,7 @@ struct Call {
   std::tuple<Tensor, Tensor, Tensor> forward() {
     const bool none = options.reduction == Reduction::kNone;
     require(none || outputs == 1, "fastdiv: a loss of two outputs has no reduction");
-    require(kernels.traits.stats == (args.stats != nullptr),
+    require(args.rows == 0 || kernels.traits.stats == (args.stats != nullptr),
             "fastdiv: statistics of a loss without");
     device.check_labels(args);
     const Tensor rows = make_rows(), record = make_record();
