@@ -23,10 +23,10 @@ Call = Callable[[Tensor, Tensor, Tensor], Any]  # of the rows of x, of t, and th
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
-    yield
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
     torch._dynamo.reset()
 
 
