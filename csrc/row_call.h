@@ -93,7 +93,7 @@ struct Call {
     const bool none = options.reduction == Reduction::kNone;
     require(none || outputs == 1, "fastdiv: a loss of two outputs has no reduction");
     // An empty tensor has no address.
-    require(kernels.traits.stats == (args.stats != nullptr) || args.rows == 0,
+    require(args.rows == 0 || kernels.traits.stats == (args.stats != nullptr),
             "fastdiv: statistics of a loss without");
     device.check_labels(args);
     const Tensor rows = make_rows(), record = make_record();

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiv
@@ -179,6 +181,17 @@ def test_a_model_with_it_can_be_scripted() -> None:
     assert torch.jit.script(model).recognise(x).equal(model.recognise(x))
     model(x, torch.zeros(2, 4, dtype=torch.int64)).backward()
     assert model.layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, partial(torch.device, "meta")])
+def test_without_numbers(mode: Any) -> None:
+    """Made where no tensor has values, it is the same loss; it takes tensors of that kind."""
+    with fastdiv.backend("auto"), mode():
+        module = LabelSmoothingLoss(33, -1, 0.1)
+        x, y = torch.zeros(2, 4, 33), torch.zeros(2, 4, dtype=torch.int64)
+        assert module(x, y).shape == ()
+    x, y = speech(torch.float32, -1)
+    assert module(x, y).equal(LabelSmoothingLoss(33, -1, 0.1)(x, y))
 
 
 def test_copies_and_name() -> None:
