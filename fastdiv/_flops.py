@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch
 
 from ._linear_tiles import rounds_products
+from ._torch_private import dispatch_modes
 
 _formulas: dict[Any, Callable[..., int]] = {}
 
@@ -40,7 +40,7 @@ def tell_counters() -> None:
         if op not in counter.flop_registry:
             counter.register_flop_formula(op, get_raw=True)(formula)
     # Counters copy what is registered when they are made, which may have been before.
-    for mode in _python_dispatch._get_current_dispatch_mode_stack():
+    for mode in dispatch_modes():
         copied = getattr(getattr(mode, "counter", None), "flop_registry", {})
         for op in _formulas:
             copied.setdefault(op, counter.flop_registry[op])

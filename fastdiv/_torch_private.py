@@ -177,6 +177,12 @@ def function_mode_watches() -> bool:
     return not all(isinstance(mode, _DeviceContext) for mode in modes)
 
 
+def dispatch_modes() -> list[Any]:
+    """The ``__torch_dispatch__`` modes that are active; none if we cannot tell."""
+    stack = _find("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
+    return [] if stack is None else stack()
+
+
 def parse_to(*args: Any, **options: Any) -> tuple[Any, Any] | None:
     """The device and the dtype that ``Tensor.to`` is asked for; None if we cannot tell."""
     parse = _find("torch._C._nn", "_parse_to")
