@@ -144,6 +144,5 @@ def check(
     ours = [v if i else v.reshape(-1, *v.shape[1:]) for i, v in enumerate(ours)]
     for what, a, b in zip(RESULTS, ours, truth, strict=False):
         assert a.shape == b.shape, (str(case), what, a.shape)
-    assert_rounded(
-        case.name, f"of {case}", list(zip(ours, truth, scale, strict=True)), lambda: whole
-    )
+    results = list(zip(ours, truth, scale, strict=True))
+    assert_rounded(case.name, f"of {case}", results, lambda: whole, MORE)
