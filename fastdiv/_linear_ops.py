@@ -193,12 +193,15 @@ def _fake_gradients(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor]:
 # --- floating-point operations ----------------------------------------------------------------
 
 
+# The arguments are positional, and those that have their default may be left out.
+
+
 def _forward_flops(*args: Any, out_val: Any = None) -> int:
-    return _flops.of_products(args[:HEADS], args[-1])
+    return _flops.of_products(args[:HEADS], args[13])
 
 
 def _backward_flops(grad: Tensor, divisor: Tensor, record: Tensor, *args: Any, **_: Any) -> int:
-    return _flops.of_products(args[:HEADS], args[-1])
+    return _flops.of_products(args[:HEADS], args[12])
 
 
 _flops.register(torch.ops.fastdiv._linear_forward, _forward_flops)

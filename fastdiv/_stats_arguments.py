@@ -112,6 +112,7 @@ def _distributions(axis: Axis, nan_policy: NanPolicy, given: dict[str, Tensor]) 
 def _common_dtype(given: dict[str, Tensor]) -> torch.dtype:
     """The dtype of all computation; that of integers alone is torch's default."""
     for name, v in given.items():
+        _check.check_tensor(v, name)
         if v.dtype not in _check.FLOATS and (v.is_floating_point() or v.is_complex()):
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16, float64 or integers, got {v.dtype}"

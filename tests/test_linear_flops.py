@@ -50,7 +50,7 @@ def test_as_the_loss_of_the_whole_logits(name: str, target: str, reduction: str)
 @pytest.mark.parametrize("halves", [True, False])
 def test_half_precision(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits twice; each gradient takes two products on a CPU that multiplies halves."""
-    monkeypatch.setattr(_linear_tiles, "_multiplies", lambda half: halves)
+    monkeypatch.setattr(_linear_tiles, "multiplies", lambda half: halves)
     case = small_case("cross_entropy", "labels", dtype=torch.bfloat16)
     cpu = torch.get_default_device().type == "cpu"
     products = 2 + (4 if halves and cpu else 2)
@@ -64,7 +64,7 @@ def test_the_products_that_run(
     name: str, target: str, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The count is that of the products of which a step is made, however it is cut into tiles."""
-    monkeypatch.setattr(_linear_tiles, "_multiplies", lambda half: True)
+    monkeypatch.setattr(_linear_tiles, "multiplies", lambda half: True)
     ran = []
     multiply, add_product = _linear_tiles.multiply, _linear_tiles._add_product
 

@@ -26,7 +26,7 @@ def one_thread() -> None:
 @pytest.fixture
 def products_of_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves are multiplied as they are, also where the processor has no instruction for it."""
-    monkeypatch.setattr("fastdiv._linear_tiles._multiplies", lambda half: True)
+    monkeypatch.setattr("fastdiv._linear_tiles.multiplies", lambda half: True)
 
 
 def half_case(name: str, target: str, reduction: str, *rows: int, **options: Any) -> LinearCase:

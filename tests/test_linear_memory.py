@@ -53,7 +53,7 @@ def test_memory(
 ) -> None:
     """Forward and backward take a tenth of the logits; the bound fails if a tile is held twice."""
     # As the processor has them or not, tiles would be larger or smaller.
-    monkeypatch.setattr("fastdiv._linear_tiles._multiplies", lambda half: True)
+    monkeypatch.setattr("fastdiv._linear_tiles.multiplies", lambda half: True)
     assert share_of_the_logits(variant, dtype, size) <= allowed
     tiles, held = Problem.tiles, []
 

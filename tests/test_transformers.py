@@ -78,7 +78,7 @@ def test_half_precision(
     compared.  Both round the logits, their gradient and what the products come to, ours nothing
     else: what is left to chance is far below the 5 percent.
     """
-    monkeypatch.setattr("fastdiv._linear_tiles._multiplies", lambda half: products)
+    monkeypatch.setattr("fastdiv._linear_tiles.multiplies", lambda half: products)
     kind = KINDS[name]
     model, batch = kind.make().to(dtype), kind.batch()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
