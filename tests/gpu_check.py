@@ -85,7 +85,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def run_step(name: str, check: Check, environment: dict[str, str], at_most: float) -> Outcome:
     step = STEPS[name]
-    check = dataclasses.replace(check, seconds=min(step.seconds, at_most))
+    slower = 4 if check.dry_run else 1  # the seconds of a step are those of a GPU
+    check = dataclasses.replace(check, seconds=min(step.seconds * slower, at_most))
     command = step.command(check)
     if isinstance(command, str):
         return Outcome(name, "SKIP", 0, command)
