@@ -25,6 +25,8 @@ def is_symbolic(*values: float) -> bool:
 
 def as_tensor(values: Sequence[float]) -> Tensor:
     """Numbers as a float64 tensor on the CPU, where reading them waits for no device."""
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
     return torch.stack([scalar(v) for v in values])
 
 

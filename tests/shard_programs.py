@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -135,6 +136,29 @@ def compiled(group: Any, rank: int) -> list[str]:
     for a, b in zip(built, gradients(loss, arguments[0]), strict=True):
         same(a, b)
     return [digest(traced[0], built[0])]
+
+
+def changing_options(group: Any, rank: int) -> None:
+    """Options that change from step to step take two graphs, and mean what they mean eagerly."""
+    x, t, y, mine = problem(group, rank)
+    w = make_inputs((x.shape[1], 9), torch.float32)[0]
+
+    def losses(x: Tensor, t: Tensor, h: Tensor, w: Tensor, v: float) -> Tensor:
+        value = sharded.cross_entropy(
+            2 * x, y, label_smoothing=v / 10, temperature=v, z_loss=v, group=group
+        )
+        value = value + sharded.js_div(x, t, target_type="logits", beta=v / 4, group=group)
+        return value + sharded.linear_cross_entropy(h, w, y, softcap=10 * v, group=group)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(losses, fullgraph=True, backend=counter)
+    arguments = (x[:, mine], t[:, mine], x[:, :9], w[mine])
+    for v in (1.5, 2.25, 0.75, 3.0):
+        traced = gradients(lambda *tensors, v=v: compiled(*tensors, v), *arguments)
+        eager = gradients(lambda *tensors, v=v: losses(*tensors, v), *arguments)
+        for a, b in zip(traced, eager, strict=True):
+            same(a, b)
+    assert counter.frame_count == 2, counter.frame_count
 
 
 def fake(group: Any, rank: int) -> None:

@@ -78,6 +78,12 @@ def test_fake_tensors(ranks: Ranks) -> None:
 
 
 @ON_CPU
+@pytest.mark.slow
+def test_options_that_change(ranks: Ranks) -> None:
+    ranks.run(2, shard_programs.changing_options)
+
+
+@ON_CPU
 def test_dtensors(ranks: Ranks) -> None:
     ranks.run(4, shard_programs.dtensors)
 

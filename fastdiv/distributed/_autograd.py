@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _check, _ops, reference
+from .. import _check, _ops, _symbolic_ops, reference
 from .._autograd import (
     is_differentiated,
     overwritten,
@@ -24,6 +24,7 @@ from .._autograd import (
 )
 from .._backend import use_kernel
 from .._inference import savable
+from .._symbolic import as_tensor
 from .._torch_private import is_transformed
 from ..reference import Spec, Stats
 from . import _shard
@@ -47,12 +48,13 @@ class Call:
         return replace(self.spec, ignore_index=_check.NO_LABEL_IGNORED)
 
     def options(self) -> tuple[Any, ...]:
-        """What the op takes after its tensors."""
-        options = _ops.options(self.without_labels_to_ignore)
-        ints = len(options) - sum(isinstance(o, float) for o in options)
-        world = self.shards.world
-        sizes = list(self.shards.sizes)
-        return list(options[:ints]), list(options[ints:]), sizes, world.rank, world.name, self.stats
+        """What the op takes after its tensors and ``floats``."""
+        ints, world = _ops.int_options(self.without_labels_to_ignore), self.shards.world
+        return list(ints), list(self.shards.sizes), world.rank, world.name, self.stats
+
+    def floats(self) -> Tensor:
+        """The float options, in a tensor: the compiler may know one of them by name only."""
+        return as_tensor(_ops.float_options(self.spec))
 
 
 def shard_loss(call: Call, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:
@@ -68,10 +70,11 @@ def shard_loss(call: Call, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats 
         label = label - call.shards.first
     rows = (x, t, label, class_weight, weight)
     if not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for v in (x, t)):
-        value, _, total, stats, argmax = _shard.forward(*rows, *call.options(), False)
+        out = _shard.forward(*rows, call.floats(), *call.options(), False)
+        value, _, total, stats, argmax = out
     else:
         function = _TracedShardLoss if torch.compiler.is_compiling() else _ShardLoss
-        value, _, total, stats, argmax = function.apply(call, *rows)
+        value, _, total, stats, argmax = function.apply(call, call.floats(), *rows)
     found = Stats(stats[0], stats[1], argmax, stats[2]) if call.stats else None
     return value, total, found
 
@@ -96,62 +99,62 @@ class _TracedShardLoss(torch.autograd.Function):
     """The form that ``torch.compile`` can trace."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *rows: Tensor | None) -> tuple[Tensor, ...]:
-        out = _shard.forward(*rows, *call.options(), ctx.needs_input_grad[2])
+    def forward(ctx: Any, call: Call, floats: Tensor, *rows: Tensor | None) -> tuple[Tensor, ...]:
+        out = _shard.forward(*rows, floats, *call.options(), ctx.needs_input_grad[3])
         ctx.call = call
         ctx.mark_non_differentiable(*out[1:])
-        ctx.save_for_backward(*rows, *out[1:3])
+        ctx.save_for_backward(floats, *rows, *out[1:3])
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        need_x, need_t = ctx.needs_input_grad[1:3]
-        grad, saved, options = _for_kernel(ctx, grad)
-        dx, dt = _ops.backward(grad, *saved, *options, need_x, need_t)
-        return None, dx if need_x else None, dt if need_t else None, None, None, None
+        need_x, need_t = ctx.needs_input_grad[2:4]
+        grad, ints = _for_kernel(ctx, grad)
+        floats, *saved = ctx.saved_tensors
+        dx, dt = _symbolic_ops.backward(grad, *saved, ints, floats, need_x, need_t)
+        return None, None, dx if need_x else None, dt if need_t else None, None, None, None
 
 
 class _ShardLoss(_TracedShardLoss):
     """The same with gradients in place and second derivatives."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *rows: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, floats: Tensor, *rows: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return _TracedShardLoss.forward(ctx, call, *rows)
+        return _TracedShardLoss.forward(ctx, call, floats, *rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 6
-        need_x, need_t = ctx.needs_input_grad[1:3]
+            return (None,) * 7
+        need_x, need_t = ctx.needs_input_grad[2:4]
         differentiated = is_differentiated(grad)
         if ctx.call.spec.inplace and need_x:
             if differentiated:
                 refuse_second_derivative()
-            grad, saved, options = _for_kernel(ctx, grad)
+            grad, ints = _for_kernel(ctx, grad)
+            saved, options = ctx.saved_tensors[1:], (*ints, *_ops.float_options(ctx.call.spec))
             dt = _ops.backward_in_place(grad, *saved, *options, need_t)
-            assert saved[0] is not None
-            return None, overwritten(saved[0]), dt if need_t else None, None, None, None
+            return None, None, overwritten(saved[0]), dt if need_t else None, None, None, None
         if differentiated:
             return _differentiable(ctx, grad)
         return _TracedShardLoss.backward(ctx, grad)
 
 
-def _for_kernel(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensors, tuple[Any, ...]]:
-    """Upstream gradient, tensors and options of an op whose divisor is 1."""
-    spec = ctx.call.without_labels_to_ignore
-    *rows, record, total = ctx.saved_tensors
+def _for_kernel(ctx: Any, grad: Tensor) -> tuple[Tensor, list[int]]:
+    """Upstream gradient and options of an op whose divisor is 1."""
+    spec, (ints, *_) = ctx.call.spec, ctx.call.options()
     if spec.reduction in ("mean", "batchmean"):
-        grad = grad / (total if spec.reduction == "mean" else spec.batch)
-        spec = replace(spec, reduction="sum")
-    return grad.contiguous(), (*rows, record, total), _ops.options(spec)
+        grad = grad / (ctx.saved_tensors[-1] if spec.reduction == "mean" else spec.batch)
+        ints[_ops.REDUCTION] = _ops.REDUCTIONS["sum"]
+    return grad.contiguous(), ints
 
 
 def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients that may be differentiated or batched."""
     create_graph = torch.is_grad_enabled()
-    x, t, label, class_weight, weight = ctx.saved_tensors[:5]
-    needed = ctx.needs_input_grad[1:3]
+    x, t, label, class_weight, weight = ctx.saved_tensors[1:6]
+    needed = ctx.needs_input_grad[2:4]
     with torch.enable_grad():
         # Each its own alias: one tensor in two places would get the gradient of both twice.
         own = [None if v is None else v.view_as(v) for v in (x, t)]
@@ -160,4 +163,4 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         value = whole_loss(call, *own, label, class_weight, weight)[0]
     wanted = [v for v, need in zip(own, needed, strict=True) if need and v is not None]
     found = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))
-    return None, *(next(found) if need else None for need in needed), None, None, None
+    return None, None, *(next(found) if need else None for need in needed), None, None, None

@@ -125,8 +125,8 @@ def forward(
     label: Tensor | None,
     class_weight: Tensor | None,
     weight: Tensor | None,
+    floats: Tensor,
     ints: Sequence[int],
-    floats: Sequence[float],
     sizes: Sequence[int],
     rank: int,
     group: str,
@@ -135,7 +135,7 @@ def forward(
 ) -> list[Tensor]:
     """Of whole rows: value, record, sum of the weights, statistics and argmax."""
     shards = Shards(World(group, rank, len(sizes)), tuple(sizes))
-    dtype, spec = value_dtype(x.dtype), _ops.spec_of([*ints, *floats])
+    dtype, spec = value_dtype(x.dtype), _ops.spec_of([*ints, *floats.tolist()])
     rows = ShardedRows(spec, shards, label, class_weight, weight, stats, need_t)
     if stats and t is not None:
         rows = replace(rows, mass=t.sum(-1, dtype=dtype))
@@ -143,7 +143,7 @@ def forward(
 
 
 @forward.register_fake
-def _(x, t, label, cw, weight, ints, floats, sizes, rank, group, stats, need_t):  # type: ignore[no-untyped-def]
+def _(x, t, label, cw, weight, floats, ints, sizes, rank, group, stats, need_t):  # type: ignore[no-untyped-def]
     return fake_results(x, ints, value_dtype(x.dtype), stats)
 
 

@@ -111,10 +111,11 @@ def layer_loss(call: LayerCall, *tensors: Tensor | None) -> tuple[Tensor, Tensor
     recording = torch.is_grad_enabled()
     needed = tuple(recording and v is not None and v.requires_grad for v in tensors[:HEADS])
     if not any(needed):
-        value, _, total, found, argmax = forward(*tensors, *call.options(), False, call.chunk_size)
+        out = forward(*tensors, call.floats(), *call.options(), False, call.chunk_size)
+        value, _, total, found, argmax = out
     else:
         function = _TracedLayerLoss if torch.compiler.is_compiling() else _LayerLoss
-        value, _, total, found, argmax = function.apply(call, needed, *tensors)
+        value, _, total, found, argmax = function.apply(call, needed, call.floats(), *tensors)
     return value, total, Stats(found[0], found[1], argmax, found[2]) if call.stats else None
 
 
@@ -135,24 +136,24 @@ class _TracedLayerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: LayerCall, needed: tuple[bool, ...], *tensors: Tensor | None
+        ctx: Any, call: LayerCall, needed: tuple[bool, ...], floats: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        out = forward(*tensors, *call.options(), any(needed[3:]), call.chunk_size)
+        out = forward(*tensors, floats, *call.options(), any(needed[3:]), call.chunk_size)
         ctx.call, ctx.needed = call, needed
         ctx.mark_non_differentiable(*out[1:])
-        ctx.save_for_backward(*tensors, *out[1:3])
+        ctx.save_for_backward(*tensors, floats, *out[1:3])
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        *tensors, record, total = ctx.saved_tensors
+        *tensors, floats, record, total = ctx.saved_tensors
         call = ctx.call
-        spec = call.without_labels_to_ignore
+        spec = call.spec
         if spec.reduction in ("mean", "batchmean"):
             grad = grad / (total if spec.reduction == "mean" else spec.batch)
-        ints, floats, _, _, name, _ = call.options()
+        ints, _, _, name, _ = call.options()
         gradients = backward(
-            grad.contiguous(), record, *tensors, ints, floats, call.chunk_size, ctx.needed, name
+            grad.contiguous(), record, *tensors, floats, ints, call.chunk_size, ctx.needed, name
         )
         return _for_apply(ctx, gradients)
 
@@ -162,15 +163,15 @@ class _LayerLoss(_TracedLayerLoss):
 
     @staticmethod
     def forward(
-        ctx: Any, call: LayerCall, needed: tuple[bool, ...], *tensors: Tensor | None
+        ctx: Any, call: LayerCall, needed: tuple[bool, ...], floats: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return _TracedLayerLoss.forward(ctx, call, needed, *tensors)
+        return _TracedLayerLoss.forward(ctx, call, needed, floats, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * (HEADS + 5)
+            return (None,) * (HEADS + 6)
         if is_differentiated(grad):
             return _for_apply(ctx, _differentiable(ctx, grad))
         return _TracedLayerLoss.backward(ctx, grad)
@@ -194,7 +195,7 @@ def _differentiable(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 def _for_apply(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """One for each argument of ``apply``."""
     of_heads = (g if need else None for g, need in zip(gradients, ctx.needed, strict=True))
-    return None, None, *of_heads, None, None, None
+    return None, None, None, *of_heads, None, None, None
 
 
 # --- the ops ----------------------------------------------------------------------------------
@@ -211,8 +212,8 @@ def forward(
     label: Tensor | None,
     class_weight: Tensor | None,
     row_weight: Tensor | None,
+    floats: Tensor,
     ints: Sequence[int],
-    floats: Sequence[float],
     sizes: Sequence[int],
     rank: int,
     group: str,
@@ -223,7 +224,7 @@ def forward(
     """Of whole rows: value, record, sum of the weights, statistics and argmax."""
     shards = Shards(World(group, rank, len(sizes)), tuple(sizes))
     tensors = (x, weight, bias, t, t_weight, t_bias)
-    dtype, spec = _linear_ops.dtype_of_value(x, t), _ops.spec_of([*ints, *floats])
+    dtype, spec = _linear_ops.dtype_of_value(x, t), _ops.spec_of([*ints, *floats.tolist()])
     rows = ShardedRows(spec, shards, label, class_weight, row_weight, stats, need_t)
     if stats and t is not None:
         rows = replace(rows, mass=t.sum(-1, dtype=dtype))
@@ -232,7 +233,7 @@ def forward(
 
 
 @forward.register_fake
-def _(x, weight, bias, t, tw, tb, label, cw, rw, ints, floats, sizes, rank, group, stats, need, n):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, t, tw, tb, label, cw, rw, floats, ints, sizes, rank, group, stats, need, n):  # type: ignore[no-untyped-def]
     return _shard.fake_results(x, ints, _linear_ops.dtype_of_value(x, t), stats)
 
 
@@ -249,15 +250,15 @@ def backward(
     label: Tensor | None,
     class_weight: Tensor | None,
     row_weight: Tensor | None,
+    floats: Tensor,
     ints: Sequence[int],
-    floats: Sequence[float],
     chunk_size: int,
     needed: Sequence[bool],
     group: str,
 ) -> list[Tensor]:
     """The gradients that are needed; those of hidden states added up over the ranks."""
     tensors = (x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight)
-    p = _linear_ops._problem(tensors, ints, floats, chunk_size)
+    p = _linear_ops._problem(tensors, ints, (), chunk_size, floats)
     if grad.dim() == 0:
         grad = grad.expand(p.rows)
     with torch.autocast(x.device.type, enabled=False):
@@ -270,7 +271,7 @@ def backward(
 
 
 @backward.register_fake
-def _(grad, record, x, w, b, t, tw, tb, label, cw, rw, ints, floats, chunk, needed, group):  # type: ignore[no-untyped-def]
+def _(grad, record, x, w, b, t, tw, tb, label, cw, rw, floats, ints, chunk, needed, group):  # type: ignore[no-untyped-def]
     return _linear_ops._fake_gradients((x, w, b, t, tw, tb), needed)
 
 
