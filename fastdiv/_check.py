@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from ._backend import use_kernel
 from ._recording import of_constant_size
-from ._symbolic import log, same_shape
+from ._symbolic import log, same_shape, term
 from ._torch_private import func_is_active, is_fake
 from .reference import value_dtype
 
@@ -126,6 +126,11 @@ def check_positive(value: float, name: str) -> float:
 
 def scale_of(temperature: float) -> float:
     """What a temperature multiplies logits with."""
+    return 1.0 / term(check_positive(temperature, "temperature"))
+
+
+def constant_scale_of(temperature: float) -> float:
+    """The same for losses whose ranks compare it: the compiler makes a graph for each value."""
     return 1.0 / check_positive(temperature, "temperature")
 
 

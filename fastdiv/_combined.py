@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _check
 from ._divergence_modules import FUNCTIONS
 from ._recording import recordable
-from ._symbolic import log
+from ._symbolic import log, term, times
 from .cross_entropy import cross_entropy
 
 
@@ -208,7 +208,7 @@ class DistillationLoss(nn.Module):
                 reduction=self.reduction,
                 token_weight=token_weight,
             )
-            parts.append((1 - self.alpha) * hard)
+            parts.append(times(hard, 1 - term(self.alpha)))
         elif _check.values_may_be_read(y):  # no kernel of the cross entropy does
             _check.check_labels(y, input.shape[dim], "labels", self.ignore_index)
         if self.alpha > 0:
@@ -225,8 +225,10 @@ class DistillationLoss(nn.Module):
                 else torch.where(counts, token_weight, 0),
                 **self.divergence_options,
             )
-            weight = self.alpha * (self.temperature**2 if self.scale_by_temperature else 1)
-            parts.append(weight * soft)
+            weight = term(self.alpha)
+            if self.scale_by_temperature:
+                weight = weight * term(self.temperature) ** 2
+            parts.append(times(soft, weight))
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import alpha as _alpha
 from . import distance as _distance
 from . import divergence as _divergence
+from ._symbolic import term, times
 from .topk import topk_kl_div
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class _Divergence(nn.Module):
         return {name: getattr(self, name) for name in self.shown}
 
     def _scaled(self, value: Tensor) -> Tensor:
-        return value * self.temperature**2 if self.scale_by_temperature else value
+        return times(value, term(self.temperature) ** 2) if self.scale_by_temperature else value
 
     def extra_repr(self) -> str:
         """The options."""

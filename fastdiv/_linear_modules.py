@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._head import loss_through
+from ._symbolic import term, times
 from .cross_entropy import cross_entropy
 from .divergence import js_div, kl_div, reverse_kl_div
 from .entropy import log_prob_and_entropy
@@ -189,7 +190,7 @@ class _LinearDivergenceLoss(_LinearLoss):
         value = loss_through(self.linear, input, of_layer, of_logits)
         if not self.scale_by_temperature:
             return value
-        return value * self.options.get("temperature", 1.0) ** 2
+        return times(value, term(self.options.get("temperature", 1.0)) ** 2)
 
 
 class LinearKLDivLoss(_LinearDivergenceLoss):

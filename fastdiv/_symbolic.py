@@ -9,18 +9,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def is_symbolic(*values: float) -> bool:
+def is_symbolic(*values: float | Tensor) -> bool:
     """Whether one of these numbers is no constant to a compiler that is at work."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
-    return not all(has_static_value(v) for v in values)
+    return any(isinstance(v, Tensor) or not has_static_value(v) for v in values)
+
+
+def term(value: float) -> Any:
+    """A number to calculate with, as a tensor if the compiler knows it by name only.
+
+    From an expression of such numbers, torch 2.11 makes a graph for each of its values.
+    """
+    return scalar(value) if is_symbolic(value) else value
+
+
+def times(value: Tensor, weight: float | Tensor) -> Tensor:
+    """The product, in the dtype of the value, with a number that may be a ``term``."""
+    return value * (weight.to(value.dtype) if isinstance(weight, Tensor) else weight)
 
 
 def as_tensor(values: Sequence[float]) -> Tensor:

@@ -11,6 +11,7 @@ from ._autograd import row_loss, row_loss_and_stats
 from ._dtensor import takes_dtensors
 from ._in_place import check_in_place
 from ._recording import size_of
+from ._symbolic import term
 from .reference import Spec, Stats
 
 Smoothing = Literal["all", "others"]
@@ -18,13 +19,14 @@ Smoothing = Literal["all", "others"]
 
 def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tuple[float, float]:
     """``(label, spread)`` such that the smoothed target is ``label * p + spread``."""
-    epsilon = _check.check_share(label_smoothing, "label_smoothing")
+    share = _check.check_share(label_smoothing, "label_smoothing")
+    epsilon = term(share)
     if smoothing == "all":
         return 1.0 - epsilon, epsilon / classes
     if smoothing != "others":
         raise ValueError(f"smoothing must be 'all' or 'others', got {smoothing!r}")
     if classes == 1:
-        if epsilon:
+        if share:
             raise ValueError("smoothing='others' needs at least two classes, input has one")
         return 1.0, 0.0
     spread = epsilon / (classes - 1)
@@ -50,7 +52,7 @@ def cross_entropy_spec(
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     soft = target.is_floating_point()
-    hard = "smoothed_cross_entropy" if spread else "cross_entropy"
+    hard = "smoothed_cross_entropy" if label_smoothing else "cross_entropy"
     return Spec(
         loss="soft_cross_entropy" if soft else hard,
         target_type="probs" if soft else "none",

@@ -118,7 +118,7 @@ def cross_entropy(
         assert y is not None
         omega = torch.ones_like(lq[..., 0]) if class_weight is None else class_weight[y]
         value = -expected(spec.label * omega, of_class(lq, y))
-        if spec.spread:
+        if isinstance(spec.spread, Tensor) or spec.spread:
             r = torch.zeros_like(lq) + spec.spread
             value = value - expected(r if class_weight is None else r * class_weight, lq).sum(-1)
     return value + spec.z_loss * omega * torch.logsumexp(x, -1) ** 2 if spec.z_loss else value

@@ -208,7 +208,7 @@ def test_errors_while_tracing() -> None:
     with fastdiv.backend("native"), pytest.raises(RuntimeError, match="records torch operations"):
         traced(fastdiv.entropy, x)
     graph = fastdiv.entropy(x.requires_grad_()).grad_fn
-    assert graph is not None and "RowLoss" in graph.name()  # the kernels are back
+    assert "RowLoss" in type(graph).__name__  # the kernels are back
 
 
 def test_collectives_are_refused() -> None:
