@@ -74,6 +74,8 @@ OTHERS = {
     "espnet_model.py",
     "export_jit.py",
     "sensevoice_small_model.py",
+    "test_distance.py",
+    "test_marray.py",
     "transducer.py",
 }
 MADE_BY_TESTS = {"_C.py", "fastdiv/_C.py"}

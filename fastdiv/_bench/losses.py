@@ -28,6 +28,23 @@ def _one(value: Any) -> Any:
     return value
 
 
+class _AsComputed(torch.autograd.Function):
+    """Logits as a model computes them: no leaf of the graph, so a backward may write over them."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def as_computed(x: Tensor) -> Tensor:
+    """The same memory as logits that require a gradient; nothing comes before them."""
+    return _AsComputed.apply(x.new_zeros((), requires_grad=True), x)
+
+
 @dataclass(frozen=True)
 class BenchmarkedLoss:
     """A public function with options, reduced to a scalar."""

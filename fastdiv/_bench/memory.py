@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .apart import run_apart
-from .losses import DTYPES, LOSSES, Loss
+from .losses import DTYPES, LOSSES, Loss, as_computed
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
@@ -142,8 +142,7 @@ def _measure(job: Job) -> int | None:
 
 
 def _forward_backward(call: Loss, x: Tensor, *target: Tensor) -> Tensor:
-    leaf = x.detach().requires_grad_()
-    logits = leaf.view_as(leaf)
+    logits = as_computed(x)
     return torch.autograd.grad(call(logits, *target), logits)[0]
 
 

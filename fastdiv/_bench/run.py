@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .console import Advance
-from .losses import DTYPES, LOSSES, BenchmarkedLoss, Loss
+from .losses import DTYPES, LOSSES, BenchmarkedLoss, Loss, as_computed
 from .memory import Job, extra_memory
 from .peers import peers
 from .result import PHASES, VARIANTS, Result, Shape
@@ -163,10 +163,8 @@ def _training(both: After) -> Call:
 
 
 def _backward(loss: Loss, x: Tensor, target: Sequence[Tensor]) -> After:
-    leaf = x.detach().requires_grad_()
-
     def forward() -> tuple[Tensor, Tensor]:
-        logits = leaf.view_as(leaf)  # no leaf, as the logits of a model: may be overwritten
+        logits = as_computed(x)
         return loss(logits, *target), logits
 
     def backward(made: tuple[Tensor, Tensor]) -> Tensor:
