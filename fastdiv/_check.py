@@ -129,11 +129,6 @@ def scale_of(temperature: float) -> float:
     return 1.0 / term(check_positive(temperature, "temperature"))
 
 
-def constant_scale_of(temperature: float) -> float:
-    """The same for losses whose ranks compare it: the compiler makes a graph for each value."""
-    return 1.0 / check_positive(temperature, "temperature")
-
-
 def check_finite(value: float, name: str) -> float:
     """A finite number."""
     value = number(value, name)

@@ -60,7 +60,7 @@ def entropy(
         d = _check.class_dim(input, dim)
         _check.check_reduction(reduction)
         _check.log_of_base(base)
-        scale = _check.constant_scale_of(temperature)
+        scale = _check.scale_of(temperature)
         spec = Spec("entropy", reduction=reduction, batch=input.shape[0], scale=scale)
         return RowArguments(spec, input=input, dim=d, x=_check.as_rows(input, d))
 
@@ -158,7 +158,7 @@ def _of_index(
         d = _check.class_dim(input, dim)
         label = global_labels(input, d, index, "index")
         ignored = _check.NO_LABEL_IGNORED
-        spec = Spec(loss, ignore_index=ignored, scale=_check.constant_scale_of(temperature))
+        spec = Spec(loss, ignore_index=ignored, scale=_check.scale_of(temperature))
         x = _check.as_rows(input, d)
         return RowArguments(spec, label, label_name="index", input=input, dim=d, x=x)
 

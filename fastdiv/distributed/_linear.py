@@ -254,7 +254,7 @@ def linear_kl_div(
             target_type=kind,
             reduction=reduction,
             batch=logits.shape[0],
-            scale=_check.constant_scale_of(temperature),
+            scale=_check.scale_of(temperature),
         )
         weight = _check.token_weights(logits, logits.dim() - 1, token_weight)
         return LayerArguments(

@@ -165,7 +165,7 @@ def _divergence(
             target_type=target_type,
             reduction=reduction,
             batch=input.shape[0],
-            scale=_check.constant_scale_of(temperature),
+            scale=_check.scale_of(temperature),
             shape=shape,
             inplace=inplace_backward,
         )
