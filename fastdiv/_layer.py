@@ -11,7 +11,6 @@ from . import _check
 from ._linear_autograd import linear_loss
 from ._linear_ops import LinearCall, dtype_of_value
 from ._symbolic import same_shape
-from ._torch_private import constant
 from .reference import Spec, Stats
 
 
@@ -63,10 +62,16 @@ def make_layer(
     return Layer(input, weight, bias)
 
 
-@constant
+# Whether autocast exists for a device.  Asked here, since the compiler of torch 2.11 cannot ask.
+_HAS_AUTOCAST = {
+    device: torch.amp.is_autocast_available(device)
+    for device in ("cpu", "cuda", "hpu", "maia", "meta", "mps", "mtia", "xla", "xpu")
+}
+
+
 def _has_autocast(device: str) -> bool:
-    """Whether autocast exists for a device, which the compiler of torch 2.11 cannot trace."""
-    return torch.amp.is_autocast_available(device)
+    known = _HAS_AUTOCAST.get(device)
+    return torch.amp.is_autocast_available(device) if known is None else known
 
 
 def as_autocast(v: Tensor) -> Tensor:

@@ -136,13 +136,13 @@ def test_inductor(name: str) -> None:
 
 
 def test_sizes_that_differ_at_run_time() -> None:
-    """The compiled code notices, where the compiler cannot."""
+    """The compiled code notices, where the compiler cannot; with torch 2.11, the kernel does."""
     compiled = torch.compile(
         lambda x, y: fastdiv.cross_entropy(x[y != 1], y), backend="aot_eager", fullgraph=True
     )
     x, _ = make_inputs((3, CLASSES), torch.float32)
     compiled(x, torch.tensor([0, 3, 2]))
-    with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+    with pytest.raises((RuntimeError, ValueError), match="assertion failed|has the wrong size"):
         compiled(x, torch.tensor([0, 1, 2]))
 
 
