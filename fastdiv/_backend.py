@@ -66,7 +66,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def is_native() -> bool:
-    """Whether a kernel is demanded of every loss."""
+    """Tells whether a kernel is demanded of every loss."""
     return _current == "native"
 
 

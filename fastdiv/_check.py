@@ -53,7 +53,7 @@ def check_logits(x: Tensor, name: str = "input") -> None:
 
 
 def are_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are torch's own strided tensors on one device; others than x may be absent."""
+    """Tells whether these are torch's own strided tensors on one device; only x must be there."""
     return x is not None and all(
         type(v) in (Tensor, Parameter)
         and v.layout is torch.strided
@@ -90,7 +90,7 @@ def check_target_type(value: str | None, name: str = "target_type") -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a number of Python's; a flag is none."""
+    """Tells whether this is a number of Python's; a flag is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -110,7 +110,7 @@ def number(value: float, name: str) -> float:
 
 
 def wants_gradient(v: Tensor) -> bool:
-    """Whether a derivative by this tensor is asked for, in reverse or in forward mode."""
+    """Tells whether a derivative by this tensor is asked for, in reverse or in forward mode."""
     if v.requires_grad or torch.compiler.is_compiling():
         return v.requires_grad
     return forward_ad.unpack_dual(v).tangent is not None
@@ -287,7 +287,7 @@ def values_may_be_read(v: Tensor) -> bool:
 
 
 def values_exist(v: Tensor) -> bool:
-    """Whether the tensor has values: not in compiled or transformed code, nor if it is fake."""
+    """Tells whether there are values: not in compiled or transformed code, nor in fakes."""
     if torch.compiler.is_compiling() or func_is_active() or v.is_meta:
         return False
     return not is_fake(v.detach())  # under FakeTensorMode, a real tensor's alias is fake

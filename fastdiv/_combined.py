@@ -108,7 +108,7 @@ class LabelSmoothingLoss(nn.Module):
 
 
 def _entropy_of_smoothed_label(epsilon: float, classes: int) -> float | Tensor:
-    """That of label or not, and then that of which other class."""
+    """Adds the entropy of label or not to that of which other class."""
     if epsilon == 0:
         return 0.0
     other = epsilon * (math.log(max(classes - 1, 1)) - log(epsilon))

@@ -81,7 +81,7 @@ def _of_leaf(x: Tensor, leaf: Tensor) -> ValueError:
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether an element of one is, in part or whole, an element of the other.
+    """Tells whether an element of one is, in part or whole, an element of the other.
 
     The answer is exact for views as torch makes them; for strides so tangled that it would take
     too long to tell, it is True.
@@ -98,7 +98,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def shares_with_itself(a: Tensor) -> bool:
-    """Whether two of its elements are at one address, as those of ``expand`` are."""
+    """Tells whether two of its elements are at one address, as those of ``expand`` are."""
     if not a.numel():
         return False
     dims = _strides(a)
@@ -132,7 +132,7 @@ def _extent(a: Tensor) -> int:
 
 
 def _reaches(distance: int, steps: Iterable[Step]) -> bool:
-    """Whether multiples of these steps, each within its bounds, add up to the distance."""
+    """Tells whether multiples of these steps, each within its bounds, add up to the distance."""
     merged: dict[int, tuple[int, int]] = {}
     for stride, least, most in steps:
         low, high = merged.get(stride, (0, 0))

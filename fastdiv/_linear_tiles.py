@@ -33,7 +33,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def rounds_products(x: Tensor) -> bool:
-    """Whether products of such a tensor are rounded to halves: those of halves are, on a CPU."""
+    """Tells whether products of such a tensor are rounded to halves, as a CPU does."""
     return x.is_cpu and product_dtype(x).itemsize == 2
 
 

@@ -91,7 +91,7 @@ def fused(
 
 
 def _watched() -> bool:
-    """Whether somebody wants to see torch's function or its operations."""
+    """Tells whether somebody wants to see torch's function or its operations."""
     return is_jit_traced() or is_exporting() or function_mode_watches()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def is_symbolic(*values: float | Tensor) -> bool:
-    """Whether one of these numbers is no constant to a compiler that is at work."""
+    """Tells whether one of these numbers is no constant to a compiler that is at work."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -55,7 +55,7 @@ def log(value: float) -> float | Tensor:
 
 
 def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two shapes are equal.
+    """Tells whether two shapes are equal.
 
     Of sizes that depend on data the compiler cannot know it.  The compiled code then checks it.
     """

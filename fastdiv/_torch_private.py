@@ -47,7 +47,7 @@ _counts_levels = _find("torch.autograd.forward_ad", "_current_level") is not Non
 
 
 def func_is_active() -> bool:
-    """Whether a ``torch.func`` transform is active, so that tensors may have no values.
+    """Tells whether a ``torch.func`` transform is active, so that tensors may have no values.
 
     No public function tells.  Without the private one we assume a transform: every result is right
     under one, at the price of time and memory.
@@ -56,7 +56,7 @@ def func_is_active() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
+    """Tells whether a ``torch.func`` transform or forward-mode differentiation is active."""
     if _counts_levels:
         return func_is_active() or forward_ad._current_level >= 0
     return func_is_active() or _is_in_dual_level()
@@ -77,7 +77,9 @@ _batched = [
 
 
 def is_batched(v: Tensor) -> bool:
-    """Whether ``vmap`` made a batch of this tensor: a gradient may be one with no transform active.
+    """Tells whether ``vmap`` made a batch of this tensor.
+
+    A gradient may be one with no transform active.
 
     Without the private functions, a tensor without a data pointer is taken for a batch.
     """
@@ -124,7 +126,7 @@ _FakeTensor = _find("torch._subclasses.fake_tensor", "FakeTensor")
 
 
 def is_fake(v: Tensor) -> bool:
-    """Whether a tensor has a shape but no values (``FakeTensorMode``); else we go by its name."""
+    """Tells whether a tensor has a shape but no values, or else goes by its type's name."""
     return type(v).__name__ == "FakeTensor" if _FakeTensor is None else isinstance(v, _FakeTensor)
 
 
@@ -140,7 +142,7 @@ def viewed(v: Tensor) -> Tensor | None:
 
 
 def is_jit_traced() -> bool:
-    """Whether ``torch.jit.trace`` is recording.  The function is documented, but not exported."""
+    """Tells whether ``torch.jit.trace`` records, by a documented function that is not exported."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
@@ -148,7 +150,7 @@ _has_exporting_flag = _find("torch.compiler", "_is_exporting_flag") is not None
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` is tracing.
+    """Tells whether ``torch.export`` is tracing.
 
     We read the flag itself, since to the compiler of torch 2.11 ``torch.compiler.is_exporting()``
     is always true.  Without the flag we call that function.
@@ -164,7 +166,7 @@ _DeviceContext = _find("torch.utils._device", "DeviceContext")
 
 
 def function_mode_watches() -> bool:
-    """Whether a ``__torch_function__`` mode may want to see the functions of torch that are called.
+    """Tells whether a ``__torch_function__`` mode may want to see which functions are called.
 
     The mode of a default device does not: it looks only at functions that make tensors.  Without
     the private names we assume that there is a mode; torch's own function is then called.
@@ -232,7 +234,7 @@ def hooks_of(module: torch.nn.Module) -> list[list[Any]] | None:
 
 
 def multiplies(half: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of this half precision; we say no if we cannot ask."""
+    """Tells whether this CPU multiplies matrices of these halves; no, if we cannot ask."""
     name = "_is_amx_fp16_supported" if half == torch.float16 else "_is_avx512_bf16_supported"
     supported = _find("torch.cpu", name)
     return supported is not None and bool(supported())

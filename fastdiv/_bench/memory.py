@@ -107,7 +107,7 @@ def peak_of(call: Callable[[], Made], device: str) -> tuple[Made, int | None]:
 
 
 def temporary_bytes(call: Callable[[], Made]) -> tuple[Made, int]:
-    """What a call returns, and the most bytes at a time of tensors on the CPU that it gave back.
+    """Returns a call's result, and the most bytes at a time of CPU tensors that it freed again.
 
     What is still alive when the call returns, as its results are, does not count.
     """

@@ -42,15 +42,14 @@ class Call:
     shards: Shards
     stats: bool = False
 
-    @property
-    def without_labels_to_ignore(self) -> Spec:
-        """The spec once weights of 0 say which rows do not count."""
-        return replace(self.spec, ignore_index=_check.NO_LABEL_IGNORED)
-
     def options(self) -> tuple[Any, ...]:
-        """What the op takes after its tensors and ``floats``."""
-        ints, world = _ops.int_options(self.without_labels_to_ignore), self.shards.world
-        return list(ints), list(self.shards.sizes), world.rank, world.name, self.stats
+        """Lists the arguments of the op that come after its tensors and ``floats``.
+
+        No label is left to ignore, since weights of 0 say which rows do not count.
+        """
+        ints, world = list(_ops.int_options(self.spec)), self.shards.world
+        ints[_ops.IGNORE_INDEX] = _check.NO_LABEL_IGNORED
+        return ints, list(self.shards.sizes), world.rank, world.name, self.stats
 
     def floats(self) -> Tensor:
         """The float options, in a tensor: the compiler may know one of them by name only."""

@@ -158,12 +158,12 @@ def columns(rows: Rows, kernels: Kernels, stats: bool) -> dict[str, Tensor]:
 
 
 def _of_empty(rows: Rows) -> bool:
-    """Whether shards where only the target has mass must say how much that is."""
+    """Tells whether shards where only the target has mass must say how much that is."""
     return rows.spec.loss == "kl_div" and rows.spec.target_type != "logits"
 
 
 def _of_infinite(rows: Rows) -> bool:
-    """Whether gradients of infinite rows need more than their values."""
+    """Tells whether gradients of infinite rows need more than their values."""
     if rows.spec.loss == "kl_div":
         return rows.spec.target_type == "logits" and rows.need_t
     return rows.spec.loss == "reverse_kl_div"
@@ -195,7 +195,7 @@ def odd_rows(rows: Rows) -> Odd | None:
 
 
 def _are_none(found: Tensor) -> bool:
-    """Whether there is no such row; a GPU is not asked, where rows of weight 0 cost little."""
+    """Tells whether there is no such row; a GPU is not asked, where such rows cost little."""
     return found.is_cpu and not found.any()
 
 

@@ -155,7 +155,7 @@ def _agree(world: World, plan: Plan) -> tuple[int, ...]:
 
 
 def nothing_is_real() -> bool:
-    """Whether new tensors are fake (``FakeTensorMode``), so that no rank can be asked anything.
+    """Tells whether new tensors are fake, so that no rank can be asked anything.
 
     The others are taken to have as many classes as this one.
     """
