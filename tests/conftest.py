@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastdiv._C as native
+from ranks import Ranks
 
 hypothesis.settings.register_profile("fastdiv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastdiv")
@@ -75,6 +76,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def checked_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels out of range raise on a GPU, too, as they always do on the CPU."""
     monkeypatch.setenv("FASTDIV_CHECK", "1")
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Processes of a Gloo group, started by the first test that runs something on them."""
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,13 +11,6 @@ from ranks import Ranks
 
 pytestmark = pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(Path(tmp_path_factory.mktemp("ranks")))
-    yield started
-    started.close()
 
 
 def same_on_all(results: list) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ import shards
 from ranks import Ranks
 
 ON_CPU = pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(Path(tmp_path_factory.mktemp("ranks")))
-    yield started
-    started.close()
 
 
 @ON_CPU

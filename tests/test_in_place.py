@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,9 +297,5 @@ def test_tensors_without_memory_share_none() -> None:
 
 
 @pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
-def test_ranks(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path)
-    try:
-        ranks.run(2, shard_arguments.in_place)
-    finally:
-        ranks.close()
+def test_ranks(ranks: Ranks) -> None:
+    ranks.run(2, shard_arguments.in_place)

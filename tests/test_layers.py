@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -214,13 +213,6 @@ def test_hooks_of_parallelize_module_beside_others() -> None:
     pruned(module.linear)
     with pytest.raises(RuntimeError, match="parallelize_module"):
         module(hidden, second)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(Path(tmp_path_factory.mktemp("ranks")))
-    yield started
-    started.close()
 
 
 @pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")

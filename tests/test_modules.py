@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fastdiv
 from cases import LOSSES, Case, make_inputs
+from ranks import Ranks
 
 EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
 REDUCIBLE = [c for c in LOSSES if "log_prob" not in c.name]
@@ -108,19 +109,12 @@ def test_autocast(case: Case) -> None:
     assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.isfinite().all()
 
 
-def replica(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+def replica(group: dist.ProcessGroup, rank: int) -> list[np.ndarray]:
     model, loss, (inputs, y, t) = ddp_problem()
-    model = torch.nn.parallel.DistributedDataParallel(model)
+    model = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
     half = slice(4 * rank, 4 * rank + 4)
     loss(model(inputs[half]), y[half], t[half]).backward()
-    if rank == 0:
-        torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
-    torch.distributed.destroy_process_group()
+    return [p.grad.numpy() for p in model.parameters()]
 
 
 def ddp_problem() -> tuple[torch.nn.Module, Callable[..., Tensor], list[Tensor]]:
@@ -136,10 +130,11 @@ def ddp_problem() -> tuple[torch.nn.Module, Callable[..., Tensor], list[Tensor]]
 
 
 @pytest.mark.cpu_only("processes of their own, over gloo")
-def test_ddp(tmp_path: Path) -> None:
+def test_ddp(ranks: Ranks) -> None:
     """Two processes with half the batch each end up with the gradient of the whole batch."""
-    torch.multiprocessing.spawn(replica, (str(tmp_path),), nprocs=2)
+    results = ranks.run(2, replica)
     model, loss, (inputs, y, t) = ddp_problem()
     loss(model(inputs), y, t).backward()
-    for p, g in zip(model.parameters(), torch.load(tmp_path / "gradients.pt"), strict=True):
-        close(g, p.grad, rtol=1e-5, atol=1e-6)
+    for gradients in results:
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            close(torch.from_numpy(g), p.grad, rtol=1e-5, atol=1e-6)
