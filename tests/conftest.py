@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastdiv._C as native
+from fastdiv._bench.machine import give_each_isa_a_compiler_cache
 from ranks import Ranks
 
 hypothesis.settings.register_profile("fastdiv", deadline=None, derandomize=True)
@@ -34,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Tensors that do not say where, those that modules make when imported too, go to --device."""
     config.addinivalue_line("markers", "cpu_only(why): says nothing about another --device")
+    give_each_isa_a_compiler_cache()
     device = torch.device(config.getoption("device"))
     if device != torch.device("cpu"):
         torch.set_default_device(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 
 from cases import PUBLIC_LOSSES
 from fastdiv.__main__ import main
-from fastdiv._bench import parts
+from fastdiv._bench import machine, parts
 from fastdiv._bench.compare import compare
 from fastdiv._bench.instructions import Count, count_instructions, why_not
 from fastdiv._bench.losses import LOSSES, as_computed
@@ -46,9 +47,15 @@ def test_bench_writes_what_it_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert pictures(file.with_suffix("")) >= {"times"}
     written = json.loads(file.read_text())
-    assert {"cpu", "threads", "cpu_isa", "torch", "fastdiv", "load_average"} <= set(
-        written["machine"]
-    )
+    assert {
+        "cpu",
+        "threads",
+        "cpu_isa",
+        "torch_cpu_isa",
+        "torch",
+        "fastdiv",
+        "load_average",
+    } <= set(written["machine"])
     assert [r["loss"] for r in written["results"]] == [
         "cross_entropy",
         "log_prob_and_entropy",
@@ -67,6 +74,19 @@ def test_bench_writes_what_it_measured(tmp_path: Path) -> None:
     assert set(js["extra_bytes"]) == {"fused", "in_place", "eager"}
     for name in ("cross_entropy", "log_prob_and_entropy", "js_div"):
         assert name in done.stdout
+
+
+def test_each_instruction_set_has_a_compiler_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = set()
+    for isa in ("avx2", "avx512"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setattr(machine, "torch_cpu_isa", lambda isa=isa: isa)
+        machine.give_each_isa_a_compiler_cache()
+        folders.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert len(folders) == 2
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
+    machine.give_each_isa_a_compiler_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
 
 
 def test_bench_by_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,10 +131,11 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def _measure(options: argparse.Namespace) -> Measurements:
-    from .machine import describe_machine
+    from .machine import describe_machine, give_each_isa_a_compiler_cache
     from .measurements import Measurements
     from .parts import PARTS
 
+    give_each_isa_a_compiler_cache()
     options.started = time.perf_counter()
     # What eager torch takes for f16 on a CPU would be half of a quick run.
     options.dtypes = options.dtypes or ["f32", "bf16", "f16"][: 2 if options.quick else 3]

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +29,21 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def torch_cpu_isa() -> str:
+    """The instruction set that torch's own kernels use, which ATEN_CPU_CAPABILITY may lower."""
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+def give_each_isa_a_compiler_cache() -> None:
+    """Has ``torch.compile`` keep its code in a folder for the instruction set that torch uses.
+
+    Its cache does not tell instruction sets apart.  Code made for AVX-512 is compiled again under
+    ``ATEN_CPU_CAPABILITY=avx2``, and gives NaN there.  A folder that the user chose stays.
+    """
+    folder = Path(tempfile.gettempdir()) / f"fastdiv_compiled_{os.getuid()}_{torch_cpu_isa()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Everything about this machine and its software that moves a timing."""
     facts = {
@@ -37,6 +53,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "numpy": numpy.__version__,
+        "torch_cpu_isa": torch_cpu_isa(),
         **build_info(),
     }
     return {**facts, "gpu": _describe_gpu()} if device == "cuda" else facts
