@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 
 from cases import PUBLIC_LOSSES
 from fastdiv.__main__ import main
-from fastdiv._bench import machine, parts
+from fastdiv._bench import machine, parts, run
 from fastdiv._bench.compare import compare
 from fastdiv._bench.instructions import Count, count_instructions, why_not
 from fastdiv._bench.losses import LOSSES, as_computed
@@ -27,6 +28,7 @@ from fastdiv._bench.timing import After, Budget, Timing, interleave
 
 pytestmark = pytest.mark.cpu_only("the command chooses its device itself")
 
+NAN = float("nan")
 QUICKLY = ["--quick", "--seconds", "0", "--rounds", "2"]
 
 
@@ -87,6 +89,18 @@ def test_each_instruction_set_has_a_compiler_cache(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
     machine.give_each_isa_a_compiler_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
+
+
+@pytest.mark.parametrize(
+    ("eager", "value", "works"), [(1, 1.01, True), (1, 2, False), (1, NAN, False), (NAN, 2, True)]
+)
+def test_another_implementation_is_compared_with_eager_torch(
+    eager: float, value: float, works: bool
+) -> None:
+    """It is left out where it computes something else; a NaN of eager torch does not count."""
+    loss = dataclasses.replace(LOSSES["entropy"], eager=lambda x: torch.tensor(float(eager)))
+    found = run._works("theirs", lambda x: torch.tensor(float(value)), loss, torch.zeros(1), [])
+    assert found == works
 
 
 def test_bench_by_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
