@@ -7,19 +7,19 @@ function runs on reference torch operations (see :func:`backend`).
 from importlib.metadata import version as _version
 
 from . import nn, stats
-from ._backend import backend
-from ._info import build_info
-from ._patch import patch_torch
-from ._public import set_home as _set_home
-from .alpha import alpha_div, renyi_div
-from .cross_entropy import cross_entropy
-from .distance import hellinger_distance, tv_distance
-from .divergence import js_div, kl_div, reverse_kl_div, skew_kl_div
-from .entropy import entropy, log_prob, log_prob_and_entropy
-from .linear import linear_cross_entropy, linear_log_prob_and_entropy
-from .linear_divergence import linear_js_div, linear_kl_div, linear_reverse_kl_div
+from ._engine.backend import backend
+from ._engine.info import build_info
+from ._engine.public import set_home as _set_home
+from ._linear.cross_entropy import linear_cross_entropy, linear_log_prob_and_entropy
+from ._linear.divergence import linear_js_div, linear_kl_div, linear_reverse_kl_div
+from ._losses.alpha import alpha_div, renyi_div
+from ._losses.cross_entropy import cross_entropy
+from ._losses.distance import hellinger_distance, tv_distance
+from ._losses.divergence import js_div, kl_div, reverse_kl_div, skew_kl_div
+from ._losses.entropy import entropy, log_prob, log_prob_and_entropy
+from ._losses.topk import topk_kl_div
+from .integrations.torch.patch import patch_torch
 from .reference import Stats
-from .topk import topk_kl_div
 
 __version__ = _version("fastdiv")
 

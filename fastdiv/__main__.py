@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy
 
 from ._bench import command
-from ._info import build_info
+from ._engine.info import build_info
 
 INFO_LABELS = {
     "fastdiv": "fastdiv",
@@ -57,7 +57,7 @@ def _readable(fact: object) -> str:
 
 def check(options: argparse.Namespace) -> int:
     """Compares every loss with the reference."""
-    from ._selfcheck import check as run_check
+    from ._cli.check import check as run_check
 
     return 0 if run_check(options.losses, options.quick, options.verbose) else 1
 
@@ -81,7 +81,7 @@ def wrong_options(options: argparse.Namespace) -> str:
     if options.command == "bench":
         return command.wrong_options(options)
     if options.command == "check":
-        from ._selfcheck_cases import checked_losses
+        from ._cli.check_cases import checked_losses
 
         known = [loss.name for loss in checked_losses()]
         for name in options.losses:

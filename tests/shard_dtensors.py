@@ -262,8 +262,8 @@ def without_values(group: Any, rank: int) -> None:
     """Where values may not be read, as on a GPU, a tensor that differs makes the loss NaN."""
     h, _ = make_inputs((ROWS, WIDTH), torch.float32)
     w = make_inputs((CLASSES, WIDTH), torch.float32, seed=1)[0]
-    y, read = torch.arange(ROWS), fastdiv._check.values_may_be_read
-    fastdiv._check.values_may_be_read = lambda v: False
+    y, read = torch.arange(ROWS), fastdiv._engine.arguments.values_may_be_read
+    fastdiv._engine.arguments.values_may_be_read = lambda v: False
     try:
         for shape in ((4,), (2, 2)):
             mesh = init_device_mesh("cpu", shape)
@@ -278,4 +278,4 @@ def without_values(group: Any, rank: int) -> None:
             loss.backward()
             assert loss.to_local().isnan() and own.grad.isnan().all()
     finally:
-        fastdiv._check.values_may_be_read = read
+        fastdiv._engine.arguments.values_may_be_read = read

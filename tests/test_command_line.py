@@ -12,8 +12,9 @@ from torch import Tensor
 
 import fastdiv
 from cases import PUBLIC_LOSSES
-from fastdiv import _backend, reference
+from fastdiv import reference
 from fastdiv.__main__ import main
+from fastdiv._engine import backend
 
 pytestmark = pytest.mark.cpu_only("the commands choose their device themselves")
 
@@ -60,7 +61,7 @@ def test_check_fails_where_a_gradient_is_wrong(
     right = fastdiv.entropy
 
     def wrong(x: Tensor, **options: Any) -> Tensor:
-        error = 1e-3 if _backend._current == "native" else 0.0
+        error = 1e-3 if backend._current == "native" else 0.0
         return right(x, **options) + error * (x - x.detach()).nan_to_num().sum(-1)
 
     monkeypatch.setattr(fastdiv, "entropy", wrong)
@@ -76,7 +77,7 @@ def test_check_fails_where_a_kernel_raises(
     right = fastdiv.log_prob
 
     def broken(*arguments: Tensor) -> Tensor:
-        if _backend._current == "native":
+        if backend._current == "native":
             raise RuntimeError("no such kernel")
         return right(*arguments)
 
@@ -96,8 +97,8 @@ def test_check_restores_the_instruction_set() -> None:
 def test_without_kernels_the_reference_is_checked_and_check_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_backend, "_C", None)
-    monkeypatch.setattr(_backend, "load_error", ImportError("it was not built"))
+    monkeypatch.setattr(backend, "_C", None)
+    monkeypatch.setattr(backend, "load_error", ImportError("it was not built"))
     assert main(["check", "cross_entropy", "--quick", "--verbose"]) == 1
     printed = capsys.readouterr().out
     assert "The kernels are missing" in printed and "it was not built" in printed

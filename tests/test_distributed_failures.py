@@ -10,7 +10,7 @@ import torch
 
 import fastdiv.distributed as sharded
 import shard_failures
-from fastdiv.distributed._alike import LENGTH, checksum
+from fastdiv.distributed.alike import LENGTH, checksum
 from ranks import RankFailed, Ranks
 
 pytestmark = [

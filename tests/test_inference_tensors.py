@@ -13,7 +13,7 @@ import fastdiv
 import fastdiv.distributed as sharded
 import shard_arguments
 from cases import LOSSES, PUBLIC_LOSSES, make_inputs
-from fastdiv._inference import savable
+from fastdiv._engine.inference import savable
 from in_place_calls import PROGRAMS, leaf, one_process, target_of
 from linear_cases import TARGETS, LinearCase, make_case
 from ranks import Ranks

@@ -14,7 +14,7 @@ import fastdiv
 from cases import KERNELS, Case, make_inputs
 from edges import by_row
 from edges import gradients as even_gradients
-from fastdiv import _check
+from fastdiv._engine import arguments
 
 gradients = partial(even_gradients, uneven=True)  # each row with a gradient of its own
 SHAPES_AND_DIMS = [((7,), 0), ((7,), -1), ((5, 4, 3), 0), ((5, 4, 3), 1), ((5, 4, 3), -2)]
@@ -82,7 +82,7 @@ def test_strides_do_not_matter(case: Case, side: str, layout: str) -> None:
 def test_rows_are_views_where_the_classes_are_contiguous() -> None:
     big = torch.randn(4, 6, 40)
     for view in (big[:, 1], big[:, :, 3:20], big[1, ::2], big.transpose(0, 1)[2], big[1, 2]):
-        rows = _check.as_rows(view, view.dim() - 1)
+        rows = arguments.as_rows(view, view.dim() - 1)
         # [:, :, 3:20] has rows at one stride; nothing of it is copied.
         assert rows.untyped_storage().data_ptr() == big.untyped_storage().data_ptr()
         assert rows.stride(1) == 1

@@ -30,7 +30,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds of values are those of float32 logits; see the test of the other way."""
     torch.set_num_threads(1)  # of products this small, on a machine that others use
-    monkeypatch.setattr("fastdiv._linear_tiles.multiplies", lambda half: False)
+    monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: False)
 
 
 def assert_agree(case: LinearCase, upstream: Tensor | None = None) -> None:
@@ -175,7 +175,7 @@ def test_rows_that_do_not_count_may_hold_anything(reduction: str, dtype: torch.d
 @pytest.mark.cpu_only("elsewhere labels are not read")
 def test_rows_that_do_not_count_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied = []
-    import fastdiv._linear_tiles as tiles
+    import fastdiv._linear.tiles as tiles
 
     plain = tiles.multiply
     monkeypatch.setattr(

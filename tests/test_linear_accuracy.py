@@ -36,7 +36,7 @@ def test_accept_rule(
     """Close to float64, in ulps; eager torch of whole logits stands beside it in a failure."""
     on_cpu = torch.get_default_device().type == "cpu"
     in_halves = products == "half" or (dtype != torch.float32 and not on_cpu)
-    monkeypatch.setattr("fastdiv._linear_tiles.multiplies", lambda half: in_halves)
+    monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: in_halves)
     divergence = target != "labels"
     case = make_case(
         "kl_div" if divergence else "cross_entropy", (96,), 64, 2000, dtype, target,

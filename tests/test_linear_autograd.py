@@ -150,7 +150,7 @@ def test_gradients_only_where_required(target: str, reduction: str) -> None:
 def test_a_frozen_head_takes_no_product_for_its_gradient(
     monkeypatch: pytest.MonkeyPatch, reduction: str
 ) -> None:
-    from fastdiv._linear_tiles import Gradients
+    from fastdiv._linear.tiles import Gradients
 
     summed = []
     end = Gradients.end
@@ -249,7 +249,7 @@ def test_autocast(reduction: str) -> None:
 
 def test_opcheck() -> None:
     """Schemas, fakes and tracing of the two ops."""
-    from fastdiv import _linear_ops as ops
+    from fastdiv._linear import ops as ops
     from fastdiv.reference import Spec
 
     h, w = torch.randn(4, 3), torch.randn(7, 3)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiv
-from fastdiv import _linear_tiles
+from fastdiv._linear import tiles
 from linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
 
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
@@ -50,7 +50,7 @@ def test_as_the_loss_of_the_whole_logits(name: str, target: str, reduction: str)
 @pytest.mark.parametrize("halves", [True, False])
 def test_half_precision(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits twice; each gradient takes two products on a CPU that multiplies halves."""
-    monkeypatch.setattr(_linear_tiles, "multiplies", lambda half: halves)
+    monkeypatch.setattr(tiles, "multiplies", lambda half: halves)
     case = small_case("cross_entropy", "labels", dtype=torch.bfloat16)
     cpu = torch.get_default_device().type == "cpu"
     products = 2 + (4 if halves and cpu else 2)
@@ -64,9 +64,9 @@ def test_the_products_that_run(
     name: str, target: str, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The count is that of the products of which a step is made, however it is cut into tiles."""
-    monkeypatch.setattr(_linear_tiles, "multiplies", lambda half: True)
+    monkeypatch.setattr(tiles, "multiplies", lambda half: True)
     ran = []
-    multiply, add_product = _linear_tiles.multiply, _linear_tiles._add_product
+    multiply, add_product = tiles.multiply, tiles._add_product
 
     def noted(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         ran.append(2 * len(x) * weight.numel())
@@ -79,8 +79,8 @@ def test_the_products_that_run(
 
     case = small_case(name, target, dtype=dtype, reduction=reduction, chunk_size=4)
     with monkeypatch.context() as patched:
-        patched.setattr(_linear_tiles, "multiply", noted)
-        patched.setattr(_linear_tiles, "_add_product", added)
+        patched.setattr(tiles, "multiply", noted)
+        patched.setattr(tiles, "_add_product", added)
         value_and_gradients(case.call, case.leaves)
     assert count(case.call, case.leaves) == sum(ran)
 

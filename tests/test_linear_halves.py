@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from fastdiv._linear_tiles import product_dtype
+from fastdiv._linear.tiles import product_dtype
 from linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
 
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
@@ -26,7 +26,7 @@ def one_thread() -> None:
 @pytest.fixture
 def products_of_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves are multiplied as they are, also where the processor has no instruction for it."""
-    monkeypatch.setattr("fastdiv._linear_tiles.multiplies", lambda half: True)
+    monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: True)
 
 
 def half_case(name: str, target: str, reduction: str, *rows: int, **options: Any) -> LinearCase:

@@ -9,7 +9,7 @@ import torch
 
 from fastdiv._bench.linear import LinearJob, losses, step
 from fastdiv._bench.memory import temporary_bytes
-from fastdiv._linear import Problem
+from fastdiv._linear.chunks import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_memory(
 ) -> None:
     """Forward and backward take a tenth of the logits; the bound fails if a tile is held twice."""
     # As the processor has them or not, tiles would be larger or smaller.
-    monkeypatch.setattr("fastdiv._linear_tiles.multiplies", lambda half: True)
+    monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: True)
     assert share_of_the_logits(variant, dtype, size) <= allowed
     tiles, held = Problem.tiles, []
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastdiv
-from fastdiv import _backend, _patched
-from fastdiv._patch import TorchPatch
+from fastdiv._engine import backend
+from fastdiv.integrations.torch import cross_entropy as replacement
+from fastdiv.integrations.torch.patch import TorchPatch
 from torch_patched import TORCHS, calls_of_ours, patched, torch_has_its_own, with_gradients
 
 
@@ -163,14 +164,14 @@ def test_an_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with pytest.raises(RuntimeError, match=r"know .*\(input, target, \*, gamma=1\) of torch 2"):
             fastdiv.patch_torch()
-        assert F.cross_entropy is F.later and not _patched.on
+        assert F.cross_entropy is F.later and not replacement.on
     finally:
         del F.later
         monkeypatch.undo()
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "_C", None)
+    monkeypatch.setattr(backend, "_C", None)
     with pytest.raises(RuntimeError, match="change nothing.*_C could not be loaded"):
         fastdiv.patch_torch()
 

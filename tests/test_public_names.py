@@ -130,27 +130,8 @@ def test_statistics_load_as_weights_only() -> None:
         assert torch.load(file, weights_only=True) == stats()
 
 
-@pytest.mark.parametrize(
-    ("was", "now"),
-    [
-        ("reference.Stats", fastdiv.Stats),
-        ("_combined.DistillationLoss", fastdiv.nn.DistillationLoss),
-        ("_combined.LabelSmoothingLoss", fastdiv.nn.LabelSmoothingLoss),
-        ("_divergence_modules.KLDivLoss", fastdiv.nn.KLDivLoss),
-        ("_divergence_modules.TopKKLDivLoss", fastdiv.nn.TopKKLDivLoss),
-        ("_linear_modules.LinearCrossEntropyLoss", fastdiv.nn.LinearCrossEntropyLoss),
-        ("divergence.kl_div", fastdiv.kl_div),
-        ("cross_entropy.cross_entropy", fastdiv.cross_entropy),
-    ],
-)
-def test_older_pickles_are_read(was: str, now: object) -> None:
-    """They name the files that the classes and functions stand in."""
-    module, _, name = was.rpartition(".")
-    assert pickle.loads(f"cfastdiv.{module}\n{name}\n.".encode()) is now
-
-
 # Everything that fastdiv.nn is made of is imported anew, after the package has bound its functions.
-PARTS = ["nn", "_combined", "_divergence_modules", "_linear_modules"]
+PARTS = ["nn", "nn.distillation", "nn.divergence", "nn.label_smoothing", "nn.linear"]
 ORDERS = {
     "anew": f"""
 for part in {PARTS}:

@@ -8,7 +8,7 @@ import random
 import torch
 from torch import Tensor
 
-from fastdiv._in_place import share_memory, shares_with_itself
+from fastdiv._engine.in_place import share_memory, shares_with_itself
 
 
 def bytes_of(v: Tensor) -> list[range]:

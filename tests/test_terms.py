@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cases import Case, make_inputs
-from fastdiv import _ops
+from fastdiv._engine import ops
 from fastdiv.reference import Spec
 
 SHIFT = {"kl_div": 1.0, "reverse_kl_div": -1.0}  # shift() of a policy
@@ -25,10 +25,10 @@ def test_parts_add_up(loss: str, target_type: str, dtype: torch.dtype, isa: str)
     for classes, sizes in CUTS.items():
         x, logits = make_inputs((5, classes), dtype)
         t = Case(loss, target_type, lambda x, t: x).make_target(x, logits)
-        options = _ops.options(spec)
-        value, record, _ = _ops.forward(x, t, None, None, None, *options)
+        options = ops.options(spec)
+        value, record, _ = ops.forward(x, t, None, None, None, *options)
         parts = [
-            _ops.terms(a, b, None, None, None, record, *options)
+            ops.terms(a, b, None, None, None, record, *options)
             for a, b in zip(x.split(sizes, 1), t.split(sizes, 1), strict=True)
         ]
         f, u, v, q, p = torch.stack(parts).sum(0).unbind(1)
@@ -45,10 +45,10 @@ def test_parts_add_up(loss: str, target_type: str, dtype: torch.dtype, isa: str)
 def test_rows_of_no_weight_are_not_read(isa: str) -> None:
     x, t = make_inputs((4, 300), torch.float32)
     x[1], x[3] = math.nan, math.inf
-    options = _ops.options(Spec("js_div", "logits", shape=0.5))
-    record = _ops.forward(x, t, None, None, None, *options)[1]
+    options = ops.options(Spec("js_div", "logits", shape=0.5))
+    record = ops.forward(x, t, None, None, None, *options)[1]
     weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    sums = _ops.terms(x, t, None, None, weight, record, *options)
+    sums = ops.terms(x, t, None, None, weight, record, *options)
     assert sums.isfinite().all() and not sums[1::2].any() and sums[::2].all(1).all()
 
 
@@ -56,15 +56,15 @@ def test_losses_without_terms_are_refused() -> None:
     x, t = make_inputs((2, 5), torch.float32)
     for spec in (Spec("alpha_div", "logits", shape=0.5), Spec("entropy")):
         target = t if spec.target_type == "logits" else None
-        options = _ops.options(spec)
-        record = _ops.forward(x, target, None, None, None, *options)[1]
+        options = ops.options(spec)
+        record = ops.forward(x, target, None, None, None, *options)[1]
         with pytest.raises(ValueError, match="has no terms"):
-            _ops.terms(x, target, None, None, None, record, *options)
+            ops.terms(x, target, None, None, None, record, *options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, t = make_inputs((4, 5), dtype)
-    options = _ops.options(Spec("js_div", "logits", shape=0.5))
-    record = _ops.forward(x, t, None, None, None, *options)[1]
-    torch.library.opcheck(_ops.terms, (x, t, None, None, None, record, *options))
+    options = ops.options(Spec("js_div", "logits", shape=0.5))
+    record = ops.forward(x, t, None, None, None, *options)[1]
+    torch.library.opcheck(ops.terms, (x, t, None, None, None, record, *options))

@@ -15,7 +15,8 @@ from torch import Tensor
 import fastdiv
 from cases import make_inputs
 from edges import gradients, same
-from fastdiv import _ops, reference
+from fastdiv import reference
+from fastdiv._engine import ops
 from fastdiv.reference import Spec
 
 INF, NAN = torch.inf, torch.nan
@@ -309,17 +310,15 @@ def test_both_directions_in_one_op_have_the_bits_of_two(isa: str) -> None:
         for k in (3, 5000):
             values, indices = teacher(t, k, "log_probs")
             for loss in reference.TOPK:
-                options = _ops.options(Spec(loss, target_type="log_probs", scale=0.5))
+                options = ops.options(Spec(loss, target_type="log_probs", scale=0.5))
                 rows = (values, indices, None, weight)
-                value, record, total = _ops.forward(x, *rows, *options)
+                value, record, total = ops.forward(x, *rows, *options)
                 grad = torch.randn_like(value)
-                dx, dv = _ops.backward(grad, x, *rows, record, total, *options, True, True)
+                dx, dv = ops.backward(grad, x, *rows, record, total, *options, True, True)
                 over = x.clone()
-                again, dv_again = _ops.forward_grad(grad, over, *rows, *options, True)
+                again, dv_again = ops.forward_grad(grad, over, *rows, *options, True)
                 assert again.equal(value) and over.equal(dx) and dv_again.equal(dv)
-                no_dx, dv_alone = _ops.backward(
-                    grad, x, *rows, record, total, *options, False, True
-                )
+                no_dx, dv_alone = ops.backward(grad, x, *rows, record, total, *options, False, True)
                 assert no_dx.numel() == 0 and dv_alone.equal(dv)
 
 

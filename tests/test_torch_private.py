@@ -13,23 +13,23 @@ import torch
 from torch.autograd import forward_ad
 
 import fastdiv
-from fastdiv import _torch_private
+from fastdiv._engine import torch_private
 
 PACKAGE = Path(fastdiv.__file__).parent
-MODULE = Path(_torch_private.__file__)
+MODULE = Path(torch_private.__file__)
 
 # Names that other files may use, with the reason.
 ALLOWED = {
     # The collectives that the compiler can trace.  DTensor rests on these ops and on this look-up.
-    ("distributed/_world.py", "torch.ops._c10d_functional"),
-    ("distributed/_world.py", "distributed_c10d._resolve_process_group"),
+    ("distributed/world.py", "torch.ops._c10d_functional"),
+    ("distributed/world.py", "distributed_c10d._resolve_process_group"),
     # The protocol of tensor subclasses.  Torch's notes on extending it use these very names, and
     # only the integration of Transformers imports the file.
-    ("integrations/transformers/_logits.py", "Tensor._make_wrapper_subclass"),
-    ("integrations/transformers/_logits.py", "torch._C.DisableTorchFunctionSubclass"),
-    ("integrations/transformers/_logits.py", "_version"),
+    ("integrations/transformers/logits.py", "Tensor._make_wrapper_subclass"),
+    ("integrations/transformers/logits.py", "torch._C.DisableTorchFunctionSubclass"),
+    ("integrations/transformers/logits.py", "_version"),
     # It has an underscore, but torch documents it.
-    ("_symbolic.py", "torch._check"),
+    ("_engine/symbolic.py", "torch._check"),
     # Only the benchmark on a GPU calls it.
     ("_bench/timing.py", "torch.cuda._sleep"),
 }
@@ -84,7 +84,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _get_current_function_mode_stack as modes
 from torch.autograd import forward_ad
-from ._torch_private import is_fake
+from .torch_private import is_fake
 dist._x.y
 forward_ad._current_level
 torch._C._nn
@@ -148,22 +148,22 @@ def lack(request):
 
 def test_every_name_is_there():
     """With the torch at hand no fallback is needed; a release that moves a name is noticed."""
-    for name, value in vars(_torch_private).items():
+    for name, value in vars(torch_private).items():
         if name.startswith("_") and not name.startswith("__"):
             assert value is not None, name
-    assert None not in _torch_private._batched
-    assert (_torch_private.onednn_linear is None) != torch.backends.mkldnn.is_available()
+    assert None not in torch_private._batched
+    assert (torch_private.onednn_linear is None) != torch.backends.mkldnn.is_available()
     assert importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map
 
 
 def test_func_is_active(lack):
     blind = lack("torch._C._are_functorch_transforms_active")
     assert blind.func_is_active() and blind.is_transformed()
-    assert not _torch_private.func_is_active() and not _torch_private.is_transformed()
+    assert not torch_private.func_is_active() and not torch_private.is_transformed()
     seen = []
 
     def look(v):
-        seen.append((_torch_private.func_is_active(), _torch_private.is_transformed()))
+        seen.append((torch_private.func_is_active(), torch_private.is_transformed()))
         return v.sum()
 
     torch.func.grad(look)(torch.ones(3))
@@ -172,7 +172,7 @@ def test_func_is_active(lack):
 
 
 def test_dual_levels(lack):
-    for module in (_torch_private, lack("torch.autograd.forward_ad._current_level")):
+    for module in (torch_private, lack("torch.autograd.forward_ad._current_level")):
         assert not module.is_transformed()
         with forward_ad.dual_level():
             assert module.is_transformed() and not module.func_is_active()
@@ -181,7 +181,7 @@ def test_dual_levels(lack):
 
 @pytest.mark.parametrize("name", ["is_batchedtensor", "is_legacy_batchedtensor"])
 def test_is_batched(lack, name):
-    for module in (_torch_private, lack(f"torch._C._functorch.{name}")):
+    for module in (torch_private, lack(f"torch._C._functorch.{name}")):
         assert not module.is_batched(torch.ones(3))
         seen = []
 
@@ -212,8 +212,8 @@ def test_light_apply(lack):
     assert blind.light_apply(Double) == Double.apply
     # In torch 2.14 it is C++ already.
     in_python = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
-    assert (_torch_private.light_apply(Double) != Double.apply) == in_python
-    for module in (_torch_private, blind):
+    assert (torch_private.light_apply(Double) != Double.apply) == in_python
+    for module in (torch_private, blind):
         kept = []
         torch.func.grad(lambda v, kept=kept: kept.append(v) or v.sum())(torch.ones(2))
         x = torch.ones(2, requires_grad=True)
@@ -230,20 +230,20 @@ def test_light_apply_of_another_class(monkeypatch):
         apply = "public"
 
     monkeypatch.setattr(torch.autograd, "Function", Alone)
-    assert _torch_private.light_apply(type("Derived", (Alone,), {})) == "public"
+    assert torch_private.light_apply(type("Derived", (Alone,), {})) == "public"
 
 
 def test_is_fake(lack):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for module in (_torch_private, lack("torch._subclasses.fake_tensor.FakeTensor")):
+    for module in (torch_private, lack("torch._subclasses.fake_tensor.FakeTensor")):
         assert not module.is_fake(torch.ones(2))
         with FakeTensorMode():
             assert module.is_fake(torch.ones(2))
 
 
 def test_is_exporting(lack):
-    for module in (_torch_private, lack("torch.compiler._is_exporting_flag")):
+    for module in (torch_private, lack("torch.compiler._is_exporting_flag")):
         assert not module.is_exporting()
         seen = []
 
@@ -266,48 +266,48 @@ def test_is_exporting(lack):
 )
 def test_function_mode_watches(lack, name):
     assert lack(name).function_mode_watches()
-    assert not _torch_private.function_mode_watches()
+    assert not torch_private.function_mode_watches()
     with torch.device("cpu"):
-        assert not _torch_private.function_mode_watches()
+        assert not torch_private.function_mode_watches()
         with torch.overrides.BaseTorchFunctionMode():
-            assert _torch_private.function_mode_watches()
+            assert torch_private.function_mode_watches()
 
 
 def test_parse_to(lack):
     assert lack("torch._C._nn._parse_to").parse_to(torch.float64) is None
-    assert _torch_private.parse_to("cpu", torch.float64) == (torch.device("cpu"), torch.float64)
-    assert _torch_private.parse_to(dtype=torch.float64) == (None, torch.float64)
+    assert torch_private.parse_to("cpu", torch.float64) == (torch.device("cpu"), torch.float64)
+    assert torch_private.parse_to(dtype=torch.float64) == (None, torch.float64)
 
 
 def test_tree_map_only(lack):
     tree = {"a": [1, "b", (2.0, 3)], "c": None}
-    for module in (_torch_private, lack("torch.utils._pytree.tree_map_only")):
+    for module in (torch_private, lack("torch.utils._pytree.tree_map_only")):
         assert module.tree_map_only(int, str, tree) == {"a": ["1", "b", (2.0, "3")], "c": None}
 
 
 def test_fill_names_of_dynamo(lack):
-    for module in (_torch_private, lack("torch._dynamo.trace_rules.get_torch_obj_rule_map")):
+    for module in (torch_private, lack("torch._dynamo.trace_rules.get_torch_obj_rule_map")):
         module.fill_names_of_dynamo()
 
 
 def test_hooks_of():
     layer = torch.nn.Linear(2, 3)
-    assert _torch_private.hooks_of(layer) == [[], [], []]
+    assert torch_private.hooks_of(layer) == [[], [], []]
 
     def hook(*_): ...
 
     layer.register_forward_pre_hook(hook)
     layer.register_full_backward_pre_hook(hook)
     layer.register_full_backward_hook(hook)
-    assert _torch_private.hooks_of(layer) == [[hook], [], [hook, hook]]
+    assert torch_private.hooks_of(layer) == [[hook], [], [hook, hook]]
     vars(layer).pop("_forward_hooks")  # a torch that calls them something else
-    assert _torch_private.hooks_of(layer) is None
+    assert torch_private.hooks_of(layer) is None
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_multiplies(lack, half):
     name = "_is_amx_fp16_supported" if half == torch.float16 else "_is_avx512_bf16_supported"
-    assert _torch_private.multiplies(half) == getattr(torch.cpu, name)()
+    assert torch_private.multiplies(half) == getattr(torch.cpu, name)()
     assert lack(f"torch.cpu.{name}").multiplies(half) is False
 
 
@@ -319,13 +319,13 @@ def test_constant_is_what_torch_marks():
         return 1
 
     torch.compiler.assume_constant_result(torchs)
-    _torch_private.constant(ours)
+    torch_private.constant(ours)
     assert vars(ours) == vars(torchs)
-    code = f"import sys; sys.path[:0] = {[str(PACKAGE)]!r}\n" + (
-        "import torch, _torch_private\n"
+    code = f"import sys; sys.path[:0] = {[str(MODULE.parent)]!r}\n" + (
+        "import torch, torch_private\n"
         "assert 'torch._dynamo' not in sys.modules\n"
         "def f(): pass\n"
-        "_torch_private.constant(f)\n"
+        "torch_private.constant(f)\n"
         "assert 'torch._dynamo' not in sys.modules\n"
         "print(vars(f))"
     )
@@ -350,9 +350,9 @@ def import_module(name, package=None):
 
 importlib.import_module = import_module
 import fastdiv
-from fastdiv import _torch_private
+from fastdiv._engine import torch_private
 importlib.import_module = original
-assert _torch_private._unwrap is None and _torch_private.func_is_active()
+assert torch_private._unwrap is None and torch_private.func_is_active()
 
 torch.manual_seed(0)
 x, t, v = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))

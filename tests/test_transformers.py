@@ -15,7 +15,9 @@ pytest.importorskip("transformers")
 from transformers import LlamaForCausalLM
 
 import fastdiv
-from fastdiv.integrations.transformers import _forward, _logits, apply
+from fastdiv.integrations.transformers import apply
+from fastdiv.integrations.transformers import forward as model_forward
+from fastdiv.integrations.transformers import logits as logits_module
 from transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
 
 pytestmark = pytest.mark.cpu_only("the models are made on the CPU")
@@ -78,7 +80,7 @@ def test_half_precision(
     compared.  Both round the logits, their gradient and what the products come to, ours nothing
     else: what is left to chance is far below the 5 percent.
     """
-    monkeypatch.setattr("fastdiv._linear_tiles.multiplies", lambda half: products)
+    monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: products)
     kind = KINDS[name]
     model, batch = kind.make().to(dtype), kind.batch()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
@@ -285,7 +287,7 @@ def test_gradient_checkpointing() -> None:
 def test_compiled_models_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = KINDS["llama"].make(), KINDS["llama"].batch()
     theirs = model(**batch).loss
-    monkeypatch.setattr(_forward, "run", None)
+    monkeypatch.setattr(model_forward, "run", None)
     with apply():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(**batch).loss, theirs)
@@ -316,5 +318,5 @@ def test_a_class_that_comes_later() -> None:
 
 def test_every_operation_is_one_of_torchs() -> None:
     """A name that torch does not have would never be met."""
-    for name in {*_logits.OPERATIONS, *_logits.WITH_OPTIONS, *_logits.METADATA}:
+    for name in {*logits_module.OPERATIONS, *logits_module.WITH_OPTIONS, *logits_module.METADATA}:
         assert hasattr(Tensor, name) or hasattr(torch, name) or hasattr(F, name), name

@@ -21,9 +21,10 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.trainer import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
-from fastdiv import _backend
-from fastdiv.integrations.transformers import _forward, apply
-from fastdiv.integrations.transformers._logits import DeferredLogits
+from fastdiv._engine import backend
+from fastdiv.integrations.transformers import apply
+from fastdiv.integrations.transformers import forward as model_forward
+from fastdiv.integrations.transformers.logits import DeferredLogits
 from transformers_models import DECODER, KINDS, agree, step
 
 pytestmark = pytest.mark.cpu_only("the models are made on the CPU")
@@ -40,7 +41,7 @@ THEIRS = [
 @pytest.fixture(autouse=True)
 def reversed_by_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
-    monkeypatch.setattr(_forward, "_reported", set())
+    monkeypatch.setattr(model_forward, "_reported", set())
     before = [vars(owner).get(name) for owner, name in THEIRS]
     yield
     assert [vars(owner).get(name) for owner, name in THEIRS] == before
@@ -130,7 +131,7 @@ def test_an_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "_C", None)
+    monkeypatch.setattr(backend, "_C", None)
     with pytest.raises(RuntimeError, match="would change nothing"):
         apply()
 

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers")
 
-from fastdiv.integrations.transformers import _formula, _logits, apply
+from fastdiv.integrations.transformers import apply, formula
+from fastdiv.integrations.transformers import logits as logits_module
 from transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
 
 pytestmark = [
@@ -80,9 +81,9 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         found.append(linear_cross_entropy(*args, **options))
         return found[-1]
 
-    linear_cross_entropy = _formula.linear_cross_entropy
-    monkeypatch.setattr(_formula, "linear_cross_entropy", spy)
-    monkeypatch.delattr(_logits.DeferredLogits, "held")
+    linear_cross_entropy = formula.linear_cross_entropy
+    monkeypatch.setattr(formula, "linear_cross_entropy", spy)
+    monkeypatch.delattr(logits_module.DeferredLogits, "held")
     return found
 
 
@@ -155,7 +156,7 @@ def test_peft(name: str, adapter: dict[str, Any], dtype: torch.dtype) -> None:
         assert "fastdiv::_linear_forward" in sizes.ours
         assert sizes.largest <= CLASSES * (WIDTH + 4)
     with apply(), model.disable_adapter():
-        assert isinstance(model(**batch).logits, _logits.DeferredLogits)
+        assert isinstance(model(**batch).logits, logits_module.DeferredLogits)
 
 
 def test_an_adapter_that_needs_the_logits() -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-import fastdiv.integrations.trl as integration
-from fastdiv import _backend
-from fastdiv.integrations import _trl_losses
-from fastdiv.integrations.trl import JSD
+import fastdiv.integrations.trl.patch as integration
+from fastdiv._engine import backend
+from fastdiv.integrations.trl import losses
+from fastdiv.integrations.trl.patch import JSD
 from trl_functions import CLASSES, THEIRS, WITH_JSD, given_to, trainers, trl, utils
 
 # Modules that take the functions by name, in this version or another.
@@ -127,8 +127,8 @@ def test_reversal() -> None:
 
 
 def test_who_kept_ours_gets_trls_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    called, entropy = [], _trl_losses.entropy
-    monkeypatch.setattr(_trl_losses, "entropy", lambda x: called.append(x) or entropy(x))
+    called, entropy = [], losses.entropy
+    monkeypatch.setattr(losses, "entropy", lambda x: called.append(x) or entropy(x))
     x = torch.randn(3, CLASSES)
     with integration.apply():
         called.clear()
@@ -223,7 +223,7 @@ def test_an_older_version() -> None:
     try:
         integration._check(JSD, theirs)
         x, t = torch.randn(2, 3, CLASSES, requires_grad=True), torch.randn(2, 3, CLASSES)
-        value = _trl_losses.generalized_jsd_loss(theirs, x, t, torch.full((2, 3), -100))
+        value = losses.generalized_jsd_loss(theirs, x, t, torch.full((2, 3), -100))
         assert value is not None and value.isnan()
         value.backward()
         assert x.grad is not None and (x.grad == 0).all()
@@ -232,7 +232,7 @@ def test_an_older_version() -> None:
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "_C", None)
+    monkeypatch.setattr(backend, "_C", None)
     with pytest.raises(RuntimeError, match=r"trl.apply\(\) would change nothing.*_C could not"):
         integration.apply()
 
@@ -280,8 +280,8 @@ def test_gkd_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trl_trainer import train
 
     expected = train(tmp_path)
-    calls, js_div = [], _trl_losses.js_div
-    monkeypatch.setattr(_trl_losses, "js_div", lambda *a, **k: calls.append(k) or js_div(*a, **k))
+    calls, js_div = [], losses.js_div
+    monkeypatch.setattr(losses, "js_div", lambda *a, **k: calls.append(k) or js_div(*a, **k))
     with integration.apply():
         calls.clear()
         got = train(tmp_path)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from fastdiv import _patched
+from fastdiv.integrations.torch import cross_entropy
 
 TORCHS = F.cross_entropy
 
@@ -19,9 +19,9 @@ TORCHS = F.cross_entropy
 def torch_has_its_own() -> Iterator[None]:
     """Before a test and after it."""
     torch._dynamo.reset()
-    assert F.cross_entropy is TORCHS and not _patched.on
+    assert F.cross_entropy is TORCHS and not cross_entropy.on
     yield
-    assert F.cross_entropy is TORCHS and not _patched.on
+    assert F.cross_entropy is TORCHS and not cross_entropy.on
 
 
 def calls_of_ours(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -32,7 +32,7 @@ def calls_of_ours(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((args, options))
         return fastdiv.cross_entropy(*args, **options)
 
-    monkeypatch.setattr(_patched, "ours", spy)
+    monkeypatch.setattr(cross_entropy, "ours", spy)
     return calls
 
 

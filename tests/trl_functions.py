@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastdiv.integrations.trl as integration
-from fastdiv.integrations import _trl_losses
-from fastdiv.integrations.trl import FUNCTIONS, GKD, JSD, OTHERS, UTILS
+import fastdiv.integrations.trl.patch as integration
+from fastdiv.integrations.trl import losses
+from fastdiv.integrations.trl.patch import FUNCTIONS, GKD, JSD, OTHERS, UTILS
 
 CLASSES = 9
 RUNS_ON = {
@@ -56,11 +56,11 @@ def calls_of_ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     called: list[str] = []
 
     def spy(name: str) -> Callable[..., Any]:
-        function = getattr(_trl_losses, name)
+        function = getattr(losses, name)
         return lambda *args, **given: called.append(name) or function(*args, **given)
 
     for name in RUNS_ON.values():
-        monkeypatch.setattr(_trl_losses, name, spy(name))
+        monkeypatch.setattr(losses, name, spy(name))
     with integration.apply():
         called.clear()
         yield called

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from .console import Cell, print_table
+from .._cli.console import Cell, print_table
 from .measurements import Measurements
 from .overhead import SHAPE
 from .report import machine_line

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from .._cli.console import Advance
 from .apart import run_apart
-from .console import Advance
 from .losses import DTYPES, LOSSES
 
 CLASSES = 16384
@@ -145,7 +145,7 @@ def _calls(name: str, dtype: str, rows: int) -> dict[str, Callable[[], object]]:
 
 
 if __name__ == "__main__":
-    from .._info import build_info
+    from .._engine.info import build_info
 
     _call_each(*json.loads(sys.argv[1]))
     print(build_info()["cpu_isa"])

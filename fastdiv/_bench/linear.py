@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from fastdiv._linear_tiles import product_dtype
+from fastdiv._linear.tiles import product_dtype
 
-from .console import Advance
+from .._cli.console import Advance
 from .losses import DTYPES
 from .memory import measured_apart, peak_of, serve
 from .timing import Budget, Call, GpuClock, Timing, interleave

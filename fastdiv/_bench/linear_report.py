@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .console import print_table
+from .._cli.console import print_table
 from .linear import LinearResult
 from .report import busy_line, machine_line
 

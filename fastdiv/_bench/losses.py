@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastdiv
 
-from .. import _ops
+from .._engine import ops
 from ..reference import Spec, value_dtype
 from . import eager
 
@@ -105,7 +105,7 @@ class BenchmarkedLoss:
     @property
     def spec(self) -> Spec | None:
         """What the op of both directions in one go takes; None where it does not fit."""
-        if self.variation or self.function not in _ops._LOSS_IDS:
+        if self.variation or self.function not in ops._LOSS_IDS:
             return None
         topk = {"topk": "logits", "labels": "none"}
         matrix = topk.get(self.target, self.target)
@@ -120,7 +120,7 @@ class BenchmarkedLoss:
         upstream = x.new_full((outputs * rows,), 1 / rows, dtype=value_dtype(x.dtype))
         grad = upstream.view(outputs, rows) if outputs > 1 else upstream
         op = torch.ops.fastdiv._row_forward_grad.default
-        return op(grad, x, t[0], label[0], None, None, *_ops.options(self.spec), False)[0]
+        return op(grad, x, t[0], label[0], None, None, *ops.options(self.spec), False)[0]
 
 
 def _divergence(name: str, shape: float = 0.0, **options: Any) -> BenchmarkedLoss:

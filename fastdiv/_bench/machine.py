@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import torch
 
-from .._info import build_info
+from .._engine.info import build_info
 
 CPU_INFO = Path("/proc/cpuinfo")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .console import Advance
+from .._cli.console import Advance
 from .losses import DTYPES, LOSSES
 from .timing import Budget, Call, Timing, host_seconds, interleave
 

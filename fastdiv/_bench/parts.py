@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from .._cli.console import progress
 from . import linear
-from .console import progress
 from .instructions import count_instructions, why_not
 from .losses import LOSSES
 from .measurements import Measurements

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .console import Cell, print_table
+from .._cli.console import Cell, print_table
 from .losses import LOSSES
 from .overhead import SHAPE, Overhead
 from .result import VARIANTS, Result

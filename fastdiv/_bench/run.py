@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .console import Advance
+from .._cli.console import Advance
 from .losses import DTYPES, LOSSES, BenchmarkedLoss, Loss, as_computed
 from .memory import Job, extra_memory
 from .peers import peers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from .console import print_table
+from .._cli.console import print_table
 from .instructions import Count
 from .linear_report import print_linear
 from .measurements import Measurements

@@ -13,11 +13,11 @@ shards must have in all.
 :func:`token_mean` averages over the tokens of data-parallel ranks, of any loss.
 """
 
-from .._public import set_home as _set_home
-from ._entropy import entropy, log_prob, log_prob_and_entropy
-from ._linear import linear_cross_entropy, linear_kl_div
-from ._losses import cross_entropy, js_div, kl_div, reverse_kl_div
-from ._mean import token_mean
+from .._engine.public import set_home as _set_home
+from .linear import linear_cross_entropy, linear_kl_div
+from .log_probs import entropy, log_prob, log_prob_and_entropy
+from .losses import cross_entropy, js_div, kl_div, reverse_kl_div
+from .mean import token_mean
 
 __all__ = [
     "cross_entropy",

@@ -1,0 +1,123 @@
+"""Which code computes a loss: the kernels, or the reference in torch operations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+from .torch_private import constant
+
+try:
+    from .. import _C as _C
+except ImportError as error:  # a source tree that was not built, or a torch that is too old
+    _C = None  # type: ignore[assignment]
+    load_error: ImportError | None = error
+else:
+    load_error = None
+
+BACKENDS = ("auto", "native", "reference")
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+_current = _checked(os.environ.get("FASTDIV_BACKEND", "auto"), "FASTDIV_BACKEND")
+
+if _C is not None and (_isa := os.environ.get("FASTDIV_CPU_ISA")) and not _C.set_cpu_isa(_isa):
+    raise ImportError(
+        f"FASTDIV_CPU_ISA={_isa}: this machine runs {', '.join(_C.cpu_isas())} "
+        f"(built: {', '.join(_C.built_cpu_isas())})"
+    )
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Chooses what computes the losses inside a ``with`` block.
+
+    ``"auto"`` uses a kernel where one fits and reference torch operations elsewhere; ``"native"``
+    raises ``RuntimeError`` where no kernel fits; ``"reference"`` never uses a kernel.  The choice
+    is made when a loss is called, for its backward too, and holds for the whole process, as torch's
+    backend flags do.  The default is that of the environment variable ``FASTDIV_BACKEND``, or
+    ``"auto"``.
+
+    Raises:
+        ValueError: unknown name.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> x, y = torch.zeros(2, 4), torch.tensor([0, 3])
+        >>> with fastdiv.backend("reference"):
+        ...     print(f"{fastdiv.cross_entropy(x, y):.4f}")
+        1.3863
+    """
+    global _current
+    previous, _current = _current, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+def is_native() -> bool:
+    """Tells whether a kernel is demanded of every loss."""
+    return _current == "native"
+
+
+def use_kernel(x: torch.Tensor, pointwise: bool = False) -> bool:
+    """Whether a kernel computes a loss of these logits; raises where one is demanded in vain."""
+    if _current == "reference":
+        return False
+    fits = _C is not None and not pointwise and (x.is_cpu or _device_trouble(x) is None)
+    if not fits and _current == "native":
+        raise RuntimeError(f"backend 'native': {_why_not(x, pointwise)}; use backend 'auto'")
+    return fits
+
+
+def _why_not(x: torch.Tensor, pointwise: bool) -> str:
+    if _C is None:
+        return f"the extension module fastdiv._C could not be loaded ({load_error})"
+    if pointwise:
+        return (
+            "reduction 'pointwise' has no kernel (its result is as large as the logits, so that "
+            "there is nothing to fuse)"
+        )
+    return str(_device_trouble(x))
+
+
+def _device_trouble(x: torch.Tensor) -> str | None:
+    """Why no kernel runs where these logits are."""
+    if not x.is_cuda or torch.version.cuda is None:
+        return f"there is no kernel for device {x.device.type!r}"
+    return _gpu_trouble(x.device.index)
+
+
+@constant
+def _gpu_trouble(index: int) -> str | None:
+    """Why the CUDA kernels do not run on this GPU."""
+    return _find_gpu_trouble(index)
+
+
+@cache
+def _find_gpu_trouble(index: int) -> str | None:
+    assert _C is not None
+    built = _C.cuda_architectures
+    if not built:
+        return "built without CUDA kernels (no nvcc was found, or FASTDIV_CUDA_ARCHS=none)"
+    try:
+        with torch.cuda.device(index):
+            trouble = _C.gpu_trouble(index)
+    except (RuntimeError, AssertionError) as error:  # a fake tensor, where there is no GPU
+        trouble = str(error)
+    if not trouble:
+        return None
+    return (
+        f"the CUDA kernels, built with toolkit {_C.cuda_toolkit} for {built}, do not run on GPU "
+        f"{index}: {trouble}"
+    )

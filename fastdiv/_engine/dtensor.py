@@ -1,0 +1,39 @@
+"""DTensors: the public functions hand them to ``fastdiv.distributed.dtensor``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from .recording import recorded
+from .torch_private import is_jit_traced
+
+F = TypeVar("F", bound=Callable[..., Any])
+PLAIN = {Tensor, Parameter}
+
+
+def takes_dtensors(function: F) -> F:
+    """The same function, which computes DTensors from their local parts, and can be traced.
+
+    Where nobody has imported torch's DTensor, a look at a dictionary is all that DTensors cost.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch.distributed.tensor" in sys.modules:
+            for values in (args, kwargs.values()):
+                for v in values:
+                    if type(v) not in PLAIN and isinstance(v, Tensor):
+                        from ..distributed import dtensor
+
+                        return dtensor.call(function, args, kwargs)
+        if is_jit_traced():
+            return recorded(function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return cast(F, call)

@@ -1,0 +1,164 @@
+"""Logits that their gradient may be written over: in whose memory nothing else is.
+
+Whether tensors share memory is decided by their addresses, sizes and strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import values_exist
+from .torch_private import viewed
+
+MOST_TRIALS = 10_000  # of one question; views of one tensor need fewer than a hundred
+
+Step = tuple[int, int, int]  # a distance, with the least and the greatest multiple of it
+
+
+def check_in_place(x: Tensor, **others: Tensor | None) -> None:
+    """Logits that may be overwritten by their gradient; ``others`` are the other arguments.
+
+    The backward reads all of them while it writes, so none may be in the memory of the logits.
+    """
+    if not x.requires_grad:
+        return  # and gets no gradient
+    check_no_leaf(x)
+    if not values_exist(x):  # as in compiled code, which makes a fresh gradient
+        return
+    leaf = _only_leaf(x)
+    if leaf is not None and values_exist(leaf) and share_memory(x, leaf):
+        raise _of_leaf(x, leaf)
+    if shares_with_itself(x):
+        raise ValueError(
+            f"inplace_backward=True would write several gradients to one place: input of shape "
+            f"{tuple(x.shape)} and strides {x.stride()} overlaps itself: give its clone(), or use "
+            "inplace_backward=False"
+        )
+    for name, other in others.items():
+        if other is not None and values_exist(other) and share_memory(x, other):
+            raise ValueError(
+                f"inplace_backward=True would overwrite {name} of shape {tuple(other.shape)}, "
+                f"which shares memory with input of shape {tuple(x.shape)}, and which the backward "
+                f"needs: give {name}.clone(), or use inplace_backward=False"
+            )
+
+
+def check_no_leaf(x: Tensor) -> None:
+    """Logits that are neither a leaf of autograd's graph nor a view of one."""
+    if not x.requires_grad:
+        return
+    if x.is_leaf:
+        raise _of_leaf(x, x)
+    if torch.compiler.is_compiling():
+        return  # a fresh gradient
+    base = viewed(x)
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise _of_leaf(x, base)
+
+
+def _only_leaf(x: Tensor) -> Tensor | None:
+    """The one leaf that x was made of by functions of one tensor, as views are, if there is one.
+
+    It tells of views whose base is another tensor, and of functions that give back their argument.
+    """
+    node: Any = x.grad_fn
+    while node is not None and type(node).__name__ != "AccumulateGrad":
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    return None if node is None else node.variable
+
+
+def _of_leaf(x: Tensor, leaf: Tensor) -> ValueError:
+    view = "" if leaf is x else f", of which input is a view of shape {tuple(x.shape)},"
+    return ValueError(
+        f"inplace_backward=True would overwrite a leaf tensor of shape {tuple(leaf.shape)}{view} "
+        "with its own gradient; it is meant for logits that a model computed: use "
+        "inplace_backward=False"
+    )
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Tells whether an element of one is, in part or whole, an element of the other.
+
+    The answer is exact for views as torch makes them; for strides so tangled that it would take
+    too long to tell, it is True.
+    """
+    if a.device != b.device or not a.numel() or not b.numel():
+        return False
+    distance = b.data_ptr() - a.data_ptr()
+    if not -_extent(b) < distance < _extent(a):
+        return False
+    steps = [(stride, 0, size - 1) for stride, size in _strides(a)]
+    steps += [(stride, 1 - size, 0) for stride, size in _strides(b)]
+    steps.append((1, 1 - b.element_size(), a.element_size() - 1))
+    return _reaches(distance, steps)
+
+
+def shares_with_itself(a: Tensor) -> bool:
+    """Tells whether two of its elements are at one address, as those of ``expand`` are."""
+    if not a.numel():
+        return False
+    dims = _strides(a)
+    if any(stride == 0 for stride, _ in dims):
+        return True
+    dims.sort()
+    reach = a.element_size()
+    for stride, size in dims:
+        if stride < reach:  # steps are not longer than what they step over
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    within: Step = (1, 1 - a.element_size(), a.element_size() - 1)
+    for i, (stride, size) in enumerate(dims):  # two elements that differ in this dimension
+        others = [(s, 1 - n, n - 1) for s, n in dims[:i] + dims[i + 1 :]]
+        if _reaches(0, [(stride, 1, size - 1), *others, within]):
+            return True
+    return False
+
+
+def _strides(a: Tensor) -> list[tuple[int, int]]:
+    """Strides in bytes, with the sizes, of all dimensions that have some length."""
+    itemsize = a.element_size()
+    return [(s * itemsize, n) for s, n in zip(a.stride(), a.shape, strict=True) if n > 1]
+
+
+def _extent(a: Tensor) -> int:
+    """Bytes from the beginning of the first element to the end of the last."""
+    return a.element_size() + sum(stride * (size - 1) for stride, size in _strides(a))
+
+
+def _reaches(distance: int, steps: Iterable[Step]) -> bool:
+    """Tells whether multiples of these steps, each within its bounds, add up to the distance."""
+    merged: dict[int, tuple[int, int]] = {}
+    for stride, least, most in steps:
+        low, high = merged.get(stride, (0, 0))
+        if stride:
+            merged[stride] = (low + least, high + most)
+    longest_first = [(s, *merged[s]) for s in sorted(merged, reverse=True)]
+    # What all later steps can add, from each of them on.
+    bounds = [(0, 0)]
+    for stride, least, most in reversed(longest_first):
+        low, high = bounds[-1]
+        bounds.append((low + stride * least, high + stride * most))
+    bounds.reverse()
+    trials = 0
+    open_ends = [(distance, 0)]
+    while open_ends:
+        rest, i = open_ends.pop()
+        if i == len(longest_first):
+            return True  # the bounds of no step are 0 and 0: nothing is left
+        trials += 1
+        if trials > MOST_TRIALS:
+            return True
+        stride, least, most = longest_first[i]
+        low, high = bounds[i + 1]
+        first = max(least, -((high - rest) // stride))
+        last = min(most, (rest - low) // stride)
+        if last - first >= MOST_TRIALS:
+            return True
+        open_ends += [(rest - stride * n, i + 1) for n in range(first, last + 1)]
+    return False

@@ -1,0 +1,45 @@
+"""What was built, and what runs here."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from . import backend
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled into fastdiv, and what of it this machine runs.
+
+    Returns:
+        A dictionary of the versions of fastdiv and torch, the compiler, the instruction sets that
+        were built, those that this machine runs and the one in use; whether CUDA kernels were
+        built, with which toolkit and for which architectures; the number of threads, the current
+        backend, and why the kernels are missing where they are.
+
+    Example:
+        >>> import fastdiv
+        >>> "baseline" in fastdiv.build_info()["cpu_isas_built"]
+        True
+    """
+    native = backend._C
+    info: dict[str, Any] = {
+        "fastdiv": version("fastdiv"),
+        "torch": torch.__version__,
+        "backend": backend._current,
+        "native": native is not None,
+        "threads": torch.get_num_threads(),
+    }
+    if native is None:
+        return info | {"load_error": str(backend.load_error)}
+    return info | {
+        "compiler": native.compiler,
+        "cpu_isas_built": native.built_cpu_isas(),
+        "cpu_isas_supported": native.cpu_isas(),
+        "cpu_isa": native.cpu_isa(),
+        "cuda": bool(native.cuda_architectures),
+        "cuda_toolkit": native.cuda_toolkit,
+        "cuda_architectures": native.cuda_architectures,
+    }

@@ -1,0 +1,194 @@
+"""Losses of a linear layer's logits, which are made a tile at a time and never held whole.
+
+There are two ways to the gradients.  ``by_rows`` takes rows in chunks, all classes at once, and has
+the gradient with the value: three matrix products, as many as autograd does of the whole.  But it
+adds up the weight's gradient over the chunks, for a weight of half precision in float32, which is
+often more than the logits; and it must know what comes from upstream.  ``by_classes`` makes the
+logits a second time in the backward, a block of classes at a time: four products, but nothing is
+kept in between, and a block's gradient is complete when the block is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._engine import arguments, ops
+from ..reference import value_dtype
+from .tiles import CONVERTED, Gradients, Head, Rows, ranges
+
+SHARE = 12  # tiles take at most this part of the input's logits,
+LARGEST = {"cpu": 1 << 26, "cuda": 1 << 29}  # and no more bytes, however many rows there are,
+FEWEST_ROWS = {"cpu": 16, "cuda": 256}  # but are this large, or products would take much longer
+FEWEST_CLASSES = {"cpu": 256, "cuda": 2048}
+ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}
+
+
+@dataclass
+class Problem:
+    """A loss with all of its tensors."""
+
+    student: Head
+    teacher: Head | None
+    label: Tensor | None
+    class_weight: Tensor | None
+    row_weight: Tensor | None
+    options: list[Any]  # of the row ops
+    chunk_size: int  # rows; 0: by the rule
+
+    def __post_init__(self) -> None:
+        x = self.student
+        assert x.weight is not None
+        self.rows, self.classes, self.hidden = len(x.input), len(x.weight), x.input.shape[1]
+        self.device = "cpu" if x.input.is_cpu else "cuda"
+        self.dtype = x.dtype
+        if self.teacher is not None:
+            self.dtype = torch.promote_types(x.dtype, self.teacher.dtype)
+        # All that says whether a row counts in one place: tiles have labels counted from where
+        # they begin, and one of those may happen to be the ignored one.
+        ignored = self.options[ops.IGNORE_INDEX]
+        weight = reference.row_weights(ignored, x.input, self.label, self.row_weight)
+        self.weight = weight.to(value_dtype(self.dtype))
+        if self.label is not None:
+            self.label = torch.where(self.weight == 0, 0, self.label)
+        self.options[ops.IGNORE_INDEX] = arguments.NO_LABEL_IGNORED
+
+    def budget(self) -> int:
+        """Bytes that tiles of the input's logits may take."""
+        logits = self.rows * self.classes * self.student.input.element_size()
+        return min(logits // SHARE, LARGEST[self.device])
+
+    def bytes_of_logit(self) -> int:
+        """As tiles hold it: as it is, and as it is multiplied where that is another dtype."""
+        return self.dtype.itemsize + (self.student.dtype.itemsize if self.student.converts else 0)
+
+    def rows_of_chunk(self, with_gradients: bool) -> int:
+        """How many rows ``by_rows`` takes at a time."""
+        if self.chunk_size:
+            return self.chunk_size
+        converted = 8 * CONVERTED * self.hidden if self.student.converts else 0
+        # A forward alone leaves room for what its backward adds to memory that is not given back.
+        budget = self.budget() if with_gradients else self.budget() // 2
+        rows = (budget - converted) // (self.classes * self.bytes_of_logit())
+        # Twice as many where the weight has to be converted for every chunk.
+        return max(rows, FEWEST_ROWS[self.device] * (2 if self.student.converts else 1))
+
+    def tile_of_block(self) -> tuple[int, int]:
+        """How many rows and classes ``by_classes`` takes at a time."""
+        rows = min(max(self.rows // 4, 1), ROWS_OF_BLOCK[self.device])
+        if self.chunk_size:
+            return rows, max(1, self.chunk_size * self.classes // rows)
+        of_input = 4 * self.hidden * (rows + self.rows)  # a tile's rows, and their gradient's sum
+        of_class = (
+            self.bytes_of_logit() * rows + 8 * self.hidden
+        )  # logits; a weight, its gradient's
+        classes = (self.budget() // 2 - of_input) // of_class
+        return rows, max(classes, FEWEST_CLASSES[self.device])
+
+    def pieces(self, most: int, every: bool = False) -> list[Rows]:
+        """The rows; on a CPU, where it costs nothing to look, those that count."""
+        if self.device == "cpu" and not every:
+            counting = self.weight.nonzero().squeeze(1)
+            if len(counting) < self.rows:
+                return [counting[piece] for piece in ranges(slice(0, len(counting)), most)]
+        return list(ranges(slice(0, self.rows), most))
+
+    def tiles(self, rows: Rows, classes: slice) -> tuple[Any, ...]:
+        """What the row ops take before their options."""
+        return (
+            self.student.tile(rows, classes, self.dtype),
+            None if self.teacher is None else self.teacher.tile(rows, classes, self.dtype),
+            None if self.label is None else self.label[rows] - classes.start,
+            None if self.class_weight is None else self.class_weight[classes],
+            self.weight[rows],
+        )
+
+
+@dataclass
+class Results:
+    """What comes of the rows."""
+
+    value: Tensor
+    record: Tensor
+    stats: Tensor
+    argmax: Tensor
+
+
+Look = Callable[[Rows, tuple[Any, ...], Tensor, Tensor], None]  # rows, tiles, values, records
+
+
+def by_rows(
+    p: Problem,
+    loss_with_stats: int,
+    grad: Tensor | None,
+    gradients: list[Gradients],
+    look: Look | None = None,
+) -> Results:
+    """Values of the rows and, if asked for, statistics; adds to gradients for an upstream one.
+
+    Without an upstream gradient, ``look`` is called for every chunk while its logits are held.
+    """
+    stats, both = loss_with_stats >= 0, len(gradients) > 1
+    out = Results(
+        p.weight.new_zeros(ops.value_shape(p.options, p.rows)),
+        p.weight.new_zeros(0 if gradients else p.rows, ops.RECORD_SIZE),
+        p.weight.new_zeros(3, p.rows if stats else 0),
+        torch.zeros_like(p.weight[: p.rows if stats else 0], dtype=torch.int64),
+    )
+    whole = slice(0, p.classes)
+    options = [loss_with_stats, *p.options[1:]] if stats else p.options
+
+    def chunk(rows: Rows) -> None:  # a function, so that nothing of a chunk outlives it
+        tiles = p.tiles(rows, whole)
+        upstream = None if grad is None else grad[..., rows].contiguous()
+        if upstream is not None and not stats:
+            out.value[..., rows], dt = ops.forward_grad(upstream, *tiles, *p.options, both)
+        else:
+            op = ops.forward_stats if stats else ops.forward
+            value, record, total, *of_rows = op(*tiles, *options)
+            out.value[..., rows] = value
+            if stats:
+                out.stats[:, rows], out.argmax[rows] = of_rows
+            if upstream is None:
+                out.record[rows] = record
+                if look is not None:
+                    look(rows, tiles, value, record)
+                return
+            dt = ops.backward_in_place(upstream, *tiles, record, total, *p.options, both)
+        for g, d in zip(gradients, (tiles[0], dt), strict=False):
+            g.add(d, rows, whole)
+
+    for g in gradients:
+        g.begin(whole)
+    for rows in p.pieces(p.rows_of_chunk(bool(gradients)), every=stats):
+        chunk(rows)
+    for g in gradients:
+        g.end(whole)
+    return out
+
+
+def by_classes(p: Problem, grad: Tensor, record: Tensor, gradients: list[Gradients]) -> None:
+    """Adds to gradients, for one from upstream for every row, from the forward's records."""
+    most_rows, most_classes = p.tile_of_block()
+    pieces, both = p.pieces(most_rows), len(gradients) > 1
+    one = p.weight.new_ones(())
+
+    def tile(rows: Rows, classes: slice) -> None:
+        tiles = p.tiles(rows, classes)
+        upstream = grad[..., rows].contiguous()
+        dt = ops.backward_in_place(upstream, *tiles, record[rows], one, *p.options, both)
+        for g, d in zip(gradients, (tiles[0], dt), strict=False):
+            g.add(d, rows, classes)
+
+    for classes in ranges(slice(0, p.classes), most_classes):
+        for g in gradients:
+            g.begin(classes)
+        for rows in pieces:
+            tile(rows, classes)
+        for g in gradients:
+            g.end(classes)

@@ -1,0 +1,257 @@
+r"""Losses of the logits of a linear layer, :math:`x = h W^\top + b`, which are never held whole.
+
+They take the hidden states :math:`h` and the weight :math:`W` of a model's last layer in place of
+its logits, and make these a tile at a time.  Value and gradients are those of the loss of
+``F.linear(input, linear_weight, linear_bias)`` but for rounding: a weight's gradient is summed in
+float32, and on a CPU that has no matrix products of half precision, logits are float32 throughout.
+
+Memory beyond arguments and gradients stays below a tenth of the logits from some 1024 rows on, and
+stops growing at 64 MB (on a GPU 512).  ``chunk_size`` sets the rows of a tile; see HACKING.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._engine import arguments
+from .._engine.dtensor import takes_dtensors
+from .._engine.recording import size_of
+from .._losses.cross_entropy import cross_entropy, cross_entropy_spec
+from ..reference import Spec, Stats
+from . import layer as layers
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    smoothing: str = "all",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    return_stats: Literal[False] = False,
+    chunk_size: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    smoothing: str = "all",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    return_stats: Literal[True],
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Stats]: ...
+
+
+@takes_dtensors
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    smoothing: str = "all",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    return_stats: bool = False,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Stats]:
+    r"""Cross entropy of the logits of a linear layer, in nats; the logits are never held whole.
+
+    .. math:: \mathrm{cross\_entropy}(h\,W^\top + b,\ \text{target})
+
+    A drop-in for :func:`torch.nn.functional.linear_cross_entropy`, with every option of
+    :func:`fastdiv.cross_entropy`, which has the formula.  With ``"sum"``, ``"mean"`` and
+    ``"batchmean"`` the gradients are computed with the value, in the forward; with ``"none"``, and
+    for half precision, the backward makes the logits once more.
+
+    Args:
+        input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
+        linear_weight: :math:`W`, shape ``(C, H)``, of the dtype of ``input``.
+        target: Class indices (int64, int32, uint8) of shape ``(...)``, or probabilities (floating)
+            of shape ``(..., C)``.
+        linear_bias: :math:`b`, shape ``(C,)``.
+        weight: Weights of the classes, shape ``(C,)``.
+        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
+        ignore_index: Rows with this label do not count, and on a CPU are not multiplied; None
+            means -100.
+        label_smoothing: In [0, 1].
+        options: ``torch.nn.LinearCrossEntropyOptions``; of these ``batch_chunk_size`` is taken for
+            ``chunk_size``, and nothing else is needed.
+        smoothing: ``"all"`` or ``"others"``.
+        temperature: Divides the logits.
+        softcap: Soft cap of the logits.
+        z_loss: Factor of the squared log-sum-exp.
+        token_weight: Weights of the rows, shape ``(...)``.
+        return_stats: Also return statistics of the rows.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+
+    Returns:
+        The loss, float32 (float64 if input or target is), and the statistics if asked for.
+        Gradients have the dtype of what they belong to: ``input``, ``linear_weight``,
+        ``linear_bias``, and probabilities that require one.
+
+    Raises:
+        TypeError: a dtype that is not one of the above, or not that of ``input``; a sparse,
+            nested or quantized tensor; an option that is no number.
+        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
+        IndexError: a label outside ``[0, C)`` that is not ``ignore_index`` (on CPU; elsewhere such
+            a row is NaN).
+        RuntimeError: tensors on different devices.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> h, w = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(3, 2)
+        >>> fastdiv.linear_cross_entropy(h, w, torch.tensor([1, 0]))
+        tensor(0.7531)
+
+    Source: :func:`torch.nn.functional.linear_cross_entropy`; Wijmans et al., *Cut Your Losses in
+    Large-Vocabulary Language Models* (2024); Hsu et al., *Liger Kernel* (2024).
+    """
+    ignored = arguments.check_ignored(-100 if ignore_index is None else ignore_index)
+    if chunk_size is None:
+        chunk_size = getattr(options, "batch_chunk_size", None)
+    layers.check_chunk_size(chunk_size)
+    if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
+        return cross_entropy(
+            _logits_of_many_dimensions(input, linear_weight, linear_bias),
+            target,
+            weight,
+            dim=input.dim() - 1,
+            reduction=reduction,
+            ignore_index=ignored,
+            label_smoothing=label_smoothing,
+            smoothing=smoothing,
+            temperature=temperature,
+            softcap=softcap,
+            z_loss=z_loss,
+            token_weight=token_weight,
+            return_stats=return_stats,  # type: ignore[call-overload]
+        )
+    layer = layers.make_layer(input, linear_weight, linear_bias)
+    logits = layer.logits
+    dim = logits.dim() - 1
+    classes = size_of(logits, dim)
+    arguments.check_reduction(reduction)
+    spec = cross_entropy_spec(
+        target,
+        classes,
+        batch=logits.shape[0],
+        reduction=reduction,
+        ignore_index=ignored,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        temperature=temperature,
+        softcap=softcap,
+        z_loss=z_loss,
+    )
+    t = y = None
+    if target.is_floating_point():
+        layers.check_target(logits, target)
+        t = layers.as_rows(target)
+    else:
+        y = arguments.labels(logits, dim, target, "target", ignored)
+    value, stats = layers.loss_of_layer(
+        spec,
+        layer,
+        (t, None, None),
+        y,
+        arguments.class_weights(logits, classes, weight),
+        arguments.token_weights(logits, dim, token_weight),
+        stats=return_stats,
+        chunk_size=chunk_size,
+    )
+    return value if stats is None else (value, stats)
+
+
+def _logits_of_many_dimensions(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits ``(..., C, d1, ..., dK)`` of a weight ``(C, d1, ..., dK, H)``, which torch takes."""
+    flat_bias = None if bias is None else bias.flatten()
+    return F.linear(input, weight.flatten(0, -2), flat_bias).unflatten(-1, weight.shape[:-1])
+
+
+@takes_dtensors
+def linear_log_prob_and_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    index: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Log-probability of one class a row, and entropy, of logits that are never held whole.
+
+    .. math:: \log q_y, \quad -\sum_c q_c \log q_c,
+        \qquad q = \mathrm{softmax}\bigl((h\,W^\top + b) / T\bigr)
+
+    :func:`fastdiv.log_prob_and_entropy` of ``F.linear(input, linear_weight, linear_bias)``, what
+    policy-gradient fine-tuning needs.  The backward makes the logits once more.
+
+    Args:
+        input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
+        linear_weight: :math:`W`, shape ``(C, H)``, of the dtype of ``input``.
+        index: Class indices (int64, int32, uint8) of shape ``(...)``.
+        linear_bias: :math:`b`, shape ``(C,)``.
+        temperature: :math:`T`.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+
+    Returns:
+        ``(log_prob, entropy)`` in nats, shape ``(...)`` each, float32 (float64 for float64 input);
+        both differentiable.
+
+    Raises:
+        TypeError: a dtype that is not one of the above, or not that of ``input``; a sparse,
+            nested or quantized tensor; an option that is no number.
+        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
+        IndexError: an index outside ``[0, C)`` (on CPU; elsewhere the row is NaN).
+        RuntimeError: tensors on different devices.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> h, w = torch.zeros(1, 2), torch.ones(4, 2)
+        >>> fastdiv.linear_log_prob_and_entropy(h, w, torch.tensor([2]))
+        (tensor([-1.3863]), tensor([1.3863]))
+
+    Source: :func:`fastdiv.log_prob_and_entropy`.
+    """
+    layer = layers.make_layer(input, linear_weight, linear_bias)
+    logits = layer.logits
+    ignored = arguments.NO_LABEL_IGNORED
+    label = arguments.labels(logits, logits.dim() - 1, index, "index", ignored)
+    scale = arguments.scale_of(temperature)
+    spec = Spec("log_prob_and_entropy", ignore_index=ignored, scale=scale)
+    value, _ = layers.loss_of_layer(spec, layer, label=label, chunk_size=chunk_size)
+    return value[0], value[1]

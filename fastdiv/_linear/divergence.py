@@ -1,0 +1,207 @@
+"""Divergences of the logits of a linear layer, which are never held whole."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._engine import arguments
+from .._engine.dtensor import takes_dtensors
+from .._losses.divergence import js_loss
+from ..reference import Spec
+from . import layer as layers
+
+
+def _linear_divergence(
+    loss: str,
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, str | None, Tensor | None, Tensor | None],
+    reduction: str,
+    temperature: float,
+    token_weight: Tensor | None,
+    chunk_size: int | None,
+    shape: float = 0.0,
+) -> Tensor:
+    """The divergence of a layer ``(input, weight, bias)`` from ``(target, type, weight, bias)``."""
+    layer = layers.make_layer(*student)
+    logits = layer.logits
+    arguments.check_reduction(reduction)
+    target_type, target = check_teacher(logits, *teacher)
+    spec = Spec(
+        loss=loss,
+        target_type=target_type,
+        reduction=reduction,
+        batch=logits.shape[0],
+        scale=arguments.scale_of(temperature),
+        shape=shape,
+    )
+    row_weight = arguments.token_weights(logits, logits.dim() - 1, token_weight)
+    value, _ = layers.loss_of_layer(
+        spec, layer, target, row_weight=row_weight, chunk_size=chunk_size
+    )
+    return value
+
+
+def check_teacher(
+    logits: Tensor,
+    target: Tensor,
+    target_type: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[str, tuple[Tensor, Tensor | None, Tensor | None]]:
+    """What the target's rows hold, and these with the layer that makes logits of them, if any."""
+    if weight is None:
+        if bias is not None:
+            raise ValueError("target_linear_bias needs a target_linear_weight")
+        target_type = arguments.check_target_type(target_type)
+        layers.check_target(logits, target)
+        return target_type, (layers.as_rows(target), None, None)
+    if target_type not in (None, "logits"):
+        raise ValueError(
+            "target_type must be 'logits', or left out, where target_linear_weight makes "
+            f"logits of the target, got {target_type!r}"
+        )
+    layer = layers.make_layer(target, weight, bias, "target", "target_")
+    layers.check_target(logits, layer.logits)
+    return "logits", layer.tensors
+
+
+@takes_dtensors
+def linear_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    target_type: str | None = None,
+    target_linear_weight: Tensor | None = None,
+    target_linear_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the logits of a linear layer, which are never held whole.
+
+    .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c (\log p_c - \log q_c),
+        \qquad q = \mathrm{softmax}\bigl((h\,W^\top + b) / T\bigr)
+
+    :func:`fastdiv.kl_div` of ``F.linear(input, linear_weight, linear_bias)``.  With
+    ``target_linear_weight`` the target holds the teacher's hidden states; its logits are not held
+    either, and it may be of another width.
+
+    Args:
+        input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
+        linear_weight: :math:`W`, shape ``(C, H)``, of the dtype of ``input``.
+        target: Rows of shape ``(..., C)`` as ``target_type`` says, or the teacher's hidden states,
+            shape ``(..., K)``.
+        target_type: ``"logits"``, ``"log_probs"`` or ``"probs"``; required unless the target holds
+            hidden states.
+        target_linear_weight: The teacher's weight, shape ``(C, K)``, of the dtype of ``target``.
+        target_linear_bias: The teacher's bias, shape ``(C,)``.
+        linear_bias: :math:`b`, shape ``(C,)``.
+        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
+        temperature: :math:`T`; divides the input's logits, and the target's where it has some.
+        token_weight: Weights of the rows, shape ``(...)``; rows of weight 0 do not count, and on a
+            CPU are not multiplied.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is).  Every floating argument
+        but the token weights gets a gradient where it requires one.
+
+    Raises:
+        TypeError: a dtype that is not one of the above, or not that of its layer; a sparse,
+            nested or quantized tensor; an option that is no number.
+        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
+        RuntimeError: tensors on different devices.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> h, w = torch.tensor([[1.0, 2.0]]), torch.eye(3, 2)
+        >>> g, v = torch.tensor([[1.0]]), torch.tensor([[3.0], [1.0], [0.0]])
+        >>> fastdiv.linear_kl_div(h, w, g, target_linear_weight=v)
+        tensor(0.8112)
+
+    Source: :func:`fastdiv.kl_div`.
+    """
+    student = (input, linear_weight, linear_bias)
+    teacher = (target, target_type, target_linear_weight, target_linear_bias)
+    how = (reduction, temperature, token_weight, chunk_size)
+    return _linear_divergence("kl_div", student, teacher, *how)
+
+
+@takes_dtensors
+def linear_reverse_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    target_type: str | None = None,
+    target_linear_weight: Tensor | None = None,
+    target_linear_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Reverse KL divergence of the logits of a linear layer, which are never held whole.
+
+    .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c (\log q_c - \log p_c)
+
+    Arguments, result and errors are those of :func:`fastdiv.linear_kl_div`.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> h, w = torch.tensor([[1.0, 2.0]]), torch.eye(3, 2)
+        >>> t = torch.tensor([[3.0, 1.0, 0.0]])
+        >>> fastdiv.linear_reverse_kl_div(h, w, t, target_type="logits")
+        tensor(0.9380)
+
+    Source: :func:`fastdiv.reverse_kl_div`.
+    """
+    student = (input, linear_weight, linear_bias)
+    teacher = (target, target_type, target_linear_weight, target_linear_bias)
+    how = (reduction, temperature, token_weight, chunk_size)
+    return _linear_divergence("reverse_kl_div", student, teacher, *how)
+
+
+@takes_dtensors
+def linear_js_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    target_type: str | None = None,
+    beta: float = 0.5,
+    target_linear_weight: Tensor | None = None,
+    target_linear_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Jensen-Shannon divergence of the logits of a linear layer, which are never held whole.
+
+    .. math::
+        \mathrm{JS}_\beta = \beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m),
+        \qquad m = \beta\,p + (1 - \beta)\,q
+
+    ``beta`` is that of :func:`fastdiv.js_div`; all other arguments, result and errors are those of
+    :func:`fastdiv.linear_kl_div`.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> h, w = torch.tensor([[1.0, 2.0]]), torch.eye(3, 2)
+        >>> t = torch.tensor([[3.0, 1.0, 0.0]])
+        >>> fastdiv.linear_js_div(h, w, t, target_type="logits")
+        tensor(0.1994)
+
+    Source: :func:`fastdiv.js_div`.
+    """
+    loss, beta = js_loss(beta)
+    student = (input, linear_weight, linear_bias)
+    teacher = (target, target_type, target_linear_weight, target_linear_bias)
+    how = (reduction, temperature, token_weight, chunk_size)
+    return _linear_divergence(loss, student, teacher, *how, shape=beta)

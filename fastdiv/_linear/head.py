@@ -1,0 +1,118 @@
+"""How the modules of the linear losses call their layer.
+
+A layer is more than its weight: hooks, pruning, weight normalisation, LoRA and FSDP all act when
+it is *called*.  So the modules call it, and the linear loss takes the place of the matrix product
+inside.  Where that could change what a hook sees, the layer's real logits are used instead: the
+value is right either way, but the logits are held in memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from .._engine.torch_private import hooks_of
+
+T = TypeVar("T")
+OfLayer = Callable[[Tensor, Tensor, "Tensor | None"], T]  # from hidden states, weight and bias
+OfLogits = Callable[[Tensor], T]
+
+# Packages whose hooks are known.
+FSDP = "torch.distributed.fsdp"
+TENSOR_PARALLEL = "torch.distributed.tensor"
+
+
+def loss_through(
+    layer: nn.Module, input: Tensor, of_layer: OfLayer[T], of_logits: OfLogits[T]
+) -> T:
+    """The loss of ``layer(input)``, without holding the logits where that is safe.
+
+    Args:
+        layer: Makes logits of hidden states; usually a ``torch.nn.Linear``.
+        input: The hidden states.
+        of_layer: Computes the loss from hidden states, weight and bias.
+        of_logits: Computes the same loss from logits.
+    """
+    hooks = hooks_of(layer)
+    if hooks is not None and not hooks[2] and _is_linear(layer):
+        before, after = _owners(hooks[0]), _owners(hooks[1])
+        if before | after <= {TENSOR_PARALLEL}:
+            weight, bias = layer.weight, layer.bias
+            if _is_known(weight) and _is_known(bias):
+                return of_layer(input, weight, bias)
+        elif TENSOR_PARALLEL in before | after:
+            raise RuntimeError(
+                "the layer of this loss has hooks of parallelize_module and others, of "
+                f"{', '.join(sorted((before | after) - {TENSOR_PARALLEL}))}: apply fully_shard to "
+                "the module that holds the loss instead of to its layer, and remove other hooks"
+            )
+        elif after <= {FSDP} and not torch.compiler.is_compiling():
+            # The weight may exist only while the layer runs, so the loss is computed inside.
+            with replaced_forward([layer], partial(_inside, of_layer, of_logits)):
+                return layer(input)
+    if type(layer).__module__.startswith("peft.") and not torch.compiler.is_compiling():
+        return _of_adapted(layer, input, of_layer, of_logits)
+    return of_logits(layer(input))
+
+
+@contextmanager
+def replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Makes calls of these layers run ``forward(layer, input)``, between their hooks."""
+    for layer in layers:
+        vars(layer)["forward"] = partial(forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+def _inside(of_layer: OfLayer[T], of_logits: OfLogits[T], layer: nn.Linear, input: Tensor) -> T:
+    weight, bias = layer.weight, layer.bias
+    if _is_known(weight) and _is_known(bias):
+        return of_layer(input, weight, bias)
+    return of_logits(nn.Linear.forward(layer, input))
+
+
+def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Tells whether calling the layer means ``F.linear`` of its weight and bias."""
+    forward = getattr(type(layer), "forward", None)
+    return forward is nn.Linear.forward and "forward" not in vars(layer)
+
+
+def _is_known(v: Tensor | None) -> bool:
+    """Tells whether the linear losses take such a weight or bias."""
+    if v is None or type(v) in (Tensor, Parameter):
+        return not hasattr(v, "ds_id")  # DeepSpeed's, which may be empty for now
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(v, module.DTensor)
+
+
+def _owners(hooks: list[Any]) -> set[str]:
+    """The packages that these hooks come from."""
+    owners = set()
+    for hook in hooks:
+        home = getattr(hook, "__module__", None) or type(hook).__module__
+        known = (owner for owner in (FSDP, TENSOR_PARALLEL) if home.startswith(owner))
+        owners.add(next(known, home))
+    return owners
+
+
+def _of_adapted(layer: nn.Module, input: Tensor, of_layer: OfLayer[T], of_logits: OfLogits[T]) -> T:
+    """The loss of a PEFT layer, whose sum of products is one product of longer hidden states."""
+    from ..integrations.transformers import forward as model_forward
+    from ..integrations.transformers.logits import DeferredLogits
+
+    with model_forward.deferred_logits(layer):
+        logits = layer(input)
+    if type(logits) is DeferredLogits:
+        product = logits.as_one_product()
+        return of_logits(logits.held("")) if product is None else of_layer(*product)
+    return of_logits(logits)

@@ -1,0 +1,165 @@
+"""Tiles of a linear layer's logits: how they are made, and what comes of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .._engine.torch_private import multiplies, onednn_linear
+from ..reference import value_dtype
+
+Rows = slice | Tensor  # a range of rows, or the indices of some
+
+CONVERTED = 256  # classes whose weights are converted at a time
+
+
+# --- matrix products --------------------------------------------------------------------------
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``."""
+    if x.is_cpu and x.dtype == torch.float32 and onednn_linear is not None and x.numel():
+        return onednn_linear(x, weight, bias, "none", [], "")
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What tiles are multiplied in: float32 where the processor has no products of halves."""
+    if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not multiplies(x.dtype):
+        return torch.float32
+    return x.dtype
+
+
+def rounds_products(x: Tensor) -> bool:
+    """Tells whether products of such a tensor are rounded to halves, as a CPU does."""
+    return x.is_cpu and product_dtype(x).itemsize == 2
+
+
+# --- logits and their gradients, tile by tile -------------------------------------------------
+
+
+class Head:
+    """Rows of classes: the logits of a linear layer or, without a weight, given as they are."""
+
+    def __init__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.input, self.weight, self.bias = input, weight, bias
+        self.dtype = product_dtype(input)
+        self.converts = self.dtype != input.dtype
+
+    def tile(self, rows: Rows, classes: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of some classes; where there is a weight, in memory of their own."""
+        if self.weight is None:
+            return self.input[rows][:, classes].to(dtype)
+        x = self.input[rows].to(self.dtype)
+        bias = None if self.bias is None else self.bias[classes].to(self.dtype)
+        if not self.converts:
+            return multiply(x, self.weight[classes], bias).to(dtype)
+        tile = x.new_empty(x.shape[0], classes.stop - classes.start)
+        for block in self.blocks(classes):
+            weight = self.weight[block].to(self.dtype)
+            torch.mm(x, weight.t(), out=tile[:, within(block, classes)])
+        return (tile if bias is None else tile.add_(bias)).to(dtype)
+
+    def blocks(self, classes: slice) -> Iterator[slice]:
+        """These classes, in pieces whose weights may be converted."""
+        return ranges(classes, CONVERTED) if self.converts else iter([classes])
+
+
+class Gradients:
+    """Gradients of a head's three tensors, of those that need one; sums are in float32."""
+
+    def __init__(self, head: Head, needed: Sequence[bool]) -> None:
+        self.head = head
+        tensors = (head.input, head.weight, head.bias)
+        self.input, self.weight, self.bias = (
+            v.new_zeros(v.shape) if need and v is not None else None
+            for v, need in zip(tensors, needed, strict=True)
+        )
+        # Logits that are given get their gradient tile by tile, and sum nothing.
+        self.of_input = self.input if head.weight is None else _sum_for(self.input)
+        self.of_weight: Tensor | None = None
+        self.of_bias: Tensor | None = None
+
+    def begin(self, classes: slice) -> None:
+        """Before the first tile of these classes."""
+        self.of_weight = _sum_for(None if self.weight is None else self.weight[classes])
+        self.of_bias = _sum_for(None if self.bias is None else self.bias[classes])
+
+    def end(self, classes: slice) -> None:
+        """After the last one."""
+        _store(self.of_weight, None if self.weight is None else self.weight[classes])
+        _store(self.of_bias, None if self.bias is None else self.bias[classes])
+
+    def add(self, d: Tensor, rows: Rows, classes: slice) -> None:
+        """Adds what the gradient of a tile of logits comes to."""
+        head = self.head
+        if head.weight is None:
+            if self.of_input is not None:
+                self.of_input[rows, classes] = d.to(self.of_input.dtype)
+            return
+        if self.of_bias is not None:
+            self.of_bias += d.sum(0, dtype=self.of_bias.dtype)
+        d, x = d.to(head.dtype), head.input[rows].to(head.dtype)
+        for block in head.blocks(classes):
+            inside = within(block, classes)
+            if self.of_input is not None:
+                weight = head.weight[block].to(head.dtype)
+                _add_product(self.of_input, rows, d[:, inside], weight)
+            if self.of_weight is not None:
+                _add_product(self.of_weight, inside, d[:, inside].t(), x)
+
+    def results(self) -> list[Tensor]:
+        """One tensor for each of the head's; empty where no gradient is needed."""
+        _store(self.of_input, self.input)
+        empty = self.head.input.new_empty
+        return [empty(0) if g is None else g for g in (self.input, self.weight, self.bias)]
+
+
+def _add_product(total: Tensor, rows: Rows, a: Tensor, b: Tensor) -> None:
+    """``total[rows] += a @ b``, which is not rounded to a half before it is added.
+
+    A rounding for each tile would add up to as much error as the final one of the gradient.
+    """
+    if total.dtype == a.dtype:
+        if isinstance(rows, slice):
+            total[rows].addmm_(a, b)
+        else:
+            total[rows] += a @ b
+    elif not rounds_products(a):
+        total[rows] += torch.mm(a, b, out_dtype=total.dtype)
+    else:
+        # A second product gives what rounding took.
+        product = a @ b
+        total[rows] += product
+        total[rows] += product.addmm_(a, b, beta=-1).nan_to_num_(0, 0, 0)  # none from infinity
+
+
+def _sum_for(gradient: Tensor | None) -> Tensor | None:
+    """Zeros to add up a gradient in; itself where its dtype will do."""
+    if gradient is None or gradient.dtype == value_dtype(gradient.dtype):
+        return gradient
+    return torch.zeros_like(gradient, dtype=value_dtype(gradient.dtype))
+
+
+def _store(total: Tensor | None, gradient: Tensor | None) -> None:
+    if gradient is not None and total is not None and total.dtype != gradient.dtype:
+        gradient.copy_(total)
+
+
+def ranges(whole: slice, most: int) -> Iterator[slice]:
+    """Pieces of at most so many, of one size but for the last: memory of one fits the next.
+
+    A multiple of 16 if it may be: products of 79 rows take a tenth longer than those of 80.
+    """
+    length = whole.stop - whole.start
+    size = -(-length // -(-length // most)) if length else 1
+    size = min(-(-size // 16) * 16, most)
+    for begin in range(whole.start, whole.stop, size):
+        yield slice(begin, min(begin + size, whole.stop))
+
+
+def within(block: slice, outer: slice) -> slice:
+    """A block, counted from where ``outer`` begins."""
+    return slice(block.start - outer.start, block.stop - outer.start)

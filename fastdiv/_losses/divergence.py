@@ -1,0 +1,247 @@
+r"""Kullback-Leibler divergences, skewed and averaged, and what every divergence does with its rows.
+
+Throughout :math:`q = \mathrm{softmax}(x / T)` is the input's distribution (the student's) and
+:math:`p` the target's (the teacher's).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._engine import arguments
+from .._engine.autograd import row_loss
+from .._engine.dtensor import takes_dtensors
+from .._engine.in_place import check_in_place
+from ..reference import Spec
+
+
+def of_rows(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    target_type: str,
+    dim: int,
+    reduction: str,
+    temperature: float,
+    token_weight: Tensor | None,
+    inplace_backward: bool,
+    shape: float = 0.0,
+) -> Tensor:
+    """The divergence called ``loss``, with the arguments that all divergences have."""
+    arguments.check_logits(input)
+    arguments.check_logits(target, "target")
+    arguments.check_target_type(target_type)
+    dim = arguments.class_dim(input, dim)
+    arguments.check_reduction(reduction, pointwise=True)
+    given = (input, target)
+    input, target = arguments.same_dtype(input, target)
+    row_weight = None if token_weight is None else arguments.token_weights(input, dim, token_weight)
+    x, t = arguments.same_rows(input, target, dim)
+    if inplace_backward:
+        check_in_place(given[0], target=given[1], token_weight=token_weight)
+    spec = Spec(
+        loss=loss,
+        target_type=target_type,
+        reduction=reduction,
+        batch=input.shape[0],
+        scale=arguments.scale_of(temperature),
+        shape=shape,
+        inplace=inplace_backward,
+    )
+    value = row_loss(spec, x, t, row_weight=row_weight)
+    if reduction == "pointwise":
+        moved = input.movedim(dim, -1)
+        return value.reshape(moved.shape).movedim(-1, dim)
+    return arguments.as_input(value, input, dim) if reduction == "none" else value
+
+
+def js_loss(beta: float) -> tuple[str, float]:
+    """Which loss a Jensen-Shannon divergence is, and beta, checked."""
+    beta = arguments.check_share(beta, "beta")
+    # No look-up, for which the compiler would take every beta for a constant.
+    return "kl_div" if beta == 0 else "reverse_kl_div" if beta == 1 else "js_div", beta
+
+
+@takes_dtensors
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    target_type: str,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the input's distribution from the target's.
+
+    .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c \,(\log p_c - \log q_c)
+
+    It is what ``F.kl_div(F.log_softmax(input, dim), target)`` computes, in one pass.
+    Classes at :math:`-\infty` on both sides add nothing; teacher mass where the student has none
+    gives :math:`+\infty` with a finite gradient; between two rows of logits the value is accurate,
+    and never negative, also where it is next to 0.
+
+    Args:
+        input: Logits :math:`x` of any shape with the classes on ``dim``; float32, bfloat16, float16
+            or float64, strided as it comes.
+        target: Target rows of the shape of ``input``, as ``target_type`` says.  Gets a gradient
+            where it requires one.
+        target_type: What the target holds: ``"logits"``, ``"log_probs"`` or ``"probs"``. Required.
+            Probabilities are taken as they are, normalised or not.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value a row), ``"sum"``, ``"mean"`` (over the rows that count, by
+            token weight), ``"batchmean"`` (sum / ``input.size(0)``, as torch's) or ``"pointwise"``
+            (every term, of the shape of ``input``: torch's ``reduction="none"``).
+        temperature: :math:`T`; divides the input, and the target where that is logits.  The value
+            is not multiplied by :math:`T^2` (the modules of :mod:`fastdiv.nn` have a flag for it).
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  A row of
+            weight 0 does not count: loss and gradient 0, whatever it holds.
+        inplace_backward: The backward writes the gradient over the logits' own memory; autograd
+            notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
+            The logits may be no leaf of autograd's graph, nor a view of one, and no other argument
+            may share their memory.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is).
+
+    Raises:
+        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; an
+            option that is no number, a flag included.
+        ValueError: shapes that do not fit, an option out of its range, a weight or an option that
+            requires a gradient, logits that may not be overwritten.
+        IndexError: a dimension that ``input`` does not have.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
+        >>> t = torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
+        >>> fastdiv.kl_div(x, t, target_type="logits")
+        tensor(0.0389)
+        >>> fastdiv.kl_div(x, t.softmax(-1), target_type="probs", reduction="pointwise")
+        tensor([[-0.0635,  0.0116,  0.1097, -0.0190]])
+
+    Source: :func:`torch.nn.functional.kl_div`; Kullback and Leibler, *On Information and
+    Sufficiency* (1951); as a distillation loss: Hinton et al. (2015).
+    """
+    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
+    return of_rows("kl_div", input, target, *how)
+
+
+@takes_dtensors
+def reverse_kl_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    target_type: str,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the target's distribution from the input's.
+
+    .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c \,(\log q_c - \log p_c)
+
+    The mode-seeking direction: student mass where the teacher has none costs :math:`+\infty`.
+
+    Arguments, result and errors are those of :func:`kl_div`.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
+        >>> t = torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
+        >>> fastdiv.reverse_kl_div(x, t, target_type="logits")
+        tensor(0.0390)
+
+    Source: Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models* (2024).
+    """
+    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
+    return of_rows("reverse_kl_div", input, target, *how)
+
+
+@takes_dtensors
+def js_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    target_type: str,
+    beta: float = 0.5,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Generalised Jensen-Shannon divergence.
+
+    .. math::
+        \mathrm{JS}_\beta = \beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m),
+        \qquad m = \beta\,p + (1 - \beta)\,q
+
+    ``beta=0.5`` is the symmetric one, in [0, ln 2].  ``beta=0`` and ``beta=1`` mean
+    :math:`\mathrm{KL}(p \| q)` and :math:`\mathrm{KL}(q \| p)`, as GKD defines them: the formula
+    itself tends to 0 there, so the value jumps at the two ends.
+
+    :math:`\beta` is in [0, 1]; all other arguments, result and errors are those of :func:`kl_div`.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
+        >>> t = torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
+        >>> fastdiv.js_div(x, t, target_type="logits")
+        tensor(0.0097)
+
+    Source: Agarwal et al., *On-Policy Distillation of Language Models* (GKD, 2024); Lin,
+    *Divergence Measures Based on the Shannon Entropy* (1991).
+    """
+    loss, beta = js_loss(beta)
+    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
+    return of_rows(loss, input, target, *how, shape=beta)
+
+
+@takes_dtensors
+def skew_kl_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    target_type: str,
+    skew: float = 0.1,
+    reverse: bool = False,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence from a mixture of both distributions.
+
+    .. math::
+        \mathrm{KL}(p \,\|\, \lambda p + (1 - \lambda) q), \qquad
+        \text{reversed: } \mathrm{KL}(q \,\|\, \lambda q + (1 - \lambda) p)
+
+    It is in :math:`[0, -\ln\lambda]`: some mass is everywhere, which bounds the gradient, too.
+    ``skew=0`` is :func:`kl_div`, or :func:`reverse_kl_div`, to which values and gradients tend
+    where those are finite; ``skew=1`` is 0.
+
+    :math:`\lambda`, the ``skew``, is in [0, 1]; all other arguments, result and errors are those of
+    :func:`kl_div`.
+
+    Example:
+        >>> import torch, fastdiv
+        >>> x = torch.tensor([[-0.1, 0.2, -0.4, 0.3]])
+        >>> t = torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
+        >>> fastdiv.skew_kl_div(x, t, target_type="logits")
+        tensor(0.0314)
+        >>> fastdiv.skew_kl_div(x, t, target_type="logits", reverse=True)
+        tensor(0.0314)
+
+    Source: Ko et al., *DistiLLM: Towards Streamlined Distillation for Large Language Models*
+    (2024); Lee, *Measures of Distributional Similarity* (1999).
+    """
+    skew = arguments.check_share(skew, "skew")
+    loss = ("reverse_" if reverse else "") + ("skew_kl_div" if skew != 0 else "kl_div")
+    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
+    return of_rows(loss, input, target, *how, shape=skew)

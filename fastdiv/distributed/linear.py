@@ -1,0 +1,257 @@
+"""The sharded losses of a linear layer's logits, which are never held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .._engine import arguments
+from .._linear import layer as layers
+from .._linear.divergence import check_teacher
+from .._linear.layer import Layer
+from .._linear.ops import dtype_of_value
+from .._losses.cross_entropy import cross_entropy_spec
+from ..reference import Spec, Stats
+from .call import Arguments, arguments_of, call_of, global_labels, mean_of, shards_of, size_of
+from .tiles import LayerCall, layer_loss
+from .world import Group, world_of
+
+
+@dataclass(kw_only=True)
+class LayerArguments(Arguments):
+    """Those of a loss of a layer's logits."""
+
+    layer: Layer
+    teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        layers.check_chunk_size(self.chunk_size)
+
+
+def _loss_of(
+    prepare: Callable[[], LayerArguments],
+    group: Group,
+    mean_group: Group,
+    num_classes: int | None,
+) -> tuple[Tensor, Stats | None]:
+    world = world_of(group)
+    a = arguments_of(world, prepare, num_classes)
+    x, weight, bias = a.layer.tensors
+    t, t_weight, t_bias = a.teacher
+    more = {
+        "mean over": size_of(mean_group),
+        "of another layer": t_weight is not None,
+        # Which gradients are added up over the ranks.
+        "gradients of hidden states": [v is not None and v.requires_grad for v in (x, t)],
+    }
+    hidden = x, None if t_weight is None else t
+    shards = shards_of(world, a, x, len(weight), more, hidden)
+    call = call_of(a, shards, mean_group)
+    dtype = dtype_of_value(x, t)
+    weights = (None if w is None else w.to(dtype) for w in (a.class_weight, a.row_weight))
+    value, total, stats = layer_loss(
+        LayerCall(call.spec, shards, a.stats, a.chunk_size or 0),
+        *(x, weight, bias, t, t_weight, t_bias, a.label, *weights),
+    )
+    value = mean_of(a, value, total, mean_group)
+    shape = a.layer.logits.shape[:-1]
+    if a.spec.reduction == "none":
+        value = value.reshape(shape)
+    return value, None if stats is None else Stats(*(s.reshape(shape) for s in stats))
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    smoothing: str = "all",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    return_stats: bool = False,
+    chunk_size: int | None = None,
+    group: Group = None,
+    mean_group: Group = None,
+    num_classes: int | None = None,
+) -> Any:
+    r"""Cross entropy of a linear layer whose classes are sharded; no rank holds its logits whole.
+
+    That of :func:`fastdiv.linear_cross_entropy` of the whole layer.  Every rank has the hidden
+    states and its rows of the weight, as in Megatron's column-parallel layer; the gradient of the
+    hidden states is added up over the group, once, in the backward, so do not do it again.
+
+    Args:
+        input: Hidden states, shape ``(..., H)``, the same on every rank.
+        linear_weight: This rank's rows of the weight, shape ``(C_r, H)``.
+        target: Class indices over the whole vocabulary, shape ``(...)``, the same on every rank, or
+            this shard's probabilities, shape ``(..., C_r)``.
+        linear_bias: This rank's part of the bias, shape ``(C_r,)``.
+        weight: Weights of this rank's classes, shape ``(C_r,)``.
+        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
+        ignore_index: Rows with this label do not count; None means -100.
+        label_smoothing: In [0, 1], spread over all classes of all shards.
+        smoothing: ``"all"`` or ``"others"``.
+        temperature: Divides the logits.
+        softcap: Soft cap of the logits.
+        z_loss: Factor of the squared log-sum-exp.
+        token_weight: Weights of the rows, the same on every rank.
+        return_stats: Also return statistics of the whole rows.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+        group: The ranks that share the vocabulary; all processes for None.
+        mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
+        num_classes: All classes of all shards.  If given, shards that do not have as many in all
+            are refused on every rank, as logits that were already gathered would be.
+
+    Returns:
+        The loss, the same bits on every rank of ``group``, and the statistics if asked for.
+
+    Raises:
+        TypeError: a dtype that is not one of those of :func:`fastdiv.linear_cross_entropy`.
+        ValueError: shapes that do not fit, an option out of its range.
+        IndexError: a label outside of the vocabulary (on CPU; elsewhere such a row is NaN).
+        RuntimeError: as of :func:`cross_entropy`; tensors on different devices.
+
+    Example:
+        >>> import torch, fastdiv.distributed
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> h, w = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(3, 2)
+        >>> fastdiv.distributed.linear_cross_entropy(h, w, torch.tensor([1, 0]))
+        tensor(0.7531)
+        >>> dist.destroy_process_group()
+
+    Source: :func:`fastdiv.linear_cross_entropy`; Shoeybi et al., *Megatron-LM* (2019).
+    """
+
+    def prepare() -> LayerArguments:
+        layer = layers.make_layer(input, linear_weight, linear_bias)
+        logits = layer.logits
+        dim, classes = logits.dim() - 1, logits.shape[-1]
+        arguments.check_reduction(reduction)
+        ignored = arguments.check_ignored(-100 if ignore_index is None else ignore_index)
+        spec = cross_entropy_spec(
+            target,
+            classes + 1,  # one more at least, on the other ranks
+            batch=logits.shape[0],
+            reduction=reduction,
+            ignore_index=ignored,
+            label_smoothing=label_smoothing,
+            smoothing=smoothing,
+            temperature=temperature,
+            softcap=softcap,
+            z_loss=z_loss,
+        )
+        t = y = None
+        if target.is_floating_point():
+            layers.check_target(logits, target)
+            t = layers.as_rows(target)
+        else:
+            y = global_labels(logits, dim, target, "target")
+        return LayerArguments(
+            spec,
+            y,
+            arguments.class_weights(logits, classes, weight),
+            arguments.token_weights(logits, dim, token_weight),
+            (arguments.check_share(label_smoothing, "label_smoothing"), smoothing),
+            stats=return_stats,
+            layer=layer,
+            teacher=(t, None, None),
+            chunk_size=chunk_size,
+        )
+
+    value, stats = _loss_of(prepare, group, mean_group, num_classes)
+    return value if stats is None else (value, stats)
+
+
+def linear_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    target_type: str | None = None,
+    target_linear_weight: Tensor | None = None,
+    target_linear_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    reduction: str = "batchmean",
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    group: Group = None,
+    mean_group: Group = None,
+    num_classes: int | None = None,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of a linear layer whose classes are sharded.
+
+    That of :func:`fastdiv.linear_kl_div` of the whole layer; of the hidden states' gradient holds
+    what :func:`linear_cross_entropy` says, for those of a teacher, too.
+
+    Args:
+        input: Hidden states, shape ``(..., H)``, the same on every rank.
+        linear_weight: This rank's rows of the weight, shape ``(C_r, H)``.
+        target: This shard of the target's rows, shape ``(..., C_r)``, or the teacher's hidden
+            states, shape ``(..., K)``, the same on every rank.
+        target_type: ``"logits"``, ``"log_probs"`` or ``"probs"``; required unless the target holds
+            hidden states.
+        target_linear_weight: This rank's rows of the teacher's weight, shape ``(C_r, K)``.
+        target_linear_bias: This rank's part of the teacher's bias, shape ``(C_r,)``.
+        linear_bias: This rank's part of the bias, shape ``(C_r,)``.
+        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
+        temperature: Divides the input's logits, and the target's where it has some.
+        token_weight: Weights of the rows, the same on every rank.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+        group: The ranks that share the vocabulary; all processes for None.
+        mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
+        num_classes: All classes of all shards.  If given, shards that do not have as many in all
+            are refused on every rank, as logits that were already gathered would be.
+
+    Returns:
+        The divergence in nats, the same bits on every rank of ``group``.
+
+    Raises:
+        TypeError: a dtype that is not one of those of :func:`fastdiv.linear_kl_div`.
+        ValueError: shapes that do not fit, an option out of its range.
+        RuntimeError: as of :func:`cross_entropy`; tensors on different devices.
+
+    Example:
+        >>> import torch, fastdiv.distributed
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> h, w = torch.tensor([[1.0, 2.0]]), torch.eye(3, 2)
+        >>> g, v = torch.tensor([[1.0]]), torch.tensor([[3.0], [1.0], [0.0]])
+        >>> fastdiv.distributed.linear_kl_div(h, w, g, target_linear_weight=v)
+        tensor(0.8112)
+        >>> dist.destroy_process_group()
+
+    Source: :func:`fastdiv.linear_kl_div`.
+    """
+
+    def prepare() -> LayerArguments:
+        layer = layers.make_layer(input, linear_weight, linear_bias)
+        logits = layer.logits
+        arguments.check_reduction(reduction)
+        teacher = (target, target_type, target_linear_weight, target_linear_bias)
+        kind, tensors = check_teacher(logits, *teacher)
+        spec = Spec(
+            loss="kl_div",
+            target_type=kind,
+            reduction=reduction,
+            batch=logits.shape[0],
+            scale=arguments.scale_of(temperature),
+        )
+        weight = arguments.token_weights(logits, logits.dim() - 1, token_weight)
+        return LayerArguments(
+            spec, row_weight=weight, layer=layer, teacher=tensors, chunk_size=chunk_size
+        )
+
+    return _loss_of(prepare, group, mean_group, num_classes)[0]

@@ -1,0 +1,212 @@
+r"""Every loss in plain torch operations: specification, fallback and oracle of the tests.
+
+It and the formulas of the divergences, which stand in a module of their own, import torch only.  It
+works on rows: ``x`` and ``t`` are matrices ``[R, C]`` of input logits and targets, ``label`` and
+``row_weight`` have one entry for each row.  What it defines, and the kernels repeat:
+
+* A class without mass adds nothing: :math:`0 \cdot \infty = 0`, in values and gradients.
+* An infinite term (mass of one distribution where the other has none) makes the value infinite and
+  is otherwise a constant: it gives no gradient to the mass that multiplies it.  So is an infinite
+  power of the alpha divergences, whose gradients are those of the finite ones.
+* A probability target of exactly 0 receives no gradient from a divergence.
+* A row that does not count (``ignore_index``, ``row_weight`` 0) is 0, whatever it holds.
+
+Its derivatives of any order are torch's own, so it also serves as the second derivative of the
+kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .divergences import DIVERGENCES, OUTER, log_of, masked_product
+from .spec import Spec, Stats, value_dtype
+from .topk import TOPK, topk_kl_div
+
+
+def capped_and_scaled(spec: Spec, x: Tensor) -> Tensor:
+    """The logits that the softmax is of."""
+    if spec.softcap:
+        x = spec.softcap * torch.tanh(x / spec.softcap)
+    return x * spec.scale
+
+
+# --- divergences -------------------------------------------------------------------------------
+
+
+def divergence(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
+    """Divergence of the rows with log-probabilities ``lq`` from the targets, or all its terms."""
+    if spec.target_type == "logits":
+        lp = torch.log_softmax(t * spec.scale, -1)
+        p = lp.exp()
+    elif spec.target_type == "log_probs":
+        lp, p = t, t.exp()
+    else:
+        p = torch.where(t == 0, t.detach(), t)
+        lp = log_of(p)
+    terms = DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.shape)
+    if spec.reduction == "pointwise":
+        return terms
+    return OUTER[spec.loss](terms, spec.shape) if spec.loss in OUTER else terms.sum(-1)
+
+
+# --- losses of one row of logits --------------------------------------------------------------
+
+
+def entropy(lq: Tensor) -> Tensor:
+    """H(q) = -sum q log q."""
+    return -masked_product(lq.exp(), lq).sum(-1)
+
+
+def expected(r: Tensor, lq: Tensor) -> Tensor:
+    """``r log q`` for a target that is not a function of q: linear in r also at 0."""
+    infinite = torch.isinf(lq)
+    finite = r * torch.where(infinite, 0.0, lq)
+    return torch.where(infinite, masked_product(r.detach(), lq), finite)
+
+
+def of_class(v: Tensor, y: Tensor) -> Tensor:
+    """The entry of class y in every row."""
+    return v.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+
+def cross_entropy(
+    spec: Spec,
+    x: Tensor,
+    lq: Tensor,
+    t: Tensor | None,
+    y: Tensor | None,
+    class_weight: Tensor | None,
+) -> Tensor:
+    """``-sum r log q + z omega lse^2`` with ``r = class_weight (label p + spread)``.
+
+    ``p`` is ``t``, or all of it is on the class ``y``.  ``omega`` is the class weight of the label,
+    1 for soft targets.
+    """
+    omega: Tensor | float = 1.0
+    if t is not None:
+        r = spec.label * t + spec.spread
+        value = -expected(r if class_weight is None else r * class_weight, lq).sum(-1)
+    else:
+        assert y is not None
+        omega = torch.ones_like(lq[..., 0]) if class_weight is None else class_weight[y]
+        value = -expected(spec.label * omega, of_class(lq, y))
+        if isinstance(spec.spread, Tensor) or spec.spread:
+            r = torch.zeros_like(lq) + spec.spread
+            value = value - expected(r if class_weight is None else r * class_weight, lq).sum(-1)
+    return value + spec.z_loss * omega * torch.logsumexp(x, -1) ** 2 if spec.z_loss else value
+
+
+# --- rows and reductions ----------------------------------------------------------------------
+
+
+def row_weights(
+    ignore_index: int, x: Tensor, label: Tensor | None, row_weight: Tensor | None
+) -> Tensor:
+    """Weight of every row; 0: it does not count."""
+    dtype = value_dtype(x.dtype)
+    weight = x.new_ones(x.shape[:-1], dtype=dtype) if row_weight is None else row_weight
+    if label is None or label.dim() == x.dim():  # or the k classes that a teacher names
+        return weight
+    return torch.where(label == ignore_index, 0.0, weight)
+
+
+def mean_weights(
+    ignore_index: int,
+    x: Tensor,
+    label: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+) -> Tensor:
+    """Weight of every row in a mean: with class weights, that of its label too."""
+    weight = row_weights(ignore_index, x, label, row_weight)
+    if label is None or class_weight is None:
+        return weight
+    of_label = class_weight[label.clamp(0, x.shape[-1] - 1)]
+    return torch.where(weight == 0, 0.0, weight * of_label)
+
+
+def rows(
+    spec: Spec,
+    x: Tensor,
+    t: Tensor | None,
+    label: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+) -> Tensor:
+    """Weighted value of every row; two rows of them for log_prob_and_entropy; pointwise, all terms.
+
+    A label outside ``[0, C)`` that is not ``ignore_index`` makes its row NaN.
+    """
+    dtype = value_dtype(x.dtype)
+    weight = row_weights(spec.ignore_index, x, label, row_weight)
+    counts = (weight != 0).unsqueeze(-1)
+    # What a row that does not count holds must not reach its gradient, where 0 * NaN is NaN.
+    x = torch.where(counts, x.to(dtype), 0.0)
+    if t is not None:
+        t = torch.where(counts, t.to(dtype), 0.0)
+    x = capped_and_scaled(spec, x)
+    lq = torch.log_softmax(x, -1)
+    if spec.loss in DIVERGENCES:
+        assert t is not None
+        value = divergence(spec, lq, t)
+    elif spec.loss in TOPK:
+        assert t is not None and label is not None
+        value = topk_kl_div(TOPK[spec.loss], spec.target_type, spec.scale, lq, t, label)
+    elif spec.loss == "entropy":
+        value = entropy(lq)
+    elif label is None:
+        value = cross_entropy(spec, x, lq, t, None, class_weight)
+    else:
+        y = label.clamp(0, x.shape[-1] - 1)
+        if spec.loss == "log_prob_and_entropy":
+            value = torch.stack([of_class(lq, y), entropy(lq)])
+        else:
+            value = cross_entropy(spec, x, lq, None, y, class_weight)
+        value = torch.where(label == y, value, torch.nan)
+    if spec.reduction == "pointwise":
+        weight = weight.unsqueeze(-1)
+    else:
+        counts = counts.squeeze(-1)
+    return torch.where(counts, value * weight, 0.0)
+
+
+def loss(
+    spec: Spec,
+    x: Tensor,
+    t: Tensor | None,
+    label: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+) -> Tensor:
+    """The reduced loss."""
+    value = rows(spec, x, t, label, class_weight, row_weight)
+    if spec.reduction in ("none", "pointwise"):
+        return value
+    total = value.sum()
+    if spec.reduction == "mean":
+        return total / mean_weights(spec.ignore_index, x, label, class_weight, row_weight).sum()
+    return total / spec.batch if spec.reduction == "batchmean" else total
+
+
+def stats(
+    spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None, row_weight: Tensor | None
+) -> Stats:
+    """Log-sum-exp, entropy, argmax and log-probability of the target of every row.
+
+    All rows have them; only the label of a row that does not count is not looked at.
+    """
+    x = x.detach().to(value_dtype(x.dtype))
+    x = capped_and_scaled(spec, x)
+    lq = torch.log_softmax(x, -1)
+    if t is not None:
+        log_prob = masked_product(t.detach().to(lq.dtype), lq).sum(-1)
+    else:
+        assert label is not None
+        y = label.clamp(0, x.shape[-1] - 1)
+        log_prob = of_class(lq, y)
+        log_prob = torch.where(label == y, log_prob, torch.nan)
+        weight = row_weights(spec.ignore_index, x, label, row_weight)
+        log_prob = torch.where(weight == 0, 0.0, log_prob)
+    return Stats(torch.logsumexp(x, -1), entropy(lq), x.argmax(-1), log_prob)

@@ -1,0 +1,41 @@
+"""What a loss is given besides tensors (``Spec``), and what it returns besides its value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Spec:
+    """One loss with all of its options that are not tensors."""
+
+    loss: str
+    target_type: str = "none"  # "none", "logits", "log_probs" or "probs"
+    reduction: str = "none"  # "none", "sum", "mean", "batchmean" or "pointwise"
+    batch: int = 1  # what "batchmean" divides by
+    ignore_index: int = -100
+    scale: float = 1.0  # 1 / temperature
+    softcap: float = 0.0  # 0: none
+    shape: float = 0.0  # beta, skew or alpha of a divergence
+    label: float = 1.0  # see cross_entropy
+    spread: float = 0.0
+    z_loss: float = 0.0
+    inplace: bool = False
+
+
+def value_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a loss of logits of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Stats(NamedTuple):
+    """What :func:`fastdiv.cross_entropy` knows of every row; no gradient flows through it."""
+
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    log_prob: Tensor
