@@ -67,10 +67,11 @@ dist: $(PACKAGES)  ## sdist and wheel in dist, the wheel tested outside of the c
 	build/dist/venv/bin/pip install --quiet --constraint requirements-dev.txt "$$(ls $(CURDIR)/dist/*.whl)[bench,test]"
 	cd build/dist && $(ASLEEP) venv/bin/python -m pytest --pyargs fastdiv $(or $(ARGS),$(DIST_TESTS))
 
-lint: $(PACKAGES)  ## ruff, mypy, clang-format; changes nothing
+lint: $(PACKAGES)  ## ruff, mypy, import-linter, clang-format; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	@echo '$(BIN)/clang-format --dry-run --Werror' && $(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(PACKAGES)  ## fix imports and formatting of Python and C++

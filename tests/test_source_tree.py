@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import re
+import subprocess
+import sys
 from pathlib import Path, PurePath
+from types import ModuleType
 
 import pytest
 
 import fastdiv
+import fastdiv.distributed
 from programs import ROOT
 from test_packaging import git_files
 
@@ -42,25 +45,25 @@ def test_includes_point_downward(file: str) -> None:
         assert str(PurePath(included).parent) in BELOW[folder] | {folder}, included
 
 
-# --- imports do not depend on their order ---------------------------------------------------------
+# --- imports point downward -----------------------------------------------------------------------
 
 
-def test_no_import_of_a_module_whose_name_is_that_of_a_function() -> None:
-    """``from . import entropy`` is the module before the package has bound the function, and then
-    the function."""
-    package = Path(fastdiv.__file__).parent
-    modules = {p.stem for p in package.iterdir()}
-    both = {n for n in fastdiv.__all__ if n in modules and callable(getattr(fastdiv, n))}
-    assert {"cross_entropy", "entropy"} <= both
-    found = []
-    for file in package.rglob("*.py"):
-        depth = len(file.relative_to(package).parts)  # dots that lead to the package
-        for statement in ast.parse(file.read_text()).body:  # in a function all is bound
-            if isinstance(statement, ast.ImportFrom) and not statement.module:
-                names = {alias.name for alias in statement.names}
-                if statement.level == depth and names & both:
-                    found.append(f"{file.relative_to(package)}:{statement.lineno}")
-    assert not found, "import the function from its module"
+def test_rooms_import_downward() -> None:
+    """The contract stands in ``pyproject.toml``."""
+    pytest.importorskip("importlinter")
+    command = (
+        "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(cache_dir=None))"
+    )
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 kept, 0 broken" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("room", [fastdiv, fastdiv.distributed, fastdiv.nn, fastdiv.stats])
+def test_no_function_has_the_name_of_a_file_beside_it(room: ModuleType) -> None:
+    """``from . import entropy`` would be the file or the function, as imports are ordered."""
+    files = {path.stem for path in Path(room.__file__ or "").parent.iterdir()}
+    functions = {name for name in room.__all__ if not isinstance(getattr(room, name), ModuleType)}
+    assert not files & functions
 
 
 # --- files that are named exist -------------------------------------------------------------------

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,3 +70,15 @@ def require_kernels(patch: str) -> None:
             f"{patch} would change nothing: the extension module fastdiv._C could not be loaded "
             f"({backend.load_error})"
         )
+
+
+@contextmanager
+def replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Makes calls of these layers run ``forward(layer, input)``, between their hooks."""
+    for layer in layers:
+        vars(layer)["forward"] = partial(forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]

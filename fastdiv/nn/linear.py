@@ -1,7 +1,7 @@
 """The linear losses as modules, which hold the layer: ``linear`` is a ``torch.nn.Linear``.
 
 A head that shares its weight with an embedding says ``loss.linear.weight = embedding.weight``.
-The layer is called as any other, so what hangs on it keeps its meaning (see ``_linear/head.py``).
+The layer is called as any other, so what hangs on it keeps its meaning (see ``layer``).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from .._engine.symbolic import term, times
 from .._linear.cross_entropy import linear_cross_entropy, linear_log_prob_and_entropy
 from .._linear.divergence import check_teacher, linear_js_div, linear_kl_div, linear_reverse_kl_div
-from .._linear.head import loss_through
 from .._losses.cross_entropy import cross_entropy
 from .._losses.divergence import js_div, kl_div, reverse_kl_div
 from .._losses.entropy import log_prob_and_entropy
 from ..reference import Stats
+from .layer import loss_through
 
 
 class _LinearLoss(nn.Module):

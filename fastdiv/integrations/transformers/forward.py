@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._linear.head import replaced_forward
+from ..handle import replaced_forward
 from .logits import DeferredLogits, HeldLogits, Step
 
 # Classes whose loss is a cross entropy of their output layer's logits.

@@ -9,8 +9,7 @@ value is right either way, but the logits are held in memory.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeGuard, TypeVar
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .._engine.torch_private import hooks_of
+from ..integrations.handle import replaced_forward
 
 T = TypeVar("T")
 OfLayer = Callable[[Tensor, Tensor, "Tensor | None"], T]  # from hidden states, weight and bias
@@ -60,18 +60,6 @@ def loss_through(
     if type(layer).__module__.startswith("peft.") and not torch.compiler.is_compiling():
         return _of_adapted(layer, input, of_layer, of_logits)
     return of_logits(layer(input))
-
-
-@contextmanager
-def replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Makes calls of these layers run ``forward(layer, input)``, between their hooks."""
-    for layer in layers:
-        vars(layer)["forward"] = partial(forward, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]
 
 
 def _inside(of_layer: OfLayer[T], of_logits: OfLogits[T], layer: nn.Linear, input: Tensor) -> T:
