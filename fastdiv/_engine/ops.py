@@ -41,7 +41,7 @@ def int_options(spec: Spec, stats: bool = False) -> tuple[int, ...]:
 
 def float_options(spec: Spec) -> tuple[float, ...]:
     """The others."""
-    return spec.scale, spec.softcap, spec.shape, spec.label, spec.spread, spec.z_loss
+    return spec.scale, spec.softcap, spec.shape, spec.confidence, spec.spread, spec.z_loss
 
 
 def spec_of(options: Sequence[Any]) -> Spec:

@@ -18,7 +18,7 @@ Smoothing = Literal["all", "others"]
 
 
 def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tuple[float, float]:
-    """``(label, spread)`` such that the smoothed target is ``label * p + spread``."""
+    """Return ``(confidence, spread)``; the smoothed target is ``confidence * p + spread``."""
     share = arguments.check_share(label_smoothing, "label_smoothing")
     epsilon = term(share)
     if smoothing == "all":
@@ -48,7 +48,7 @@ def cross_entropy_spec(
     inplace: bool = False,
 ) -> Spec:
     """The options of a cross entropy, checked; a floating target holds probabilities."""
-    label, spread = smoothing_rates(label_smoothing, smoothing, classes)
+    confidence, spread = smoothing_rates(label_smoothing, smoothing, classes)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     soft = target.is_floating_point()
@@ -61,7 +61,7 @@ def cross_entropy_spec(
         ignore_index=ignore_index,
         scale=arguments.scale_of(temperature),
         softcap=0.0 if softcap is None else arguments.check_positive(softcap, "softcap"),
-        label=label,
+        confidence=confidence,
         spread=spread,
         z_loss=arguments.check_finite(z_loss, "z_loss"),
         inplace=inplace,

@@ -120,8 +120,8 @@ def call_of(a: Arguments, shards: Shards, mean_group: Group) -> Call:
         arguments.check_labels(a.label, shards.classes, a.label_name, ignored)
     spec = a.spec
     if a.smoothing is not None:
-        label, spread = smoothing_rates(*a.smoothing, shards.classes)
-        spec = replace(spec, label=label, spread=spread)
+        confidence, spread = smoothing_rates(*a.smoothing, shards.classes)
+        spec = replace(spec, confidence=confidence, spread=spread)
     if mean_group is not None and spec.reduction == "mean":
         spec = replace(spec, reduction="sum")
     return Call(spec, shards, a.stats)

@@ -108,16 +108,16 @@ class Rows:
         where all weights of labels are; before its mixture, js_div wants what kl_div does.
         """
         spec = self.spec
-        rate = spec.label
+        confidence = spec.confidence
         if self.label is not None:
-            rate = 0.0 if self.smoothed else 1.0
+            confidence = 0.0 if self.smoothed else 1.0
         loss = "kl_div" if spec.loss == "js_div" else spec.loss
         return replace(
             spec,
             loss=loss,
             reduction="none",
             ignore_index=arguments.NO_LABEL_IGNORED,
-            label=rate,
+            confidence=confidence,
             z_loss=0.0,
         )
 

@@ -104,7 +104,7 @@ def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
     if owner is not None:
         weight = parts.column.get("weight")
         omega = zero + 1 if weight is None else of_owner(weight, owner)
-        taken = spec.label * omega
+        taken = spec.confidence * omega
         value = value - masked_product(taken, log_prob_of(x, parts["label"], owner))
     lse = x.logz + x.max * spec.scale
     z = zero + spec.z_loss * (1 if omega is None else omega)

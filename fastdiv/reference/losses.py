@@ -79,19 +79,19 @@ def cross_entropy(
     y: Tensor | None,
     class_weight: Tensor | None,
 ) -> Tensor:
-    """``-sum r log q + z omega lse^2`` with ``r = class_weight (label p + spread)``.
+    """``-sum r log q + z omega lse^2`` with ``r = class_weight (confidence p + spread)``.
 
     ``p`` is ``t``, or all of it is on the class ``y``.  ``omega`` is the class weight of the label,
     1 for soft targets.
     """
     omega: Tensor | float = 1.0
     if t is not None:
-        r = spec.label * t + spec.spread
+        r = spec.confidence * t + spec.spread
         value = -expected(r if class_weight is None else r * class_weight, lq).sum(-1)
     else:
         assert y is not None
         omega = torch.ones_like(lq[..., 0]) if class_weight is None else class_weight[y]
-        value = -expected(spec.label * omega, of_class(lq, y))
+        value = -expected(spec.confidence * omega, of_class(lq, y))
         if isinstance(spec.spread, Tensor) or spec.spread:
             r = torch.zeros_like(lq) + spec.spread
             value = value - expected(r if class_weight is None else r * class_weight, lq).sum(-1)

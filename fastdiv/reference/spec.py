@@ -21,7 +21,7 @@ class Spec:
     scale: float = 1.0  # 1 / temperature
     softcap: float = 0.0  # 0: none
     shape: float = 0.0  # beta, skew or alpha of a divergence
-    label: float = 1.0  # see cross_entropy
+    confidence: float = 1.0  # see cross_entropy
     spread: float = 0.0
     z_loss: float = 0.0
     inplace: bool = False
