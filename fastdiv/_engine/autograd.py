@@ -6,19 +6,19 @@ those of ``reference.loss``, which is what the kernels compute.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..reference import Spec, Stats
-from . import ops, symbolic_ops
+from . import ops
 from .backend import use_kernel
 from .inference import savable
-from .symbolic import is_symbolic
-from .torch_private import is_batched, is_transformed, light_apply, unwrap_if_dead
+from .op_loss import overwritten, refuse_second_derivative, run
+from .symbolic_ops import SymbolicCall
+from .torch_private import is_transformed, light_apply, unwrap_if_dead
 
 
 def row_loss(
@@ -67,8 +67,8 @@ def _traced(spec: Spec, stats: bool, rows: tuple[Tensor | None, ...]) -> tuple[T
     differentiable = torch.is_grad_enabled() and any(
         v is not None and v.requires_grad for v in rows[:2]
     )
-    if is_symbolic(*ops.float_options(spec)):
-        return symbolic_ops.row_loss(spec, stats, rows, differentiable)
+    if ops.symbolic_floats(spec) is not None:
+        return tuple(run(SymbolicCall(spec, stats), rows))
     if differentiable:
         return _TracedRowLoss.apply(spec, stats, *rows)
     return _TracedRowLoss.forward(spec, stats, *rows)
@@ -101,11 +101,6 @@ class _TracedRowLoss(torch.autograd.Function):
         return None, None, dx if need_x else None, dt if need_t else None, None, None, None
 
 
-def is_differentiated(grad: Tensor) -> bool:
-    """Whether a gradient made of this one may be differentiated, or is of a batch of them."""
-    return torch.is_grad_enabled() or is_batched(grad)
-
-
 class _RowLoss(_TracedRowLoss):
     """The same with what Dynamo does not trace: in place, second and forward-mode derivatives."""
 
@@ -132,14 +127,14 @@ class _RowLoss(_TracedRowLoss):
         # The gradient of every row by the kernel, times the tangents.  (A torch.func.jvp here would
         # nest forward modes, which gradcheck refuses.)
         spec, (dx, dt) = ctx.spec, tangents[:2]
-        *rows, record, total = ctx.saved_tensors
+        *rows, record, divisor = ctx.saved_tensors
         x = rows[0]
-        each = replace(spec, reduction="none", inplace=False)
+        each = spec._replace(reduction="none", inplace=False)
         value = x.new_zeros(x.shape[0], dtype=record.dtype)
 
         def tangent(grad: Tensor) -> Tensor:
             gx, gt = _RowLossBackward.apply(
-                each, dx is not None, dt is not None, grad, *rows, record, total
+                each, dx is not None, dt is not None, grad, *rows, record, divisor
             )
             out = torch.zeros_like(value)
             for g, d in ((gx, dx), (gt, dt)):
@@ -155,7 +150,7 @@ class _RowLoss(_TracedRowLoss):
         else:
             out = tangent(one)
         if spec.reduction != "none":
-            out = out.sum() / total
+            out = out.sum() / divisor
         return (out, *[None] * (ctx.outputs - 1))
 
 
@@ -167,9 +162,9 @@ class _EagerRowLoss(_RowLoss):
     @staticmethod
     def forward(ctx: Any, spec: Spec, _: bool, *rows: Tensor | None) -> Tensor:  # type: ignore[override]
         options = ops.options(spec)
-        value, record, total = ops.forward(*rows, *options)
+        value, record, divisor = ops.forward(*rows, *options)
         ctx.spec, ctx.options = spec, options
-        ctx.save_for_backward(*rows, record, total)
+        ctx.save_for_backward(*rows, record, divisor)
         return value
 
     @staticmethod
@@ -246,23 +241,6 @@ class _RowLossBackward(torch.autograd.Function):
             out.pop(0) if ctx.need_x else empty,
             out.pop(0) if ctx.need_t else empty,
         )
-
-
-def refuse_second_derivative() -> NoReturn:
-    """Raises, where a gradient in place may be differentiated in turn."""
-    raise RuntimeError(
-        "inplace_backward=True overwrites the logits, of which a second derivative "
-        "(create_graph=True, torch.func) has need: call the loss with inplace_backward=False"
-    )
-
-
-def overwritten(x: Tensor) -> Tensor:
-    """The gradient in the place of these logits, which is known to autograd from now on.
-
-    Whoever else saved the logits for a backward of his own gets torch's error.
-    """
-    torch.autograd.graph.increment_version(x)
-    return x.detach()
 
 
 def _backward_in_place(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .. import reference
 from .._engine import arguments, ops
-from ..reference import value_dtype
-from .tiles import CONVERTED, Gradients, Head, Rows, ranges
+from ..reference import Spec, value_dtype
+from .tiles import CONVERTED, Gradients, Rows, TiledLogits, ranges
 
 SHARE = 12  # tiles take at most this part of the input's logits,
 LARGEST = {"cpu": 1 << 26, "cuda": 1 << 29}  # and no more bytes, however many rows there are,
@@ -33,12 +33,12 @@ ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}
 class Problem:
     """A loss with all of its tensors."""
 
-    student: Head
-    teacher: Head | None
+    student: TiledLogits
+    teacher: TiledLogits | None
     label: Tensor | None
     class_weight: Tensor | None
     row_weight: Tensor | None
-    options: list[Any]  # of the row ops
+    spec: Spec
     chunk_size: int  # rows; 0: by the rule
 
     def __post_init__(self) -> None:
@@ -51,12 +51,13 @@ class Problem:
             self.dtype = torch.promote_types(x.dtype, self.teacher.dtype)
         # All that says whether a row counts in one place: tiles have labels counted from where
         # they begin, and one of those may happen to be the ignored one.
-        ignored = self.options[ops.IGNORE_INDEX]
+        ignored = self.spec.ignore_index
         weight = reference.row_weights(ignored, x.input, self.label, self.row_weight)
         self.weight = weight.to(value_dtype(self.dtype))
         if self.label is not None:
             self.label = torch.where(self.weight == 0, 0, self.label)
-        self.options[ops.IGNORE_INDEX] = arguments.NO_LABEL_IGNORED
+        self.spec = self.spec._replace(reduction="none", ignore_index=arguments.NO_LABEL_IGNORED)
+        self.options = ops.options(self.spec)
 
     def budget(self) -> int:
         """Bytes that tiles of the input's logits may take."""
@@ -124,7 +125,7 @@ Look = Callable[[Rows, tuple[Any, ...], Tensor, Tensor], None]  # rows, tiles, v
 
 def by_rows(
     p: Problem,
-    loss_with_stats: int,
+    stats: bool,
     grad: Tensor | None,
     gradients: list[Gradients],
     look: Look | None = None,
@@ -133,15 +134,15 @@ def by_rows(
 
     Without an upstream gradient, ``look`` is called for every chunk while its logits are held.
     """
-    stats, both = loss_with_stats >= 0, len(gradients) > 1
+    both = len(gradients) > 1
     out = Results(
-        p.weight.new_zeros(ops.value_shape(p.options, p.rows)),
+        p.weight.new_zeros(ops.value_shape(p.spec, p.rows)),
         p.weight.new_zeros(0 if gradients else p.rows, ops.RECORD_SIZE),
         p.weight.new_zeros(3, p.rows if stats else 0),
         torch.zeros_like(p.weight[: p.rows if stats else 0], dtype=torch.int64),
     )
     whole = slice(0, p.classes)
-    options = [loss_with_stats, *p.options[1:]] if stats else p.options
+    options = ops.options(p.spec, stats)
 
     def chunk(rows: Rows) -> None:  # a function, so that nothing of a chunk outlives it
         tiles = p.tiles(rows, whole)
@@ -150,7 +151,7 @@ def by_rows(
             out.value[..., rows], dt = ops.forward_grad(upstream, *tiles, *p.options, both)
         else:
             op = ops.forward_stats if stats else ops.forward
-            value, record, total, *of_rows = op(*tiles, *options)
+            value, record, divisor, *of_rows = op(*tiles, *options)
             out.value[..., rows] = value
             if stats:
                 out.stats[:, rows], out.argmax[rows] = of_rows
@@ -159,7 +160,7 @@ def by_rows(
                 if look is not None:
                     look(rows, tiles, value, record)
                 return
-            dt = ops.backward_in_place(upstream, *tiles, record, total, *p.options, both)
+            dt = ops.backward_in_place(upstream, *tiles, record, divisor, *p.options, both)
         for g, d in zip(gradients, (tiles[0], dt), strict=False):
             g.add(d, rows, whole)
 

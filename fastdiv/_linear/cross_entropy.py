@@ -21,7 +21,7 @@ from .._engine.dtensor import takes_dtensors
 from .._engine.recording import size_of
 from .._losses.cross_entropy import cross_entropy, cross_entropy_spec
 from ..reference import Spec, Stats
-from . import layer as layers
+from .head import as_rows, check_chunk_size, check_target, checked_head, loss_of_head
 
 
 @overload
@@ -143,7 +143,7 @@ def linear_cross_entropy(
     ignored = arguments.check_ignored(-100 if ignore_index is None else ignore_index)
     if chunk_size is None:
         chunk_size = getattr(options, "batch_chunk_size", None)
-    layers.check_chunk_size(chunk_size)
+    check_chunk_size(chunk_size)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         return cross_entropy(
             _logits_of_many_dimensions(input, linear_weight, linear_bias),
@@ -160,8 +160,8 @@ def linear_cross_entropy(
             token_weight=token_weight,
             return_stats=return_stats,  # type: ignore[call-overload]
         )
-    layer = layers.make_layer(input, linear_weight, linear_bias)
-    logits = layer.logits
+    head = checked_head(input, linear_weight, linear_bias)
+    logits = head.logits
     dim = logits.dim() - 1
     classes = size_of(logits, dim)
     arguments.check_reduction(reduction)
@@ -179,13 +179,13 @@ def linear_cross_entropy(
     )
     t = y = None
     if target.is_floating_point():
-        layers.check_target(logits, target)
-        t = layers.as_rows(target)
+        check_target(logits, target)
+        t = as_rows(target)
     else:
         y = arguments.labels(logits, dim, target, "target", ignored)
-    value, stats = layers.loss_of_layer(
+    value, stats = loss_of_head(
         spec,
-        layer,
+        head,
         (t, None, None),
         y,
         arguments.class_weights(logits, classes, weight),
@@ -247,11 +247,11 @@ def linear_log_prob_and_entropy(
 
     Source: :func:`fastdiv.log_prob_and_entropy`.
     """
-    layer = layers.make_layer(input, linear_weight, linear_bias)
-    logits = layer.logits
+    head = checked_head(input, linear_weight, linear_bias)
+    logits = head.logits
     ignored = arguments.NO_LABEL_IGNORED
     label = arguments.labels(logits, logits.dim() - 1, index, "index", ignored)
     scale = arguments.scale_of(temperature)
     spec = Spec("log_prob_and_entropy", ignore_index=ignored, scale=scale)
-    value, _ = layers.loss_of_layer(spec, layer, label=label, chunk_size=chunk_size)
+    value, _ = loss_of_head(spec, head, label=label, chunk_size=chunk_size)
     return value[0], value[1]

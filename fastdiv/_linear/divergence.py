@@ -8,7 +8,7 @@ from .._engine import arguments
 from .._engine.dtensor import takes_dtensors
 from .._losses.divergence import js_loss
 from ..reference import Spec
-from . import layer as layers
+from .head import as_rows, check_target, checked_head, loss_of_head
 
 
 def _linear_divergence(
@@ -19,11 +19,11 @@ def _linear_divergence(
     temperature: float,
     token_weight: Tensor | None,
     chunk_size: int | None,
-    shape: float = 0.0,
+    param: float = 0.0,
 ) -> Tensor:
     """The divergence of a layer ``(input, weight, bias)`` from ``(target, type, weight, bias)``."""
-    layer = layers.make_layer(*student)
-    logits = layer.logits
+    head = checked_head(*student)
+    logits = head.logits
     arguments.check_reduction(reduction)
     target_type, target = check_teacher(logits, *teacher)
     spec = Spec(
@@ -32,12 +32,10 @@ def _linear_divergence(
         reduction=reduction,
         batch=logits.shape[0],
         scale=arguments.scale_of(temperature),
-        shape=shape,
+        param=param,
     )
     row_weight = arguments.token_weights(logits, logits.dim() - 1, token_weight)
-    value, _ = layers.loss_of_layer(
-        spec, layer, target, row_weight=row_weight, chunk_size=chunk_size
-    )
+    value, _ = loss_of_head(spec, head, target, row_weight=row_weight, chunk_size=chunk_size)
     return value
 
 
@@ -53,16 +51,16 @@ def check_teacher(
         if bias is not None:
             raise ValueError("target_linear_bias needs a target_linear_weight")
         target_type = arguments.check_target_type(target_type)
-        layers.check_target(logits, target)
-        return target_type, (layers.as_rows(target), None, None)
+        check_target(logits, target)
+        return target_type, (as_rows(target), None, None)
     if target_type not in (None, "logits"):
         raise ValueError(
             "target_type must be 'logits', or left out, where target_linear_weight makes "
             f"logits of the target, got {target_type!r}"
         )
-    layer = layers.make_layer(target, weight, bias, "target", "target_")
-    layers.check_target(logits, layer.logits)
-    return "logits", layer.tensors
+    head = checked_head(target, weight, bias, "target", "target_")
+    check_target(logits, head.logits)
+    return "logits", head.tensors
 
 
 @takes_dtensors
@@ -204,4 +202,4 @@ def linear_js_div(
     student = (input, linear_weight, linear_bias)
     teacher = (target, target_type, target_linear_weight, target_linear_bias)
     how = (reduction, temperature, token_weight, chunk_size)
-    return _linear_divergence(loss, student, teacher, *how, shape=beta)
+    return _linear_divergence(loss, student, teacher, *how, param=beta)

@@ -40,7 +40,7 @@ def rounds_products(x: Tensor) -> bool:
 # --- logits and their gradients, tile by tile -------------------------------------------------
 
 
-class Head:
+class TiledLogits:
     """Rows of classes: the logits of a linear layer or, without a weight, given as they are."""
 
     def __init__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -68,17 +68,17 @@ class Head:
 
 
 class Gradients:
-    """Gradients of a head's three tensors, of those that need one; sums are in float32."""
+    """Gradients of a logits's three tensors, of those that need one; sums are in float32."""
 
-    def __init__(self, head: Head, needed: Sequence[bool]) -> None:
-        self.head = head
-        tensors = (head.input, head.weight, head.bias)
+    def __init__(self, logits: TiledLogits, needed: Sequence[bool]) -> None:
+        self.logits = logits
+        tensors = (logits.input, logits.weight, logits.bias)
         self.input, self.weight, self.bias = (
             v.new_zeros(v.shape) if need and v is not None else None
             for v, need in zip(tensors, needed, strict=True)
         )
         # Logits that are given get their gradient tile by tile, and sum nothing.
-        self.of_input = self.input if head.weight is None else _sum_for(self.input)
+        self.of_input = self.input if logits.weight is None else _sum_for(self.input)
         self.of_weight: Tensor | None = None
         self.of_bias: Tensor | None = None
 
@@ -94,26 +94,26 @@ class Gradients:
 
     def add(self, d: Tensor, rows: Rows, classes: slice) -> None:
         """Adds what the gradient of a tile of logits comes to."""
-        head = self.head
-        if head.weight is None:
+        logits = self.logits
+        if logits.weight is None:
             if self.of_input is not None:
                 self.of_input[rows, classes] = d.to(self.of_input.dtype)
             return
         if self.of_bias is not None:
             self.of_bias += d.sum(0, dtype=self.of_bias.dtype)
-        d, x = d.to(head.dtype), head.input[rows].to(head.dtype)
-        for block in head.blocks(classes):
+        d, x = d.to(logits.dtype), logits.input[rows].to(logits.dtype)
+        for block in logits.blocks(classes):
             inside = within(block, classes)
             if self.of_input is not None:
-                weight = head.weight[block].to(head.dtype)
+                weight = logits.weight[block].to(logits.dtype)
                 _add_product(self.of_input, rows, d[:, inside], weight)
             if self.of_weight is not None:
                 _add_product(self.of_weight, inside, d[:, inside].t(), x)
 
     def results(self) -> list[Tensor]:
-        """One tensor for each of the head's; empty where no gradient is needed."""
+        """One tensor for each of the logits's; empty where no gradient is needed."""
         _store(self.of_input, self.input)
-        empty = self.head.input.new_empty
+        empty = self.logits.input.new_empty
         return [empty(0) if g is None else g for g in (self.input, self.weight, self.bias)]
 
 

@@ -67,7 +67,7 @@ def alpha_div(
     alpha = arguments.check_finite(alpha, "alpha")
     loss = "reverse_kl_div" if alpha == 0 else "kl_div" if alpha == 1 else "alpha_div"
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, shape=alpha)
+    return of_rows(loss, input, target, *how, param=alpha)
 
 
 @takes_dtensors
@@ -116,4 +116,4 @@ def renyi_div(
     arguments.check_reduction(reduction)
     loss = "kl_div" if alpha == 1 else "renyi_div"
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, shape=alpha)
+    return of_rows(loss, input, target, *how, param=alpha)

@@ -18,7 +18,10 @@ Smoothing = Literal["all", "others"]
 
 
 def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tuple[float, float]:
-    """Return ``(confidence, spread)``; the smoothed target is ``confidence * p + spread``."""
+    """Return ``confidence`` and ``smoothing_per_class``.
+
+    The smoothed target is ``confidence * p + smoothing_per_class``.
+    """
     share = arguments.check_share(label_smoothing, "label_smoothing")
     epsilon = term(share)
     if smoothing == "all":
@@ -29,8 +32,8 @@ def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tup
         if share:
             raise ValueError("smoothing='others' needs at least two classes, input has one")
         return 1.0, 0.0
-    spread = epsilon / (classes - 1)
-    return 1.0 - epsilon - spread, spread
+    smoothing_per_class = epsilon / (classes - 1)
+    return 1.0 - epsilon - smoothing_per_class, smoothing_per_class
 
 
 def cross_entropy_spec(
@@ -48,7 +51,7 @@ def cross_entropy_spec(
     inplace: bool = False,
 ) -> Spec:
     """The options of a cross entropy, checked; a floating target holds probabilities."""
-    confidence, spread = smoothing_rates(label_smoothing, smoothing, classes)
+    confidence, smoothing_per_class = smoothing_rates(label_smoothing, smoothing, classes)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     soft = target.is_floating_point()
@@ -62,7 +65,7 @@ def cross_entropy_spec(
         scale=arguments.scale_of(temperature),
         softcap=0.0 if softcap is None else arguments.check_positive(softcap, "softcap"),
         confidence=confidence,
-        spread=spread,
+        smoothing_per_class=smoothing_per_class,
         z_loss=arguments.check_finite(z_loss, "z_loss"),
         inplace=inplace,
     )

@@ -25,7 +25,7 @@ def of_rows(
     temperature: float,
     token_weight: Tensor | None,
     inplace_backward: bool,
-    shape: float = 0.0,
+    param: float = 0.0,
 ) -> Tensor:
     """The divergence called ``loss``, with the arguments that all divergences have."""
     arguments.check_logits(input)
@@ -45,7 +45,7 @@ def of_rows(
         reduction=reduction,
         batch=input.shape[0],
         scale=arguments.scale_of(temperature),
-        shape=shape,
+        param=param,
         inplace=inplace_backward,
     )
     value = row_loss(spec, x, t, row_weight=row_weight)
@@ -199,7 +199,7 @@ def js_div(
     """
     loss, beta = js_loss(beta)
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, shape=beta)
+    return of_rows(loss, input, target, *how, param=beta)
 
 
 @takes_dtensors
@@ -244,4 +244,4 @@ def skew_kl_div(
     skew = arguments.check_share(skew, "skew")
     loss = ("reverse_" if reverse else "") + ("skew_kl_div" if skew != 0 else "kl_div")
     how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, shape=skew)
+    return of_rows(loss, input, target, *how, param=skew)

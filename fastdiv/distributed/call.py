@@ -16,7 +16,7 @@ from .._engine.torch_private import is_transformed
 from .._losses.cross_entropy import smoothing_rates
 from ..reference import Spec, Stats
 from .alike import checksums
-from .autograd import Call, shard_loss
+from .autograd import ShardCall, shard_loss
 from .mean import token_mean
 from .world import Group, Plan, Shards, World, agree, checked, nothing_is_real, world_of
 
@@ -56,10 +56,10 @@ def loss_of(
     a = arguments_of(world, prepare, num_classes)
     shards = shards_of(world, a, a.x, a.x.shape[1], {"mean over": size_of(mean_group)})
     call = call_of(a, shards, mean_group)
-    value, total, stats = shard_loss(call, a.x, a.t, a.label, a.class_weight, a.row_weight)
+    value, divisor, stats = shard_loss(call, a.x, a.t, a.label, a.class_weight, a.row_weight)
     if stats is not None:
         stats = Stats(*(arguments.as_input(s, a.input, a.dim) for s in stats))
-    value = mean_of(a, value, total, mean_group)
+    value = mean_of(a, value, divisor, mean_group)
     if a.spec.reduction == "none":
         value = value.reshape((*value.shape[:-1], *arguments.row_shape(a.input, a.dim)))
     return value, stats
@@ -112,7 +112,7 @@ def _labels_in_short(a: Arguments) -> tuple[int, int, int]:
     return int(counting.min()), int(counting.max()), int(counting.sum())
 
 
-def call_of(a: Arguments, shards: Shards, mean_group: Group) -> Call:
+def call_of(a: Arguments, shards: Shards, mean_group: Group) -> ShardCall:
     """What is asked of the shards, with all that depends on how many classes there are in all."""
     if a.label is not None and arguments.values_may_be_read(a.label):
         # On all ranks or on none, for they have the same labels.
@@ -120,18 +120,18 @@ def call_of(a: Arguments, shards: Shards, mean_group: Group) -> Call:
         arguments.check_labels(a.label, shards.classes, a.label_name, ignored)
     spec = a.spec
     if a.smoothing is not None:
-        confidence, spread = smoothing_rates(*a.smoothing, shards.classes)
-        spec = replace(spec, confidence=confidence, spread=spread)
+        confidence, smoothing_per_class = smoothing_rates(*a.smoothing, shards.classes)
+        spec = spec._replace(confidence=confidence, smoothing_per_class=smoothing_per_class)
     if mean_group is not None and spec.reduction == "mean":
-        spec = replace(spec, reduction="sum")
-    return Call(spec, shards, a.stats)
+        spec = spec._replace(reduction="sum")
+    return ShardCall(spec, shards, a.stats)
 
 
-def mean_of(a: Arguments, value: Tensor, total: Tensor, mean_group: Group) -> Tensor:
+def mean_of(a: Arguments, value: Tensor, divisor: Tensor, mean_group: Group) -> Tensor:
     """The value, or its share in the mean over a group."""
     if mean_group is None or a.spec.reduction != "mean":
         return value
-    return token_mean(value, total, mean_group)
+    return token_mean(value, divisor, mean_group)
 
 
 def size_of(group: Group) -> int | None:
@@ -163,7 +163,7 @@ def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan
             "ignore_index": spec.ignore_index,
             "1 / temperature": spec.scale,
             "softcap": spec.softcap,
-            "beta": spec.shape,
+            "beta": spec.param,
             "label smoothing": a.smoothing,
             "z_loss": spec.z_loss,
         }

@@ -9,38 +9,37 @@ from typing import Any
 from torch import Tensor
 
 from .._engine import arguments
-from .._linear import layer as layers
 from .._linear.divergence import check_teacher
-from .._linear.layer import Layer
+from .._linear.head import LinearHead, as_rows, check_chunk_size, check_target, checked_head
 from .._linear.ops import dtype_of_value
 from .._losses.cross_entropy import cross_entropy_spec
 from ..reference import Spec, Stats
 from .call import Arguments, arguments_of, call_of, global_labels, mean_of, shards_of, size_of
-from .tiles import LayerCall, layer_loss
+from .tiles import ShardLinearCall, shard_linear_loss
 from .world import Group, world_of
 
 
 @dataclass(kw_only=True)
-class LayerArguments(Arguments):
+class LinearArguments(Arguments):
     """Those of a loss of a layer's logits."""
 
-    layer: Layer
+    head: LinearHead
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        layers.check_chunk_size(self.chunk_size)
+        check_chunk_size(self.chunk_size)
 
 
 def _loss_of(
-    prepare: Callable[[], LayerArguments],
+    prepare: Callable[[], LinearArguments],
     group: Group,
     mean_group: Group,
     num_classes: int | None,
 ) -> tuple[Tensor, Stats | None]:
     world = world_of(group)
     a = arguments_of(world, prepare, num_classes)
-    x, weight, bias = a.layer.tensors
+    x, weight, bias = a.head.tensors
     t, t_weight, t_bias = a.teacher
     more = {
         "mean over": size_of(mean_group),
@@ -53,12 +52,12 @@ def _loss_of(
     call = call_of(a, shards, mean_group)
     dtype = dtype_of_value(x, t)
     weights = (None if w is None else w.to(dtype) for w in (a.class_weight, a.row_weight))
-    value, total, stats = layer_loss(
-        LayerCall(call.spec, shards, a.stats, a.chunk_size or 0),
+    value, divisor, stats = shard_linear_loss(
+        ShardLinearCall(call.spec, shards, a.stats, a.chunk_size or 0),
         *(x, weight, bias, t, t_weight, t_bias, a.label, *weights),
     )
-    value = mean_of(a, value, total, mean_group)
-    shape = a.layer.logits.shape[:-1]
+    value = mean_of(a, value, divisor, mean_group)
+    shape = a.head.logits.shape[:-1]
     if a.spec.reduction == "none":
         value = value.reshape(shape)
     return value, None if stats is None else Stats(*(s.reshape(shape) for s in stats))
@@ -134,9 +133,9 @@ def linear_cross_entropy(
     Source: :func:`fastdiv.linear_cross_entropy`; Shoeybi et al., *Megatron-LM* (2019).
     """
 
-    def prepare() -> LayerArguments:
-        layer = layers.make_layer(input, linear_weight, linear_bias)
-        logits = layer.logits
+    def prepare() -> LinearArguments:
+        head = checked_head(input, linear_weight, linear_bias)
+        logits = head.logits
         dim, classes = logits.dim() - 1, logits.shape[-1]
         arguments.check_reduction(reduction)
         ignored = arguments.check_ignored(-100 if ignore_index is None else ignore_index)
@@ -154,18 +153,18 @@ def linear_cross_entropy(
         )
         t = y = None
         if target.is_floating_point():
-            layers.check_target(logits, target)
-            t = layers.as_rows(target)
+            check_target(logits, target)
+            t = as_rows(target)
         else:
             y = global_labels(logits, dim, target, "target")
-        return LayerArguments(
+        return LinearArguments(
             spec,
             y,
             arguments.class_weights(logits, classes, weight),
             arguments.token_weights(logits, dim, token_weight),
             (arguments.check_share(label_smoothing, "label_smoothing"), smoothing),
             stats=return_stats,
-            layer=layer,
+            head=head,
             teacher=(t, None, None),
             chunk_size=chunk_size,
         )
@@ -236,9 +235,9 @@ def linear_kl_div(
     Source: :func:`fastdiv.linear_kl_div`.
     """
 
-    def prepare() -> LayerArguments:
-        layer = layers.make_layer(input, linear_weight, linear_bias)
-        logits = layer.logits
+    def prepare() -> LinearArguments:
+        head = checked_head(input, linear_weight, linear_bias)
+        logits = head.logits
         arguments.check_reduction(reduction)
         teacher = (target, target_type, target_linear_weight, target_linear_bias)
         kind, tensors = check_teacher(logits, *teacher)
@@ -250,8 +249,8 @@ def linear_kl_div(
             scale=arguments.scale_of(temperature),
         )
         weight = arguments.token_weights(logits, logits.dim() - 1, token_weight)
-        return LayerArguments(
-            spec, row_weight=weight, layer=layer, teacher=tensors, chunk_size=chunk_size
+        return LinearArguments(
+            spec, row_weight=weight, head=head, teacher=tensors, chunk_size=chunk_size
         )
 
     return _loss_of(prepare, group, mean_group, num_classes)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -98,7 +98,7 @@ class Rows:
     @property
     def smoothed(self) -> bool:
         """Whether a cross entropy is of every class."""
-        return bool(self.spec.spread) or self.spec.target_type == "probs"
+        return bool(self.spec.smoothing_per_class) or self.spec.target_type == "probs"
 
     @property
     def of_shard(self) -> Spec:
@@ -112,8 +112,7 @@ class Rows:
         if self.label is not None:
             confidence = 0.0 if self.smoothed else 1.0
         loss = "kl_div" if spec.loss == "js_div" else spec.loss
-        return replace(
-            spec,
+        return spec._replace(
             loss=loss,
             reduction="none",
             ignore_index=arguments.NO_LABEL_IGNORED,

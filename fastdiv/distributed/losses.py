@@ -149,7 +149,7 @@ def _divergence(
     beta: float = 0.0,
 ) -> Tensor:
     def prepare() -> RowArguments:
-        name, shape = (loss, 0.0) if loss != "js_div" else js_loss(beta)
+        name, param = (loss, 0.0) if loss != "js_div" else js_loss(beta)
         arguments.check_logits(input)
         arguments.check_logits(target, "target")
         arguments.check_target_type(target_type)
@@ -166,7 +166,7 @@ def _divergence(
             reduction=reduction,
             batch=input.shape[0],
             scale=arguments.scale_of(temperature),
-            shape=shape,
+            param=param,
             inplace=inplace_backward,
         )
         return RowArguments(spec, row_weight=row_weight, input=input, dim=d, x=x, t=t)

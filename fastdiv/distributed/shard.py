@@ -63,7 +63,7 @@ class ShardedRows:
     def _mixed(self, kernels: Kernels, whole: Whole, dtype: torch.dtype) -> Whole:
         """The loss of a mixture, of which the shards' terms are known once rows are normalised."""
         spec, record = self.spec, whole.record
-        record["c"] = merge.apart(min(spec.shape, 1 - spec.shape) * whole.value)
+        record["c"] = merge.apart(min(spec.param, 1 - spec.param) * whole.value)
         weight = torch.ones_like(whole.value) if self.weight is None else self.weight != 0
         terms = kernels.terms(spec, packed_record(record).to(dtype), weight.to(dtype))
         sums = gather(self.shards.world, terms).double().sum(0)
@@ -91,7 +91,7 @@ def packed_record(record: dict[str, Tensor]) -> Tensor:
 
 
 def results(rows: ShardedRows, whole: Whole, dtype: torch.dtype) -> list[Tensor]:
-    """Value, record, sum of the weights, and statistics, as the ops of whole rows return them."""
+    """Value, record, divisor, and statistics, as the ops of whole rows return them."""
     value, record, valid = whole.value, whole.record, rows.valid()
     if valid is not None:  # a label that is no class makes its row NaN
         value = torch.where(valid, value, torch.nan)
@@ -103,19 +103,19 @@ def results(rows: ShardedRows, whole: Whole, dtype: torch.dtype) -> list[Tensor]
         value = torch.where(counts, value * weight, 0.0)
         packed = torch.where(counts.unsqueeze(1), packed, 0.0)
     of_mean = weight if whole.omega is None else weight * whole.omega
-    total = torch.where(weight == 0, 0.0, of_mean).sum()
+    divisor = torch.where(weight == 0, 0.0, of_mean).sum()
     value = value.to(dtype).contiguous()
     if rows.spec.reduction != "none":
         value = value.sum(dtype=torch.float64)
         if rows.spec.reduction != "sum":
-            value = value / (total if rows.spec.reduction == "mean" else rows.spec.batch)
+            value = value / (divisor if rows.spec.reduction == "mean" else rows.spec.batch)
         value = value.to(dtype)
     lse, entropy, log_prob, argmax = whole.stats or [weight[:0]] * 4
     if rows.stats and valid is not None:
         log_prob = torch.where(valid, log_prob, torch.nan)
         log_prob = torch.where(weight == 0, 0.0, log_prob)
     of_rows = torch.stack([lse, entropy, log_prob]).to(dtype)
-    return [value, packed.to(dtype), total.to(dtype), of_rows, argmax.to(torch.int64)]
+    return [value, packed.to(dtype), divisor.to(dtype), of_rows, argmax.to(torch.int64)]
 
 
 @torch.library.custom_op("fastdiv::_shard_forward", mutates_args=())
@@ -125,17 +125,18 @@ def forward(
     label: Tensor | None,
     class_weight: Tensor | None,
     weight: Tensor | None,
-    floats: Tensor,
     ints: Sequence[int],
+    floats: Sequence[float],
+    symbolic: Tensor | None,
     sizes: Sequence[int],
     rank: int,
     group: str,
     stats: bool,
     need_t: bool,
 ) -> list[Tensor]:
-    """Of whole rows: value, record, sum of the weights, statistics and argmax."""
+    """Of whole rows: value, record, divisor, statistics and argmax."""
     shards = Shards(World(group, rank, len(sizes)), tuple(sizes))
-    dtype, spec = value_dtype(x.dtype), ops.spec_of([*ints, *floats.tolist()])
+    dtype, spec = value_dtype(x.dtype), ops.unpacked(ints, floats, symbolic)
     rows = ShardedRows(spec, shards, label, class_weight, weight, stats, need_t)
     if stats and t is not None:
         rows = replace(rows, mass=t.sum(-1, dtype=dtype))
@@ -143,7 +144,7 @@ def forward(
 
 
 @forward.register_fake
-def _(x, t, label, cw, weight, floats, ints, sizes, rank, group, stats, need_t):  # type: ignore[no-untyped-def]
+def _(x, t, label, cw, weight, ints, floats, symbolic, sizes, rank, group, stats, need_t):  # type: ignore[no-untyped-def]
     return fake_results(x, ints, value_dtype(x.dtype), stats)
 
 
@@ -151,7 +152,7 @@ def fake_results(x: Tensor, ints: Sequence[int], dtype: torch.dtype, stats: bool
     """Tensors like those of ``results``."""
     with_rows = x.shape[0] if stats else 0
     return [
-        x.new_empty(ops.value_shape(ints, x.shape[0]), dtype=dtype),
+        x.new_empty(ops.value_shape(ops.spec_of(ints), x.shape[0]), dtype=dtype),
         x.new_empty((x.shape[0], ops.RECORD_SIZE), dtype=dtype),
         x.new_empty((), dtype=dtype),
         x.new_empty((3, with_rows), dtype=dtype),

@@ -45,10 +45,10 @@ def divergence(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
     else:
         p = torch.where(t == 0, t.detach(), t)
         lp = log_of(p)
-    terms = DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.shape)
+    terms = DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.param)
     if spec.reduction == "pointwise":
         return terms
-    return OUTER[spec.loss](terms, spec.shape) if spec.loss in OUTER else terms.sum(-1)
+    return OUTER[spec.loss](terms, spec.param) if spec.loss in OUTER else terms.sum(-1)
 
 
 # --- losses of one row of logits --------------------------------------------------------------
@@ -79,21 +79,23 @@ def cross_entropy(
     y: Tensor | None,
     class_weight: Tensor | None,
 ) -> Tensor:
-    """``-sum r log q + z omega lse^2`` with ``r = class_weight (confidence p + spread)``.
+    """Compute ``-sum r log q + z omega lse^2``.
+
+    The smoothed target is ``r = class_weight (confidence p + smoothing_per_class)``.
 
     ``p`` is ``t``, or all of it is on the class ``y``.  ``omega`` is the class weight of the label,
     1 for soft targets.
     """
     omega: Tensor | float = 1.0
     if t is not None:
-        r = spec.confidence * t + spec.spread
+        r = spec.confidence * t + spec.smoothing_per_class
         value = -expected(r if class_weight is None else r * class_weight, lq).sum(-1)
     else:
         assert y is not None
         omega = torch.ones_like(lq[..., 0]) if class_weight is None else class_weight[y]
         value = -expected(spec.confidence * omega, of_class(lq, y))
-        if isinstance(spec.spread, Tensor) or spec.spread:
-            r = torch.zeros_like(lq) + spec.spread
+        if isinstance(spec.smoothing_per_class, Tensor) or spec.smoothing_per_class:
+            r = torch.zeros_like(lq) + spec.smoothing_per_class
             value = value - expected(r if class_weight is None else r * class_weight, lq).sum(-1)
     return value + spec.z_loss * omega * torch.logsumexp(x, -1) ** 2 if spec.z_loss else value
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from .._engine import arguments
 from .._engine.symbolic import same_shape
 from ..reference import Spec, Stats
-from .autograd import linear_loss
-from .ops import LinearCall, dtype_of_value
+from .autograd import LinearCall, linear_loss
+from .ops import dtype_of_value
 
 
 @dataclass
-class Layer:
+class LinearHead:
     """Hidden states of any shape, with the weight and the bias of a linear layer."""
 
     input: Tensor
@@ -33,9 +33,9 @@ class Layer:
         return as_rows(self.input), self.weight, self.bias
 
 
-def make_layer(
+def checked_head(
     input: Tensor, weight: Tensor, bias: Tensor | None, name: str = "input", prefix: str = ""
-) -> Layer:
+) -> LinearHead:
     """The layer, checked, and cast as ``F.linear`` would under autocast."""
     arguments.check_logits(input, name)
     names = f"{prefix}linear_weight", f"{prefix}linear_bias"
@@ -59,7 +59,7 @@ def make_layer(
             raise TypeError(f"{of} must have the dtype of {name}, {input.dtype}, got {v.dtype}")
         if v is not None and v.device != input.device:
             raise RuntimeError(f"{of} is on {v.device}, but {name} is on {input.device}")
-    return Layer(input, weight, bias)
+    return LinearHead(input, weight, bias)
 
 
 # Whether autocast exists for a device.  Asked here, since the compiler of torch 2.11 cannot ask.
@@ -103,9 +103,9 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
 
 
-def loss_of_layer(
+def loss_of_head(
     spec: Spec,
-    student: Layer,
+    student: LinearHead,
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     label: Tensor | None = None,
     class_weight: Tensor | None = None,
