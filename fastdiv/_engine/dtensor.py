@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 PLAIN = {Tensor, Parameter}
 
 
-def takes_dtensors(function: F) -> F:
+def dispatch_dtensor(function: F) -> F:
     """The same function, which computes DTensors from their local parts, and can be traced.
 
     Where nobody has imported torch's DTensor, a look at a dictionary is all that DTensors cost.

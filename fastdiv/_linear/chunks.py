@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import reference
 from .._engine import arguments, ops
 from ..reference import Spec, value_dtype
-from .tiles import CONVERTED, Gradients, Rows, TiledLogits, ranges
+from .tiles import CONVERTED, Gradients, RowRange, TiledLogits, ranges
 
 SHARE = 12  # tiles take at most this part of the input's logits,
 LARGEST = {"cpu": 1 << 26, "cuda": 1 << 29}  # and no more bytes, however many rows there are,
@@ -91,7 +91,7 @@ class Problem:
         classes = (self.budget() // 2 - of_input) // of_class
         return rows, max(classes, FEWEST_CLASSES[self.device])
 
-    def pieces(self, most: int, every: bool = False) -> list[Rows]:
+    def pieces(self, most: int, every: bool = False) -> list[RowRange]:
         """The rows; on a CPU, where it costs nothing to look, those that count."""
         if self.device == "cpu" and not every:
             counting = self.weight.nonzero().squeeze(1)
@@ -99,7 +99,7 @@ class Problem:
                 return [counting[piece] for piece in ranges(slice(0, len(counting)), most)]
         return list(ranges(slice(0, self.rows), most))
 
-    def tiles(self, rows: Rows, classes: slice) -> tuple[Any, ...]:
+    def tiles(self, rows: RowRange, classes: slice) -> tuple[Any, ...]:
         """What the row ops take before their options."""
         return (
             self.student.tile(rows, classes, self.dtype),
@@ -120,7 +120,7 @@ class Results:
     argmax: Tensor
 
 
-Look = Callable[[Rows, tuple[Any, ...], Tensor, Tensor], None]  # rows, tiles, values, records
+Look = Callable[[RowRange, tuple[Any, ...], Tensor, Tensor], None]  # rows, tiles, values, records
 
 
 def by_rows(
@@ -144,7 +144,7 @@ def by_rows(
     whole = slice(0, p.classes)
     options = ops.options(p.spec, stats)
 
-    def chunk(rows: Rows) -> None:  # a function, so that nothing of a chunk outlives it
+    def chunk(rows: RowRange) -> None:  # a function, so that nothing of a chunk outlives it
         tiles = p.tiles(rows, whole)
         upstream = None if grad is None else grad[..., rows].contiguous()
         if upstream is not None and not stats:
@@ -179,7 +179,7 @@ def by_classes(p: Problem, grad: Tensor, record: Tensor, gradients: list[Gradien
     pieces, both = p.pieces(most_rows), len(gradients) > 1
     one = p.weight.new_ones(())
 
-    def tile(rows: Rows, classes: slice) -> None:
+    def tile(rows: RowRange, classes: slice) -> None:
         tiles = p.tiles(rows, classes)
         upstream = grad[..., rows].contiguous()
         dt = ops.backward_in_place(upstream, *tiles, record[rows], one, *p.options, both)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._engine import arguments
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._engine.recording import size_of
 from .._losses.cross_entropy import cross_entropy, cross_entropy_spec
 from ..reference import Spec, Stats
@@ -68,7 +68,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Stats]: ...
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -202,7 +202,7 @@ def _logits_of_many_dimensions(input: Tensor, weight: Tensor, bias: Tensor | Non
     return F.linear(input, weight.flatten(0, -2), flat_bias).unflatten(-1, weight.shape[:-1])
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_log_prob_and_entropy(
     input: Tensor,
     linear_weight: Tensor,

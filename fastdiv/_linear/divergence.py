@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._engine import arguments
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._losses.divergence import js_loss
 from ..reference import Spec
 from .head import as_rows, check_target, checked_head, loss_of_head
@@ -15,6 +15,7 @@ def _linear_divergence(
     loss: str,
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, str | None, Tensor | None, Tensor | None],
+    *,
     reduction: str,
     temperature: float,
     token_weight: Tensor | None,
@@ -63,7 +64,7 @@ def check_teacher(
     return "logits", head.tensors
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -124,11 +125,18 @@ def linear_kl_div(
     """
     student = (input, linear_weight, linear_bias)
     teacher = (target, target_type, target_linear_weight, target_linear_bias)
-    how = (reduction, temperature, token_weight, chunk_size)
-    return _linear_divergence("kl_div", student, teacher, *how)
+    return _linear_divergence(
+        "kl_div",
+        student,
+        teacher,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        chunk_size=chunk_size,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_reverse_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -160,11 +168,18 @@ def linear_reverse_kl_div(
     """
     student = (input, linear_weight, linear_bias)
     teacher = (target, target_type, target_linear_weight, target_linear_bias)
-    how = (reduction, temperature, token_weight, chunk_size)
-    return _linear_divergence("reverse_kl_div", student, teacher, *how)
+    return _linear_divergence(
+        "reverse_kl_div",
+        student,
+        teacher,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        chunk_size=chunk_size,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_js_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -201,5 +216,13 @@ def linear_js_div(
     loss, beta = js_loss(beta)
     student = (input, linear_weight, linear_bias)
     teacher = (target, target_type, target_linear_weight, target_linear_bias)
-    how = (reduction, temperature, token_weight, chunk_size)
-    return _linear_divergence(loss, student, teacher, *how, param=beta)
+    return _linear_divergence(
+        loss,
+        student,
+        teacher,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        chunk_size=chunk_size,
+        param=beta,
+    )

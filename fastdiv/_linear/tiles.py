@@ -10,7 +10,7 @@ from torch import Tensor
 from .._engine.torch_private import multiplies, onednn_linear
 from ..reference import value_dtype
 
-Rows = slice | Tensor  # a range of rows, or the indices of some
+RowRange = slice | Tensor  # a range of rows, or the indices of some
 
 CONVERTED = 256  # classes whose weights are converted at a time
 
@@ -41,15 +41,15 @@ def rounds_products(x: Tensor) -> bool:
 
 
 class TiledLogits:
-    """Rows of classes: the logits of a linear layer or, without a weight, given as they are."""
+    """RowRange of classes: the logits of a linear layer or, without a weight, given as they are."""
 
     def __init__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         self.input, self.weight, self.bias = input, weight, bias
         self.dtype = product_dtype(input)
         self.converts = self.dtype != input.dtype
 
-    def tile(self, rows: Rows, classes: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of some classes; where there is a weight, in memory of their own."""
+    def tile(self, rows: RowRange, classes: slice, dtype: torch.dtype) -> Tensor:
+        """RowRange of some classes; where there is a weight, in memory of their own."""
         if self.weight is None:
             return self.input[rows][:, classes].to(dtype)
         x = self.input[rows].to(self.dtype)
@@ -92,7 +92,7 @@ class Gradients:
         _store(self.of_weight, None if self.weight is None else self.weight[classes])
         _store(self.of_bias, None if self.bias is None else self.bias[classes])
 
-    def add(self, d: Tensor, rows: Rows, classes: slice) -> None:
+    def add(self, d: Tensor, rows: RowRange, classes: slice) -> None:
         """Adds what the gradient of a tile of logits comes to."""
         logits = self.logits
         if logits.weight is None:
@@ -117,7 +117,7 @@ class Gradients:
         return [empty(0) if g is None else g for g in (self.input, self.weight, self.bias)]
 
 
-def _add_product(total: Tensor, rows: Rows, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Tensor, rows: RowRange, a: Tensor, b: Tensor) -> None:
     """``total[rows] += a @ b``, which is not rounded to a half before it is added.
 
     A rounding for each tile would add up to as much error as the final one of the gradient.

@@ -15,11 +15,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._engine import arguments
-from .._engine.dtensor import takes_dtensors
-from .divergence import of_rows
+from .._engine.dtensor import dispatch_dtensor
+from .divergence import divergence_of_rows
 
 
-@takes_dtensors
+@dispatch_dtensor
 def alpha_div(
     input: Tensor,
     target: Tensor,
@@ -66,11 +66,21 @@ def alpha_div(
     """
     alpha = arguments.check_finite(alpha, "alpha")
     loss = "reverse_kl_div" if alpha == 0 else "kl_div" if alpha == 1 else "alpha_div"
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, param=alpha)
+    return divergence_of_rows(
+        loss,
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        param=alpha,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def renyi_div(
     input: Tensor,
     target: Tensor,
@@ -115,5 +125,15 @@ def renyi_div(
         raise ValueError("reduction must not be 'pointwise': renyi_div is no sum over the classes")
     arguments.check_reduction(reduction)
     loss = "kl_div" if alpha == 1 else "renyi_div"
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, param=alpha)
+    return divergence_of_rows(
+        loss,
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        param=alpha,
+    )

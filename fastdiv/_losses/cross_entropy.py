@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._engine import arguments
 from .._engine.autograd import row_loss, row_loss_and_stats
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
 from .._engine.recording import size_of
 from .._engine.symbolic import term
@@ -111,7 +111,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Stats]: ...
 
 
-@takes_dtensors
+@dispatch_dtensor
 def cross_entropy(
     input: Tensor,
     target: Tensor,

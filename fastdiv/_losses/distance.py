@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._engine.dtensor import takes_dtensors
-from .divergence import of_rows
+from .._engine.dtensor import dispatch_dtensor
+from .divergence import divergence_of_rows
 
 
-@takes_dtensors
+@dispatch_dtensor
 def tv_distance(
     input: Tensor,
     target: Tensor,
@@ -40,11 +40,20 @@ def tv_distance(
     Source: Levin and Peres, *Markov Chains and Mixing Times* (2017), chapter 4; as a distillation
     loss: Wen et al., *f-Divergence Minimization for Sequence-Level Knowledge Distillation* (2023).
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows("tv_distance", input, target, *how)
+    return divergence_of_rows(
+        "tv_distance",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def hellinger_distance(
     input: Tensor,
     target: Tensor,
@@ -77,5 +86,14 @@ def hellinger_distance(
     Source: Hellinger, *Neue Begründung der Theorie quadratischer Formen von unendlichvielen
     Veränderlichen* (1909); Le Cam and Yang, *Asymptotics in Statistics* (2000).
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows("hellinger_distance", input, target, *how)
+    return divergence_of_rows(
+        "hellinger_distance",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+    )

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from .._engine import arguments
 from .._engine.autograd import row_loss
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
 from ..reference import Spec
 
 
-def of_rows(
+def divergence_of_rows(
     loss: str,
     input: Tensor,
     target: Tensor,
+    *,
     target_type: str,
     dim: int,
     reduction: str,
@@ -62,7 +63,7 @@ def js_loss(beta: float) -> tuple[str, float]:
     return "kl_div" if beta == 0 else "reverse_kl_div" if beta == 1 else "js_div", beta
 
 
-@takes_dtensors
+@dispatch_dtensor
 def kl_div(
     input: Tensor,
     target: Tensor,
@@ -125,11 +126,20 @@ def kl_div(
     Source: :func:`torch.nn.functional.kl_div`; Kullback and Leibler, *On Information and
     Sufficiency* (1951); as a distillation loss: Hinton et al. (2015).
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows("kl_div", input, target, *how)
+    return divergence_of_rows(
+        "kl_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def reverse_kl_div(
     input: Tensor,
     target: Tensor,
@@ -158,11 +168,20 @@ def reverse_kl_div(
 
     Source: Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models* (2024).
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows("reverse_kl_div", input, target, *how)
+    return divergence_of_rows(
+        "reverse_kl_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def js_div(
     input: Tensor,
     target: Tensor,
@@ -198,11 +217,21 @@ def js_div(
     *Divergence Measures Based on the Shannon Entropy* (1991).
     """
     loss, beta = js_loss(beta)
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, param=beta)
+    return divergence_of_rows(
+        loss,
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        param=beta,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def skew_kl_div(
     input: Tensor,
     target: Tensor,
@@ -243,5 +272,15 @@ def skew_kl_div(
     """
     skew = arguments.check_share(skew, "skew")
     loss = ("reverse_" if reverse else "") + ("skew_kl_div" if skew != 0 else "kl_div")
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, param=skew)
+    return divergence_of_rows(
+        loss,
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        param=skew,
+    )

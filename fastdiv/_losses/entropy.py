@@ -6,11 +6,11 @@ from torch import Tensor
 
 from .._engine import arguments
 from .._engine.autograd import row_loss
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from ..reference import Spec
 
 
-@takes_dtensors
+@dispatch_dtensor
 def entropy(
     input: Tensor,
     *,
@@ -61,7 +61,7 @@ def entropy(
     return arguments.as_input(value, input, dim) if reduction == "none" else value
 
 
-@takes_dtensors
+@dispatch_dtensor
 def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float = 1.0) -> Tensor:
     r"""Log-probability of one class a row, :math:`x_y / T - \log \sum_c e^{x_c / T}`, in nats.
 
@@ -92,7 +92,7 @@ def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float 
     return -_of_index("cross_entropy", input, index, dim, temperature)
 
 
-@takes_dtensors
+@dispatch_dtensor
 def log_prob_and_entropy(
     input: Tensor, index: Tensor, *, dim: int = -1, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:

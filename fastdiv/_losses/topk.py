@@ -8,7 +8,7 @@ from torch import Tensor
 from .._engine import arguments
 from .._engine.autograd import row_loss
 from .._engine.backend import use_kernel
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
 from .._engine.symbolic import same_shape
 from ..reference import Spec, topk, value_dtype
@@ -16,7 +16,7 @@ from ..reference import Spec, topk, value_dtype
 LOSSES = {missing: loss for loss, missing in topk.TOPK.items()}
 
 
-@takes_dtensors
+@dispatch_dtensor
 def topk_kl_div(
     input: Tensor,
     values: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._engine import arguments, ops
 from ..reference import Spec
 
-RECORD = ("x_max", "x_logz", "t_max", "t_logz", "gap", "a", "b", "c")  # Row in row_state.h
+RECORD = ("x_max", "x_logz", "t_max", "t_logz", "log_z_ratio", "a", "b", "c")  # Row in row_state.h
 TERMS = ("f", "u", "v", "q", "p")  # TermSums in divergence.h
 NOTHING_INFINITE = 2.0  # for a share
 
@@ -84,7 +84,7 @@ class Dense:
 
 
 @dataclass
-class Rows:
+class LocalRows:
     """A shard's rows, but for the logits."""
 
     spec: Spec
@@ -121,7 +121,7 @@ class Rows:
         )
 
 
-def columns(rows: Rows, kernels: Kernels, stats: bool) -> dict[str, Tensor]:
+def columns(rows: LocalRows, kernels: Kernels, stats: bool) -> dict[str, Tensor]:
     """The fewest numbers a row that whole rows can be merged from."""
     spec, label = rows.of_shard, rows.label
     counts = None if rows.weight is None else (rows.weight != 0).to(rows.weight.dtype)
@@ -156,19 +156,19 @@ def columns(rows: Rows, kernels: Kernels, stats: bool) -> dict[str, Tensor]:
     return out
 
 
-def _of_empty(rows: Rows) -> bool:
+def _of_empty(rows: LocalRows) -> bool:
     """Tells whether shards where only the target has mass must say how much that is."""
     return rows.spec.loss == "kl_div" and rows.spec.target_type != "logits"
 
 
-def _of_infinite(rows: Rows) -> bool:
+def _of_infinite(rows: LocalRows) -> bool:
     """Tells whether gradients of infinite rows need more than their values."""
     if rows.spec.loss == "kl_div":
         return rows.spec.target_type == "logits" and rows.need_t
     return rows.spec.loss == "reverse_kl_div"
 
 
-def odd_rows(rows: Rows) -> Odd | None:
+def odd_rows(rows: LocalRows) -> Odd | None:
     """What finds the few rows whose terms are summed once more, if there may be any.
 
     By what sums change as the shard's log q all grow by 1, the finite terms are told.
@@ -187,7 +187,7 @@ def odd_rows(rows: Rows) -> Odd | None:
             return None
         shifted = record.clone()
         shifted[:, RECORD.index("x_logz")] = torch.where(empty, 0.0, x_logz - 1)
-        shifted[:, RECORD.index("gap")] -= 1
+        shifted[:, RECORD.index("log_z_ratio")] -= 1
         return shifted, found.to(value.dtype)
 
     return odd
@@ -198,12 +198,12 @@ def _are_none(found: Tensor) -> bool:
     return found.is_cpu and not found.any()
 
 
-def _of_divergence(rows: Rows, local: Forward, record: dict[str, Tensor]) -> dict[str, Tensor]:
+def _of_divergence(rows: LocalRows, local: Forward, record: dict[str, Tensor]) -> dict[str, Tensor]:
     spec = rows.of_shard
     forward = spec.loss == "kl_div"
     out = {"value": local.value}
     if spec.target_type == "logits":
-        out |= {name: record[name] for name in ("t_max", "t_logz", "gap")}
+        out |= {name: record[name] for name in ("t_max", "t_logz", "log_z_ratio")}
     else:
         out["mass"] = 1 - record["a"] if forward else 1 + record["b"]
     if _of_infinite(rows):

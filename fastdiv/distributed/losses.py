@@ -137,6 +137,7 @@ def _divergence(
     loss: str,
     input: Tensor,
     target: Tensor,
+    *,
     target_type: str,
     dim: int,
     reduction: str,
@@ -228,8 +229,20 @@ def kl_div(
 
     Source: :func:`fastdiv.kl_div`, by the chain rule over groups of classes.
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return _divergence("kl_div", input, target, *how, group, mean_group, num_classes)
+    return _divergence(
+        "kl_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        group=group,
+        mean_group=mean_group,
+        num_classes=num_classes,
+    )
 
 
 def reverse_kl_div(
@@ -263,8 +276,20 @@ def reverse_kl_div(
 
     Source: :func:`fastdiv.reverse_kl_div`.
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return _divergence("reverse_kl_div", input, target, *how, group, mean_group, num_classes)
+    return _divergence(
+        "reverse_kl_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        group=group,
+        mean_group=mean_group,
+        num_classes=num_classes,
+    )
 
 
 def js_div(
@@ -302,5 +327,18 @@ def js_div(
 
     Source: :func:`fastdiv.js_div`.
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return _divergence("js_div", input, target, *how, group, mean_group, num_classes, beta)
+    return _divergence(
+        "js_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        group=group,
+        mean_group=mean_group,
+        num_classes=num_classes,
+        beta=beta,
+    )

@@ -23,7 +23,7 @@ from ..reference import Spec
 from ..reference.divergences import masked_product
 from .local import NOTHING_INFINITE
 
-APART = 0.25
+WELL_SEPARATED = 0.25
 
 
 @dataclass
@@ -158,49 +158,51 @@ def between(share: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, average(share, torch.expm1(deviation) - deviation).clamp(min=0).log1p(), close
 
 
-class Pair:
+class Sides:
     """Both rows of a divergence of logits, and what the shards of one are to those of the other."""
 
     def __init__(self, spec: Spec, parts: Parts) -> None:
         self.x = x = parts.side(spec, "x")
         self.t = t = parts.side(spec, "t")
         maxima = (parts["x_max"] - x.max) - (parts["t_max"] - t.max)
-        # log(sum e^x / sum e^t) of a shard; the kernel's gap has the digits of its small ones.
-        self.log_ratio = maxima * spec.scale + parts["gap"]
+        # log(sum e^x / sum e^t) of a shard; the kernel's has the digits of its small ones.
+        self.log_ratio = maxima * spec.scale + parts["log_z_ratio"]
         # Through the ratio where there is one, that x be to t as exactly as the shards know it.
         both = ~x.empty & ~t.empty
         log_sums = torch.where(both, t.log_share + self.log_ratio, x.log_sums - t.logz)
-        self.gap = torch.logsumexp(log_sums, 0)
+        self.log_z_ratio = torch.logsumexp(log_sums, 0)
 
     def forward(self) -> Tensor:
         """KL(P || Q), and the gap that goes with it."""
         mean, excess, close = between(self.t.share, self.log_ratio)
         close &= ((self.x.share == 0) == (self.t.share == 0)).all(0)
-        self.gap = torch.where(close, mean + excess, self.gap)
-        return torch.where(close, excess, self.gap - mean)
+        self.log_z_ratio = torch.where(close, mean + excess, self.log_z_ratio)
+        return torch.where(close, excess, self.log_z_ratio - mean)
 
     def reverse(self) -> Tensor:
         """KL(Q || P), likewise."""
         mean, excess, close = between(self.x.share, -self.log_ratio)
         close &= ((self.x.share == 0) == (self.t.share == 0)).all(0)
-        self.gap = torch.where(close, -(mean + excess), self.gap)
-        return torch.where(close, excess, -(mean + self.gap))
+        self.log_z_ratio = torch.where(close, -(mean + excess), self.log_z_ratio)
+        return torch.where(close, excess, -(mean + self.log_z_ratio))
 
     def record(self) -> dict[str, Tensor]:
         """What all divergences keep."""
         x, t = self.x, self.t
         record = {"x_max": x.max, "x_logz": x.logz, "t_max": t.max, "t_logz": t.logz}
-        return {**record, "gap": self.gap}
+        return {**record, "log_z_ratio": self.log_z_ratio}
 
 
 def kl_div(spec: Spec, parts: Parts) -> Whole:
     """Row: a = 1 - sum p, b = the value, c: whether the rows are apart."""
     if spec.target_type == "logits":
-        pair = Pair(spec, parts)
-        between_shards = pair.forward()
-        inside, slope = _infinite(parts, pair.t.share, pair.x.empty, pair.gap - pair.log_ratio)
+        sides = Sides(spec, parts)
+        between_shards = sides.forward()
+        inside, slope = _infinite(
+            parts, sides.t.share, sides.x.empty, sides.log_z_ratio - sides.log_ratio
+        )
         value = between_shards + inside
-        record, mass = pair.record(), torch.ones_like(value)
+        record, mass = sides.record(), torch.ones_like(value)
     else:
         x = parts.side(spec, "x")
         inside = torch.where(x.empty, 0.0, parts["value"])
@@ -208,24 +210,26 @@ def kl_div(spec: Spec, parts: Parts) -> Whole:
         record, mass = {"x_max": x.max, "x_logz": x.logz}, parts["mass"].sum(0)
     a = torch.where(value.isnan(), value, 1 - mass)
     b = torch.where(value.isinf(), slope, value)
-    return Whole(value, {**record, "a": a, "b": b, "c": apart(value)})
+    return Whole(value, {**record, "a": a, "b": b, "c": well_separated(value)})
 
 
 def reverse_kl_div(spec: Spec, parts: Parts) -> Whole:
     """Row: a = the value, b = sum p - 1, c as above."""
     if spec.target_type == "logits":
-        pair = Pair(spec, parts)
-        between_shards = pair.reverse()
-        inside, slope = _infinite(parts, pair.x.share, pair.t.empty, pair.log_ratio - pair.gap)
+        sides = Sides(spec, parts)
+        between_shards = sides.reverse()
+        inside, slope = _infinite(
+            parts, sides.x.share, sides.t.empty, sides.log_ratio - sides.log_z_ratio
+        )
         value = between_shards + inside
-        record, mass = pair.record(), torch.ones_like(value)
+        record, mass = sides.record(), torch.ones_like(value)
     else:
         x = parts.side(spec, "x")
         inside, slope = _infinite(parts, x.share, torch.zeros_like(x.empty), x.log_share)
         value = average(x.share, x.log_share) + inside
         record, mass = {"x_max": x.max, "x_logz": x.logz}, parts["mass"].sum(0)
     a = torch.where(value.isinf(), slope, value)
-    return Whole(value, {**record, "a": a, "b": mass - 1, "c": apart(value)})
+    return Whole(value, {**record, "a": a, "b": mass - 1, "c": well_separated(value)})
 
 
 def _infinite(
@@ -252,6 +256,6 @@ def of_terms(spec: Spec, record: dict[str, Tensor], sums: dict[str, Tensor]) -> 
     return Whole(sums["f"], {**record, "a": a, "b": b})
 
 
-def apart(value: Tensor) -> Tensor:
+def well_separated(value: Tensor) -> Tensor:
     """Where the textbook's terms will do, 1; see its namesake in divergence_value.h."""
-    return ((value > APART) & ~value.isinf()).to(value.dtype)
+    return ((value > WELL_SEPARATED) & ~value.isinf()).to(value.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._engine import ops
 from ..reference import Spec, value_dtype
 from . import merge
-from .local import RECORD, TERMS, Dense, Kernels, Rows, columns
+from .local import RECORD, TERMS, Dense, Kernels, LocalRows, columns
 from .merge import Parts, Whole
 from .world import Shards, World, gather
 
@@ -39,7 +39,9 @@ class ShardedRows:
         if label is not None:
             own = self.shards.sizes[self.shards.world.rank]
             label = torch.where((label < 0) | (label >= own), 0, label)
-        rows = Rows(self.spec, label, self.class_weight, self.weight, first, self.need_t, self.mass)
+        rows = LocalRows(
+            self.spec, label, self.class_weight, self.weight, first, self.need_t, self.mass
+        )
         whole = self._merged(rows.of_shard, columns(rows, kernels, self.stats))
         return whole if self.spec.loss != "js_div" else self._mixed(kernels, whole, dtype)
 
@@ -63,7 +65,7 @@ class ShardedRows:
     def _mixed(self, kernels: Kernels, whole: Whole, dtype: torch.dtype) -> Whole:
         """The loss of a mixture, of which the shards' terms are known once rows are normalised."""
         spec, record = self.spec, whole.record
-        record["c"] = merge.apart(min(spec.param, 1 - spec.param) * whole.value)
+        record["c"] = merge.well_separated(min(spec.param, 1 - spec.param) * whole.value)
         weight = torch.ones_like(whole.value) if self.weight is None else self.weight != 0
         terms = kernels.terms(spec, packed_record(record).to(dtype), weight.to(dtype))
         sums = gather(self.shards.world, terms).double().sum(0)

@@ -1,8 +1,8 @@
 """The formulas of the divergences in plain torch, the part of :mod:`fastdiv.reference` about them.
 
 A divergence gives one term for every class from log-probabilities and probabilities of both sides,
-and its value is their sum, or what ``OUTER`` has for it.  Masses of 0 and infinite terms are as the
-reference defines them.
+and its value is their sum, or what ``FINALIZE`` makes of them.  Masses of 0 and infinite terms are
+as the reference defines them.
 """
 
 from __future__ import annotations
@@ -147,4 +147,4 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 }
 
 # The value from the terms and the shape parameter, where that is not the sum of the terms.
-OUTER: dict[str, Callable[[Tensor, float], Tensor]] = {"renyi_div": log_of_sum}
+FINALIZE: dict[str, Callable[[Tensor, float], Tensor]] = {"renyi_div": log_of_sum}

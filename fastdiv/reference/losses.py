@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .divergences import DIVERGENCES, OUTER, log_of, masked_product
+from .divergences import DIVERGENCES, FINALIZE, log_of, masked_product
 from .spec import Spec, Stats, value_dtype
 from .topk import TOPK, topk_kl_div
 
@@ -48,7 +48,7 @@ def divergence(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
     terms = DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.param)
     if spec.reduction == "pointwise":
         return terms
-    return OUTER[spec.loss](terms, spec.param) if spec.loss in OUTER else terms.sum(-1)
+    return FINALIZE[spec.loss](terms, spec.param) if spec.loss in FINALIZE else terms.sum(-1)
 
 
 # --- losses of one row of logits --------------------------------------------------------------
