@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .._engine import arguments, ops
 from ..reference import Spec
-
-RECORD = ("x_max", "x_logz", "t_max", "t_logz", "log_z_ratio", "a", "b", "c")  # Row in row_state.h
-TERMS = ("f", "u", "v", "q", "p")  # TermSums in divergence.h
-NOTHING_INFINITE = 2.0  # for a share
-
-
-class Forward(NamedTuple):
-    """What a forward makes of a shard as if its rows were whole."""
-
-    value: Tensor
-    record: Tensor
-    stats: Tensor | None = None  # lse, entropy, log_prob
-    argmax: Tensor | None = None
-    terms: Tensor | None = None  # sums of them, of odd rows
-
-
-# From values, records and weights of some rows: the records to sum the terms of odd ones from, and
-# which these are; nothing if none is.
-Odd = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None]
+from .infinite_rows import RECORD, TERMS, Odd, ShardForward, finite_part, odd_rows
 
 
 class Kernels(Protocol):
@@ -43,7 +24,7 @@ class Kernels(Protocol):
         weight: Tensor | None,
         stats: bool,
         odd: Odd | None = None,
-    ) -> Forward:
+    ) -> ShardForward:
         """Every row, with or without statistics, and with sums of the terms of odd ones."""
 
     def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
@@ -65,18 +46,18 @@ class Dense:
         weight: Any,
         stats: bool,
         odd: Odd | None = None,
-    ) -> Forward:
+    ) -> ShardForward:
         """See ``Kernels``."""
         rows = (self.x, self.t, label, class_weight, weight)
         if stats:
             value, record, _, of_rows, argmax = ops.forward_stats(
                 *rows, *ops.options(spec, stats=True)
             )
-            return Forward(value, record, of_rows, argmax)
+            return ShardForward(value, record, of_rows, argmax)
         value, record, _ = ops.forward(*rows, *ops.options(spec))
         found = None if odd is None else odd(value, record, weight)
         terms = None if found is None else self.terms(spec, *found)
-        return Forward(value, record, terms=terms)
+        return ShardForward(value, record, terms=terms)
 
     def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
         """See ``Kernels``."""
@@ -99,6 +80,18 @@ class LocalRows:
     def smoothed(self) -> bool:
         """Whether a cross entropy is of every class."""
         return bool(self.spec.smoothing_per_class) or self.spec.target_type == "probs"
+
+    @property
+    def needs_mass_of_empty(self) -> bool:
+        """Return whether a shard without logits must still say how much mass its target has."""
+        return self.spec.loss == "kl_div" and self.spec.target_type != "logits"
+
+    @property
+    def needs_finite_share(self) -> bool:
+        """Return whether gradients of rows with an infinite value need more than that value."""
+        if self.spec.loss == "kl_div":
+            return self.spec.target_type == "logits" and self.need_t
+        return self.spec.loss == "reverse_kl_div"
 
     @property
     def of_shard(self) -> Spec:
@@ -131,7 +124,7 @@ def columns(rows: LocalRows, kernels: Kernels, stats: bool) -> dict[str, Tensor]
         rows.class_weight if rows.smoothed else None,
         None if stats else counts,  # which are of all rows
         stats or (rows.smoothed and label is not None),  # for the label's log-probability
-        odd_rows(rows),
+        odd_rows(rows.needs_mass_of_empty, rows.needs_finite_share),
     )
     record = dict(zip(RECORD, local.record.unbind(1), strict=True))
     out = {name: record[name] for name in ("x_max", "x_logz")}
@@ -140,7 +133,7 @@ def columns(rows: LocalRows, kernels: Kernels, stats: bool) -> dict[str, Tensor]
     if spec.loss == "log_prob_and_entropy":
         return {**out, "label": local.value[0], "entropy": local.value[1]}
     if spec.loss in ("kl_div", "reverse_kl_div"):
-        return {**out, **_of_divergence(rows, local, record)}
+        return {**out, **_divergence_columns(rows, local, record)}
     if rows.smoothed:
         out |= {"value": local.value, "mass": record["a"]}
     if label is not None:
@@ -156,66 +149,19 @@ def columns(rows: LocalRows, kernels: Kernels, stats: bool) -> dict[str, Tensor]
     return out
 
 
-def _of_empty(rows: LocalRows) -> bool:
-    """Tells whether shards where only the target has mass must say how much that is."""
-    return rows.spec.loss == "kl_div" and rows.spec.target_type != "logits"
-
-
-def _of_infinite(rows: LocalRows) -> bool:
-    """Tells whether gradients of infinite rows need more than their values."""
-    if rows.spec.loss == "kl_div":
-        return rows.spec.target_type == "logits" and rows.need_t
-    return rows.spec.loss == "reverse_kl_div"
-
-
-def odd_rows(rows: LocalRows) -> Odd | None:
-    """What finds the few rows whose terms are summed once more, if there may be any.
-
-    By what sums change as the shard's log q all grow by 1, the finite terms are told.
-    """
-    of_empty, of_infinite = _of_empty(rows), _of_infinite(rows)
-    if not (of_empty or of_infinite):
-        return None
-
-    def odd(value: Tensor, record: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        x_logz = record[:, RECORD.index("x_logz")]
-        empty = x_logz == -torch.inf
-        found = (empty & of_empty) | (value.isinf() & of_infinite)
-        if weight is not None:
-            found &= weight != 0
-        if _are_none(found):
-            return None
-        shifted = record.clone()
-        shifted[:, RECORD.index("x_logz")] = torch.where(empty, 0.0, x_logz - 1)
-        shifted[:, RECORD.index("log_z_ratio")] -= 1
-        return shifted, found.to(value.dtype)
-
-    return odd
-
-
-def _are_none(found: Tensor) -> bool:
-    """Tells whether there is no such row; a GPU is not asked, where such rows cost little."""
-    return found.is_cpu and not found.any()
-
-
-def _of_divergence(rows: LocalRows, local: Forward, record: dict[str, Tensor]) -> dict[str, Tensor]:
-    spec = rows.of_shard
-    forward = spec.loss == "kl_div"
-    out = {"value": local.value}
+def _divergence_columns(
+    rows: LocalRows, local: ShardForward, record: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    spec, out = rows.of_shard, {"value": local.value}
     if spec.target_type == "logits":
         out |= {name: record[name] for name in ("t_max", "t_logz", "log_z_ratio")}
+    elif spec.loss == "kl_div":
+        out["mass"] = 1 - record["a"]
+        if local.terms is not None:
+            empty = record["x_logz"] == -torch.inf
+            out["mass"] = torch.where(empty, local.terms[:, TERMS.index("p")], out["mass"])
     else:
-        out["mass"] = 1 - record["a"] if forward else 1 + record["b"]
-    if _of_infinite(rows):
-        out["share"] = torch.full_like(local.value, NOTHING_INFINITE)
-    if local.terms is None:
-        return out
-    _, u, v, q, p = local.terms.unbind(1)
-    if _of_infinite(rows):
-        slope, moved = (record["b"], v / p) if forward else (record["a"], u / q)
-        infinite = local.value.isinf()
-        out["value"] = torch.where(infinite, slope, local.value)
-        out["share"] = torch.where(infinite, (moved - slope).abs(), out["share"])
-    if _of_empty(rows):
-        out["mass"] = torch.where(record["x_logz"] == -torch.inf, p, out["mass"])
+        out["mass"] = 1 + record["b"]
+    if rows.needs_finite_share:
+        out |= finite_part(spec, local, record)
     return out

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..reference import Spec
 from ..reference.divergences import masked_product
-from .local import NOTHING_INFINITE
+from .infinite_rows import NOTHING_INFINITE
 
 WELL_SEPARATED = 0.25
 
@@ -173,7 +173,7 @@ class Sides:
         self.log_z_ratio = torch.logsumexp(log_sums, 0)
 
     def forward(self) -> Tensor:
-        """KL(P || Q), and the gap that goes with it."""
+        """KL(P || Q), and the log_z_ratio that goes with it."""
         mean, excess, close = between(self.t.share, self.log_ratio)
         close &= ((self.x.share == 0) == (self.t.share == 0)).all(0)
         self.log_z_ratio = torch.where(close, mean + excess, self.log_z_ratio)
@@ -194,7 +194,7 @@ class Sides:
 
 
 def kl_div(spec: Spec, parts: Parts) -> Whole:
-    """Row: a = 1 - sum p, b = the value, c: whether the rows are apart."""
+    """Row: a = 1 - sum p, b = the value, c: whether the rows are well separated."""
     if spec.target_type == "logits":
         sides = Sides(spec, parts)
         between_shards = sides.forward()

@@ -15,7 +15,8 @@ from torch import Tensor
 from .._engine import ops
 from ..reference import Spec, value_dtype
 from . import merge
-from .local import RECORD, TERMS, Dense, Kernels, LocalRows, columns
+from .infinite_rows import RECORD, TERMS
+from .local import Dense, Kernels, LocalRows, columns
 from .merge import Parts, Whole
 from .world import Shards, World, gather
 

@@ -27,9 +27,9 @@ from .._linear.autograd import LinearCall, linear_loss
 from .._linear.chunks import Problem, by_classes, by_rows
 from .._linear.ops import N_HEAD_TENSORS
 from ..reference import Spec, Stats
-from . import local, shard
+from . import shard
 from .autograd import ShardCall, whole_loss
-from .local import Odd
+from .infinite_rows import Odd, ShardForward
 from .shard import ShardedRows
 from .whole import shared
 from .world import Shards, World, sum_over
@@ -54,7 +54,7 @@ class Tiles:
         weight: Any,
         stats: bool,
         odd: Odd | None = None,
-    ) -> local.Forward:
+    ) -> ShardForward:
         """See ``Kernels``."""
         p = self._problem(spec, label, class_weight, weight)
         sums: Tensor | None = None
@@ -70,7 +70,7 @@ class Tiles:
 
         out = by_rows(p, stats, None, [], look)
         of_rows, argmax = (out.stats, out.argmax) if stats else (None, None)
-        return local.Forward(out.value, out.record, of_rows, argmax, sums)
+        return ShardForward(out.value, out.record, of_rows, argmax, sums)
 
     def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
         """See ``Kernels``."""
