@@ -3,7 +3,7 @@
 // row; a target of each type; a second sweep, rare or certain.
 #pragma once
 
-#include "common/registry.h"
+#include "losses/registry.h"
 
 #undef FD_ROW_LOSSES
 #undef FD_DIVERGENCES

@@ -6,7 +6,7 @@ namespace FD_ISA {
 
 #include "cpu/tiles.inl"
 #include "cpu/row_source.inl"
-#include "cpu/named_classes.inl"
+#include "cpu/topk.inl"
 
 // --- forward ----------------------------------------------------------------------------------
 

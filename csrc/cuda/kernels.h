@@ -1,7 +1,7 @@
 // The kernels as the torch side sees them: no torch header below, no CUDA header above.
 #pragma once
 
-#include "common/registry.h"
+#include "losses/registry.h"
 #include "losses/row_args.h"
 
 namespace fastdiv {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/launch.cuh"
-#include "cuda/named_classes.cuh"
+#include "cuda/topk.cuh"
 #include "cuda/row_reader.cuh"
 #include "losses/find_kernels.h"
 

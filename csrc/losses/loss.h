@@ -1,7 +1,7 @@
 // What every loss is made of: its numbers, and the defaults a policy starts from.
 #pragma once
 
-#include "common/registry.h"
+#include "losses/registry.h"
 #include "common/row_state.h"
 
 namespace fastdiv {

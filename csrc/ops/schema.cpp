@@ -1,5 +1,5 @@
 // The private ops, for whatever devices have kernels.
-#include "row_ops.h"
+#include "ops/arguments.h"
 
 STABLE_TORCH_LIBRARY(fastdiv, m) {
   m.def("_row_forward(Tensor x, " FD_ROWS_SCHEMA FD_OPTIONS_SCHEMA

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "cuda/kernels.h"
-#include "row_call.h"
+#include "ops/call.h"
 
 #if defined(FD_CUDA_ON_CPU)  // the tests': kernels run on the host, on tensors that live there
 

@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "common/registry.h"
+#include "losses/registry.h"
 #include "losses/row_args.h"
 
 // What every op takes after its tensors.  `batch` is what reduction "batchmean" divides by.

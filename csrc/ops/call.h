@@ -5,7 +5,7 @@
 #pragma once
 
 #include "losses/divergence.h"
-#include "row_ops.h"
+#include "ops/arguments.h"
 
 namespace fastdiv {
 
@@ -224,7 +224,7 @@ Tensor row_terms(const Tensor& x, FD_ROWS, const Tensor& record, FD_OPTIONS) {
 
 }  // namespace fastdiv
 
-// The ops of row_ops.cpp for a dispatch key.
+// The ops of schema.cpp for a dispatch key.
 #define FD_REGISTER(key, Device)                                                  \
   STABLE_TORCH_LIBRARY_IMPL(fastdiv, key, m) {                                    \
     m.impl("_row_forward", TORCH_BOX(&fastdiv::row_forward<Device>));             \

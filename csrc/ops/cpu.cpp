@@ -5,10 +5,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/check_indices.h"
+#include "cpu/topk_indices.h"
 #include "cpu/kernels.h"
 #include "losses/row.h"
-#include "row_call.h"
+#include "ops/call.h"
 
 namespace fastdiv {
 namespace {
