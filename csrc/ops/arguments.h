@@ -1,4 +1,4 @@
-// The signature of the private ops, shared by the bindings of both devices.
+// The tensors of a private op, checked and turned into RowArgs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -6,16 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 
-#include "losses/registry.h"
 #include "losses/row_args.h"
-
-// What every op takes after its tensors.  `batch` is what reduction "batchmean" divides by.
-#define FD_OPTIONS_SCHEMA                                                                   \
-  "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, " \
-  "float softcap, float shape, float label_rate, float spread, float z_loss"
-#define FD_ROWS_SCHEMA "Tensor? t, Tensor? label, Tensor? class_weight, Tensor? row_weight, "
+#include "ops/options.h"
 
 namespace fastdiv {
 
@@ -23,31 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2, kBatchMean = 3 };
-
 constexpr int64_t kRecordSize = sizeof(Row<float>) / sizeof(float);
-
-// The options as they come, and what the kernels make of them.
-struct Options {
-  LossId loss;
-  Target target;
-  Reduction reduction;
-  int64_t batch, ignore_index;
-  double scale, softcap;
-  LossParams params;
-
-  Options(int64_t loss, int64_t target, int64_t reduction, int64_t batch, int64_t ignore_index,
-          double scale, double softcap, double shape, double label_rate, double spread,
-          double z_loss)
-      : loss(LossId(loss)),
-        target(Target(target)),
-        reduction(Reduction(reduction)),
-        batch(batch),
-        ignore_index(ignore_index),
-        scale(scale),
-        softcap(softcap),
-        params{LossId(loss), shape, label_rate, spread, z_loss, Target(target)} {}
-};
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
