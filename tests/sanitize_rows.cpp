@@ -136,7 +136,7 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
   for (size_t i = 0; i < n; ++i) lse = std::fmax(lse, x[i] * a.scale - lq[i]);
   for (size_t i = 0; i < n; ++i) entropy -= times(std::exp(lq[i]), lq[i]);
   Plain out{0, entropy, std::vector<double>(n), std::vector<double>(n)};
-  const double b = loss == "hellinger_distance" ? 0.5 : a.params.shape;
+  const double b = loss == "hellinger_distance" ? 0.5 : a.params.param;
   const bool cross = loss.find("cross_entropy") != std::string::npos,
              hard = target == Target::kNone;
   const double omega = hard && cross ? weight[y] : 1;

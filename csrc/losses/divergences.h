@@ -57,7 +57,7 @@ template <class real, Target target>
 struct JsDiv : Divergence<real, target> {
   real beta, rest;
   FD_FN explicit JsDiv(const LossParams& p)
-      : Divergence<real, target>(p), beta(real(p.shape)), rest(real(1 - p.shape)) {}
+      : Divergence<real, target>(p), beta(real(p.param)), rest(real(1 - p.param)) {}
 
   FD_FN real part() const { return beta < rest ? beta : rest; }
   FD_FN Terms<real> terms(const Pair<real>& c) const {
@@ -87,8 +87,8 @@ struct SkewKlDiv : Divergence<real, target> {
   real sign;  // -1: reversed.  (As a bool it would keep GCC from vectorising the loops.)
   FD_FN explicit SkewKlDiv(const LossParams& p)
       : Divergence<real, target>(p),
-        skew(real(p.shape)),
-        rest(real(1 - p.shape)),
+        skew(real(p.param)),
+        rest(real(1 - p.param)),
         sign(p.loss == LossId::k_reverse_skew_kl_div ? real(-1) : real(1)) {}
 
   FD_FN real shift() const { return sign * rest; }

@@ -9,7 +9,7 @@ namespace fastdiv {
 // The options of a loss that are numbers; a policy keeps those it has a use for.
 struct LossParams {
   LossId loss;
-  double shape;   // beta, skew or alpha of a divergence
+  double param;   // beta, skew or alpha of a divergence
   double label;   // hard target: what the label weighs; soft target: factor of its probabilities
   double spread;  // what label smoothing gives to every class
   double z_loss;  // factor of lse^2
