@@ -181,10 +181,10 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
     }
     if (cross) {
       const bool at = hard && int64_t(i) == y;
-      const double r = weight[i] * (hard ? at * a.params.label : a.params.label * p[i]) +
+      const double r = weight[i] * (hard ? at * a.params.confidence : a.params.confidence * p[i]) +
                        weight[i] * a.params.spread;
       mass += r, terms -= times(r, lq[i]), u[i] = -r;
-      v[i] = -weight[i] * a.params.label * times(1, lq[i]);
+      v[i] = -weight[i] * a.params.confidence * times(1, lq[i]);
     }
     if (loss == "entropy") u[i] = -1.5 * times(q, lq[i] + entropy);
     if (loss == "log_prob_and_entropy")
@@ -359,7 +359,7 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   const bool cross = plain_name.find("cross_entropy") != std::string::npos;
   if (cross) a.params.z_loss = 1e-2;
   if (plain_name == "smoothed_cross_entropy" || plain_name == "soft_cross_entropy")
-    a.params.label = 0.9, a.params.spread = 0.1 / double(classes);
+    a.params.confidence = 0.9, a.params.spread = 0.1 / double(classes);
   a.value = value.data(), a.record = record.data();
   a.grad = grad.data(), a.grad_stride = 1;
   if (traits.two_outputs) a.entropy = entropy.data(), a.grad_entropy = grad_entropy.data();

@@ -1,5 +1,5 @@
 // Cross entropy, sum_c r_c (lse - x_c) + z omega lse^2, for targets r that are a label, a label
-// smoothed over the classes, or a distribution p: r_c = weight_c * (label * p_c + spread).
+// smoothed over the classes, or a distribution p: r_c = weight_c * (confidence * p_c + spread).
 #pragma once
 
 #include "losses/loss.h"
@@ -14,17 +14,17 @@ struct CrossEntropyOf : Loss<real, target> {
   static constexpr bool kSoftcap = true;
   static constexpr int kSums = smoothed ? 2 : 0;
 
-  real label, spread, z_loss;
+  real confidence, spread, z_loss;
   FD_FN explicit CrossEntropyOf(const LossParams& p)
       : Loss<real, target>(p),
-        label(real(p.label)),
+        confidence(real(p.confidence)),
         spread(real(p.spread)),
         z_loss(real(p.z_loss)) {}
 
   // r_c, but for the label: the skeleton adds that at its column.
   FD_FN real rate(real p, real weight) const {
     if constexpr (!smoothed) return real(0);
-    return kLabel ? weight * spread : weight * (label * p + spread);
+    return kLabel ? weight * spread : weight * (confidence * p + spread);
   }
 
   // a = sum r (x - max), b = sum r
@@ -39,7 +39,7 @@ struct CrossEntropyOf : Loss<real, target> {
 
   FD_FN Outputs<real> finish(const LogSumExp<real>&, const Sums<real>& s, Label<real> y, real scale,
                              Row<real>& row) const {
-    row.b = kLabel ? label * y.weight : real(0);
+    row.b = kLabel ? confidence * y.weight : real(0);
     const real mass = s.b + row.b, taken = s.a + mass_times(row.b, y.lx);
     const real lse = row.x_logz + row.x_max * scale;
     const real omega = kLabel ? y.weight : real(1);
@@ -54,7 +54,7 @@ struct CrossEntropyOf : Loss<real, target> {
   FD_FN real grad_label(const Row<real>& row, Outputs<real> g) const { return -g.value * row.b; }
   // An infinite term is a constant: it gives its target no gradient.
   FD_FN real grad_t(real lq, real weight, real g) const {
-    return is_infinite(lq) ? real(0) : -g * weight * label * lq;
+    return is_infinite(lq) ? real(0) : -g * weight * confidence * lq;
   }
 };
 

@@ -9,11 +9,12 @@ namespace fastdiv {
 // The options of a loss that are numbers; a policy keeps those it has a use for.
 struct LossParams {
   LossId loss;
-  double param;   // beta, skew or alpha of a divergence
-  double label;   // hard target: what the label weighs; soft target: factor of its probabilities
-  double spread;  // what label smoothing gives to every class
-  double z_loss;  // factor of lse^2
-  Target target;  // what the target is, where a policy takes several kinds
+  double param;  // beta, skew or alpha of a divergence
+  double
+      confidence;  // hard target: what the label weighs; soft target: factor of its probabilities
+  double spread;   // what label smoothing gives to every class
+  double z_loss;   // factor of lse^2
+  Target target;   // what the target is, where a policy takes several kinds
 };
 
 // Of the target class of a row: its shifted scaled logit and its class weight.

@@ -152,10 +152,10 @@ struct Call {
       const OptionalTensor &row_weight
 #define FD_OPTIONS                                                                           \
   int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index, \
-      double scale, double softcap, double param, double label_rate, double spread, double z_loss
+      double scale, double softcap, double param, double confidence, double spread, double z_loss
 #define FD_CALL                                                                                   \
   const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, param, \
-                        label_rate, spread, z_loss);                                              \
+                        confidence, spread, z_loss);                                              \
   Call<Device> call(x, t, label, class_weight, row_weight, options)
 
 template <class Device>
