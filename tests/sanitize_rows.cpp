@@ -182,7 +182,7 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
     if (cross) {
       const bool at = hard && int64_t(i) == y;
       const double r = weight[i] * (hard ? at * a.params.confidence : a.params.confidence * p[i]) +
-                       weight[i] * a.params.spread;
+                       weight[i] * a.params.smoothing_per_class;
       mass += r, terms -= times(r, lq[i]), u[i] = -r;
       v[i] = -weight[i] * a.params.confidence * times(1, lq[i]);
     }
@@ -236,18 +236,18 @@ Plain plain_topk(const std::string& loss, Target target, double scale, const std
     if (normalised) common += times(p[j], slope[j]);
   }
   const double rest = std::fmax(0, 1 - mass);
-  const bool spread = loss == "uniform_topk_kl_div" && !normalised && others > 0;
-  for (size_t i = 0; i < n && spread; ++i) mean += named[i] ? 0 : lq[i] / others;
-  if (spread && rest > 0) {
+  const bool uniform = loss == "uniform_topk_kl_div" && !normalised && others > 0;
+  for (size_t i = 0; i < n && uniform; ++i) mean += named[i] ? 0 : lq[i] / others;
+  if (uniform && rest > 0) {
     out.value += rest * (std::log(rest / others) - mean);
     common = std::isinf(mean) ? 0 : std::log(rest / others) - mean + 1;
   }
   for (size_t i = 0; i < n; ++i) {
-    const double all = mass + (spread ? rest : 0);
-    out.dx[i] = 1.5 * scale * (std::exp(lq[i]) * all - (spread ? rest / others : 0));
+    const double all = mass + (uniform ? rest : 0);
+    out.dx[i] = 1.5 * scale * (std::exp(lq[i]) * all - (uniform ? rest / others : 0));
   }
   for (int64_t j = 0; j < k; ++j) {
-    const double all = mass + (spread ? rest : 0), over_common = slope[j] - common;
+    const double all = mass + (uniform ? rest : 0), over_common = slope[j] - common;
     out.dx[indices[j]] = 1.5 * scale * (std::exp(lq[indices[j]]) * all - p[j]);
     out.dt[j] = 1.5 * (logits ? scale : 1) * times(p[j], over_common);
     if (probs) out.dt[j] = p[j] == 0 ? 0 : 1.5 * over_common / (normalised ? sum : 1);
@@ -359,7 +359,7 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   const bool cross = plain_name.find("cross_entropy") != std::string::npos;
   if (cross) a.params.z_loss = 1e-2;
   if (plain_name == "smoothed_cross_entropy" || plain_name == "soft_cross_entropy")
-    a.params.confidence = 0.9, a.params.spread = 0.1 / double(classes);
+    a.params.confidence = 0.9, a.params.smoothing_per_class = 0.1 / double(classes);
   a.value = value.data(), a.record = record.data();
   a.grad = grad.data(), a.grad_stride = 1;
   if (traits.two_outputs) a.entropy = entropy.data(), a.grad_entropy = grad_entropy.data();

@@ -1,5 +1,6 @@
 // Cross entropy, sum_c r_c (lse - x_c) + z omega lse^2, for targets r that are a label, a label
-// smoothed over the classes, or a distribution p: r_c = weight_c * (confidence * p_c + spread).
+// smoothed over the classes, or a distribution p: r_c = weight_c * (confidence * p_c +
+// smoothing_per_class).
 #pragma once
 
 #include "losses/loss.h"
@@ -14,17 +15,17 @@ struct CrossEntropyOf : Loss<real, target> {
   static constexpr bool kSoftcap = true;
   static constexpr int kSums = smoothed ? 2 : 0;
 
-  real confidence, spread, z_loss;
+  real confidence, smoothing_per_class, z_loss;
   FD_FN explicit CrossEntropyOf(const LossParams& p)
       : Loss<real, target>(p),
         confidence(real(p.confidence)),
-        spread(real(p.spread)),
+        smoothing_per_class(real(p.smoothing_per_class)),
         z_loss(real(p.z_loss)) {}
 
   // r_c, but for the label: the skeleton adds that at its column.
   FD_FN real rate(real p, real weight) const {
     if constexpr (!smoothed) return real(0);
-    return kLabel ? weight * spread : weight * (confidence * p + spread);
+    return kLabel ? weight * smoothing_per_class : weight * (confidence * p + smoothing_per_class);
   }
 
   // a = sum r (x - max), b = sum r

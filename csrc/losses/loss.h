@@ -12,9 +12,9 @@ struct LossParams {
   double param;  // beta, skew or alpha of a divergence
   double
       confidence;  // hard target: what the label weighs; soft target: factor of its probabilities
-  double spread;   // what label smoothing gives to every class
-  double z_loss;   // factor of lse^2
-  Target target;   // what the target is, where a policy takes several kinds
+  double smoothing_per_class;  // what label smoothing gives to every class
+  double z_loss;               // factor of lse^2
+  Target target;               // what the target is, where a policy takes several kinds
 };
 
 // Of the target class of a row: its shifted scaled logit and its class weight.

@@ -17,13 +17,13 @@ struct TopKKlDiv : Loss<real> {
 
   const Target target;
   const bool normalised;  // p adds up to 1 over the k
-  const bool spread;      // what p lacks of 1 the other classes share evenly
+  const bool uniform;     // what p lacks of 1 the other classes share evenly
 
   FD_FN explicit TopKKlDiv(const LossParams& p)
       : Loss<real>(p),
         target(p.target),
         normalised(target == Target::kLogits || p.loss == LossId::k_renormalized_topk_kl_div),
-        spread(!normalised && p.loss == LossId::k_uniform_topk_kl_div) {}
+        uniform(!normalised && p.loss == LossId::k_uniform_topk_kl_div) {}
 
   FD_FN real grad_x(real, real q, real, real, const Row<real>& row, Outputs<real> g) const {
     return g.value * (q * row.a - row.b);
@@ -116,7 +116,7 @@ FD_FN real topk_value(const TopKKlDiv<real>& loss, NamedClass<kTarget, real> one
   row = one.row;
   const NamedSums<real> sum = named.sum(one);
   row.a = real(sum.mass), row.b = 0, row.c = loss.normalised ? sum.v : real(0);
-  if (!loss.spread || others == 0) return sum.f;
+  if (!loss.uniform || others == 0) return sum.f;
   const real less = real(1 - sum.mass), rest = less < real(0) ? real(0) : less;
   const FiniteSum all = named.sum_of_all_logits(), of_k = named.sum_of_logits();
   const bool finite = all.count - of_k.count == double(others);

@@ -150,12 +150,13 @@ struct Call {
 #define FD_ROWS                                                                             \
   const OptionalTensor &t, const OptionalTensor &label, const OptionalTensor &class_weight, \
       const OptionalTensor &row_weight
-#define FD_OPTIONS                                                                           \
-  int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index, \
-      double scale, double softcap, double param, double confidence, double spread, double z_loss
+#define FD_OPTIONS                                                                               \
+  int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index,     \
+      double scale, double softcap, double param, double confidence, double smoothing_per_class, \
+      double z_loss
 #define FD_CALL                                                                                   \
   const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, param, \
-                        confidence, spread, z_loss);                                              \
+                        confidence, smoothing_per_class, z_loss);                                 \
   Call<Device> call(x, t, label, class_weight, row_weight, options)
 
 template <class Device>

@@ -6,7 +6,7 @@
 // What every op takes after its tensors.  `batch` is what reduction "batchmean" divides by.
 #define FD_OPTIONS_SCHEMA                                                                   \
   "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, " \
-  "float softcap, float param, float confidence, float spread, float z_loss"
+  "float softcap, float param, float confidence, float smoothing_per_class, float z_loss"
 #define FD_ROWS_SCHEMA "Tensor? t, Tensor? label, Tensor? class_weight, Tensor? row_weight, "
 
 namespace fastdiv {
@@ -23,7 +23,7 @@ struct Options {
   LossParams params;
 
   Options(int64_t loss, int64_t target, int64_t reduction, int64_t batch, int64_t ignore_index,
-          double scale, double softcap, double param, double confidence, double spread,
+          double scale, double softcap, double param, double confidence, double smoothing_per_class,
           double z_loss)
       : loss(LossId(loss)),
         target(Target(target)),
@@ -32,7 +32,7 @@ struct Options {
         ignore_index(ignore_index),
         scale(scale),
         softcap(softcap),
-        params{LossId(loss), param, confidence, spread, z_loss, Target(target)} {}
+        params{LossId(loss), param, confidence, smoothing_per_class, z_loss, Target(target)} {}
 };
 
 }  // namespace fastdiv
