@@ -27,9 +27,9 @@ struct RowKernels {
 // Null where the loss does not take such a target.
 const RowKernels* find_kernels(LossId loss, Target target, DType dtype);
 
-// *value = sum of the rows' values over *total; *total = the weights of the rows for a mean, else
-// divisor.  Both are one `real` on the GPU.
-Status reduce_rows(const RowArgs& args, bool mean, double divisor, void* value, void* total,
+// Write *value, the sum of the rows' values over *divisor, and *divisor: the sum of the rows'
+// weights for a mean, else `batch`.  Both are one `real` on the GPU.
+Status reduce_rows(const RowArgs& args, bool mean, double batch, void* value, void* divisor,
                    void* stream);
 
 // Of the current device, whose index this is; the message says why no kernel runs there.

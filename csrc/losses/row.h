@@ -107,7 +107,7 @@ struct RowOf {
     const real w = weight();
     if (!grad || w == real(0)) return real(0);
     const real g = static_cast<const real*>(grad)[r * a.grad_stride] * w;
-    return a.total ? g / *static_cast<const real*>(a.total) : g;
+    return a.divisor ? g / *static_cast<const real*>(a.divisor) : g;
   }
 };
 

@@ -49,7 +49,7 @@ struct RowArgs {
   const void* grad = nullptr;          // real: upstream gradient of value
   const void* grad_entropy = nullptr;  // real: of entropy
   int64_t grad_stride = 0;             // 1: one a row;  0: the same for all
-  const void* total = nullptr;         // real: what a mean was divided by
+  const void* divisor = nullptr;       // real: what a mean was divided by
   Matrix dx, dt;                       // dx may be x itself
 
   // Where rows are fewer than threads, each row's column segments are shared out.

@@ -100,23 +100,24 @@ struct Call {
     set_values(rows);
     set_record(record);
     device.run(kernels.forward, args);
-    const Tensor value = none ? rows : make_number(), total = make_number();
+    const Tensor value = none ? rows : make_number(), divisor = make_number();
     if (none)
-      Device::clear(total);
+      Device::clear(divisor);
     else
       device.reduce(args, options.reduction == Reduction::kMean,
                     options.reduction == Reduction::kBatchMean ? double(options.batch) : 1.0,
-                    value.data_ptr(), total.data_ptr());
-    return {value, record, total};
+                    value.data_ptr(), divisor.data_ptr());
+    return {value, record, divisor};
   }
 
-  void backward(const Tensor& grad, const Tensor& record, const Tensor& total) {
+  void backward(const Tensor& grad, const Tensor& record, const Tensor& divisor) {
     set_upstream(grad);
     set_record(record);
     if (options.reduction == Reduction::kMean || options.reduction == Reduction::kBatchMean) {
-      require(total.numel() == 1 && total.scalar_type() == real, "fastdiv: total is one number");
-      require_same_device(total, x);
-      args.total = total.data_ptr();
+      require(divisor.numel() == 1 && divisor.scalar_type() == real,
+              "fastdiv: the divisor is one number");
+      require_same_device(divisor, x);
+      args.divisor = divisor.data_ptr();
     }
     device.run(kernels.backward, args);
   }
@@ -173,28 +174,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_forward_stats(const Tenso
   const Tensor argmax = call.make({call.args.rows}, ScalarType::Long);
   call.args.stats = stats.data_ptr();
   call.args.argmax = static_cast<int64_t*>(argmax.data_ptr());
-  const auto [value, record, total] = call.forward();
-  return {value, record, total, stats, argmax};
+  const auto [value, record, divisor] = call.forward();
+  return {value, record, divisor, stats, argmax};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> row_backward(const Tensor& grad, const Tensor& x, FD_ROWS,
-                                        const Tensor& record, const Tensor& total, FD_OPTIONS,
+                                        const Tensor& record, const Tensor& divisor, FD_OPTIONS,
                                         bool need_x, bool need_t) {
   FD_CALL;
   const Tensor dx = call.make_gradient(x, call.args.dx, need_x);
   const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
-  call.backward(grad, record, total);
+  call.backward(grad, record, divisor);
   return {dx, dt};
 }
 
 template <class Device>
 Tensor row_backward_in_place(const Tensor& grad, const Tensor& x, FD_ROWS, const Tensor& record,
-                             const Tensor& total, FD_OPTIONS, bool need_t) {
+                             const Tensor& divisor, FD_OPTIONS, bool need_t) {
   FD_CALL;
   const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
   call.write_over_x();
-  call.backward(grad, record, total);
+  call.backward(grad, record, divisor);
   return dt;
 }
 

@@ -20,15 +20,15 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 
 // In double and in order: the same bits for any number of threads.
 template <class real>
-void sum_rows(const RowArgs& a, bool mean, double divisor, void* value, void* total) {
+void sum_rows(const RowArgs& a, bool mean, double batch, void* value, void* divisor) {
   double sum = 0, weights = 0;
   for (int64_t r = 0; r < a.rows; ++r) {
     sum += double(static_cast<const real*>(a.value)[r]);
     if (mean) weights += double(weight_in_mean<real>(a, r));
   }
-  if (mean) divisor = weights;
-  *static_cast<real*>(value) = real(sum / divisor);
-  *static_cast<real*>(total) = real(divisor);
+  const double over = mean ? weights : batch;
+  *static_cast<real*>(value) = real(sum / over);
+  *static_cast<real*>(divisor) = real(over);
 }
 
 struct CpuDevice {
@@ -87,8 +87,8 @@ struct CpuDevice {
   static void clear(const Tensor& number) {
     std::memset(number.data_ptr(), 0, number.scalar_type() == ScalarType::Double ? 8 : 4);
   }
-  static void reduce(const RowArgs& a, bool mean, double divisor, void* value, void* total) {
-    (a.dtype == DType::kF64 ? sum_rows<double> : sum_rows<float>)(a, mean, divisor, value, total);
+  static void reduce(const RowArgs& a, bool mean, double batch, void* value, void* divisor) {
+    (a.dtype == DType::kF64 ? sum_rows<double> : sum_rows<float>)(a, mean, batch, value, divisor);
   }
 };
 
