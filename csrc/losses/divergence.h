@@ -1,8 +1,8 @@
 // What the divergences share.  With q = softmax(x) and p from the target, all are D = sum f(q, p)
-// with f homogeneous of degree one.  f is used in the form f~ = f + shift * (q - p), which is zero
+// with f homogeneous of degree one.  f is used in the form f~ = f + kappa * (q - p), which is zero
 // to second order at p = q: its terms are never negative and nothing cancels near zero.  By
 // homogeneity f~ = u + v with u = q df~/dq and v = p df~/dp, and the gradients are
-//   dD/dx = u - q * sum u,   dD/dt = v - p * sum v,   dD/dlog p = v + shift * p.
+//   dD/dx = u - q * sum u,   dD/dt = v - p * sum v,   dD/dlog p = v + kappa * p.
 // (Those of order alpha have these terms only next to zero, and are functions of another sum
 // elsewhere: see alpha_div.h.)  Of a PlainPair the terms are the textbook's, and f~ = u + v.
 #pragma once
@@ -40,7 +40,7 @@ struct Divergence : Loss<Real, target> {
   enum class Moment { kNone, kForward, kReverse, kTilted };
   static constexpr Moment kMoment = Moment::kNone;
 
-  FD_FN real shift() const { return real(0); }
+  FD_FN real kappa() const { return real(0); }
   // About how much the loss is of KL(p || q): little where a mixture is nearly one of the two rows.
   FD_FN real part() const { return real(1); }
 

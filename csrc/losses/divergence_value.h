@@ -97,7 +97,7 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
   }
   const TermSums<real> sum = sweep(loss, row);
   row.a = sum.u / sum.q, row.b = kLogits ? sum.v / sum.p : sum.v;
-  return sum.f - loss.shift() * (real(1) - s.mass());
+  return sum.f - loss.kappa() * (real(1) - s.mass());
 }
 
 }  // namespace fastdiv

@@ -13,7 +13,7 @@ struct KlDiv : Divergence<real, target> {
   static constexpr auto kMoment = Base::Moment::kForward;
   static constexpr bool kExactRatio = true;
 
-  FD_FN real shift() const { return real(1); }
+  FD_FN real kappa() const { return real(1); }
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     return {c.top * (c.student_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
             is_infinite(c.y) ? -c.p : -c.p * c.y};
@@ -33,7 +33,7 @@ struct ReverseKlDiv : Divergence<real, target> {
   static constexpr auto kMoment = Base::Moment::kReverse;
   static constexpr bool kExactRatio = true;
 
-  FD_FN real shift() const { return real(-1); }
+  FD_FN real kappa() const { return real(-1); }
   FD_FN Sums<real> partial(const Column<real>& c) const {
     return {mass_times(c.et, c.ratio), mass_times(c.ex, -c.ratio)};
   }
@@ -91,7 +91,7 @@ struct SkewKlDiv : Divergence<real, target> {
         rest(real(1 - p.param)),
         sign(p.loss == LossId::k_reverse_skew_kl_div ? real(-1) : real(1)) {}
 
-  FD_FN real shift() const { return sign * rest; }
+  FD_FN real kappa() const { return sign * rest; }
   FD_FN real part() const { return rest; }
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     const bool p_smaller = sign * c.y > real(0);

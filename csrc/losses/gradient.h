@@ -30,10 +30,10 @@ FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const Row<
     return g * loss.grad_t(log_pair<P::kTarget>(x, t, scale, row), t, scale, row);
   } else if constexpr (P::kDivergence) {
     const PairOf pair = PairOf::template of<P::kTarget>(x, t, scale, row);
-    const real v = loss.terms(pair).v, shift = loss.shift();
+    const real v = loss.terms(pair).v, kappa = loss.kappa();
     if constexpr (P::kTarget == Target::kLogits) return g * scale * (v - pair.p * row.b);
-    if constexpr (P::kTarget == Target::kLogProbs) return g * (v + shift * pair.p);
-    return t == real(0) ? real(0) : g * (v / t + shift);
+    if constexpr (P::kTarget == Target::kLogProbs) return g * (v + kappa * pair.p);
+    return t == real(0) ? real(0) : g * (v / t + kappa);
   } else {
     return loss.grad_t((x - row.x_max) * scale - row.x_logz, weight, g);
   }
