@@ -42,7 +42,7 @@ struct Divergence : Loss<Real, target> {
 
   FD_FN real kappa() const { return real(0); }
   // About how much the loss is of KL(p || q): little where a mixture is nearly one of the two rows.
-  FD_FN real part() const { return real(1); }
+  FD_FN real kl_fraction() const { return real(1); }
 
   // a = sum p~ log(p~/q~), unnormalised, which tells how far the rows are apart.
   FD_FN Sums<real> partial(const Column<real>& c) const {

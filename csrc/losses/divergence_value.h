@@ -93,7 +93,7 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
       return reverse.value;
     }
   } else {
-    row.c = apart(loss.part() * kl);
+    row.c = apart(loss.kl_fraction() * kl);
   }
   const TermSums<real> sum = sweep(loss, row);
   row.a = sum.u / sum.q, row.b = kLogits ? sum.v / sum.p : sum.v;

@@ -59,7 +59,7 @@ struct JsDiv : Divergence<real, target> {
   FD_FN explicit JsDiv(const LossParams& p)
       : Divergence<real, target>(p), beta(real(p.param)), rest(real(1 - p.param)) {}
 
-  FD_FN real part() const { return beta < rest ? beta : rest; }
+  FD_FN real kl_fraction() const { return beta < rest ? beta : rest; }
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     const bool student = c.student_larger();
     const real w = student ? beta : rest;
@@ -92,7 +92,7 @@ struct SkewKlDiv : Divergence<real, target> {
         sign(p.loss == LossId::k_reverse_skew_kl_div ? real(-1) : real(1)) {}
 
   FD_FN real kappa() const { return sign * rest; }
-  FD_FN real part() const { return rest; }
+  FD_FN real kl_fraction() const { return rest; }
   FD_FN Terms<real> terms(const Pair<real>& c) const {
     const bool p_smaller = sign * c.y > real(0);
     const bool reversed = sign < real(0);
