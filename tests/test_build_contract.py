@@ -29,7 +29,7 @@ ARITHMETIC = re.compile(r"\bv?(?:add|sub|mul|div|max|min|fn?m(?:add|sub)\d+)(ps|
 HALVES = re.compile(r"\bvcvt(?:ph2ps|ps2ph)\b.*%ymm")
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 
-PLAIN = " of rows that are apart"
+DIRECT = " of well-separated rows"
 
 # Where the loops are, and the least number of packed instructions for each scalar one.  A loop has
 # a scalar copy of itself for the last few columns, so a function that is all loop is near 1, but
@@ -68,12 +68,12 @@ def disassemble(path: Path) -> dict[str, list[str]]:
 def policy_of(name: str, loop: str) -> str:
     """What the template arguments of the loop say: the loss and its target, or the 16-bit type.
 
-    With PLAIN, where the loop takes the textbook's terms.
+    With DIRECT, where the loop takes the textbook's terms.
     """
     text = name[name.index(f"{loop}<") + len(loop) + 1 :]
     pair = re.match(r"fastdiv::(Plain)?Pair<float>, ", text)
     text = text[pair.end() :] if pair else text
-    plain = PLAIN if pair and pair[1] else ""
+    plain = DIRECT if pair and pair[1] else ""
     depth = 0
     for i, c in enumerate(text):
         depth += (c == "<") - (c == ">")
@@ -116,12 +116,12 @@ BUILT = Path(native.__file__)
 def test_every_kernel_is_vectorised(isa: str) -> None:
     counts = count_loops(BUILT, isa)
     names = {name for _, name in counts if "Half" not in name}
-    policies = {name for name in names if PLAIN not in name}
+    policies = {name for name in names if DIRECT not in name}
     assert len(policies) == POLICY_COUNT, sorted(policies)
     divergences = {
         p for p in policies if re.match(r"\w+(Div|Distance)<float, ", p) and "Alpha" not in p
     }
-    assert names - policies == {p + PLAIN for p in divergences}
+    assert names - policies == {p + DIRECT for p in divergences}
     for policy in policies:
         loops = {loop for loop, p in counts if p == policy}
         assert "first_sweep" in loops, policy

@@ -38,7 +38,7 @@ Status describe(int device, Gpu* gpu);
 const char* built_architectures();  // "80 90 100+PTX"
 const char* toolkit();              // "13.0"
 
-// One table for each dtype, compiled apart.
+// One table for each dtype, compiled separately.
 const RowKernels* find_f32(LossId loss, Target target);
 const RowKernels* find_f64(LossId loss, Target target);
 const RowKernels* find_f16(LossId loss, Target target);

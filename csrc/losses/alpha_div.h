@@ -6,8 +6,8 @@
 // With the tilted distribution w = p^alpha q^(1 - alpha) / S their gradients are those of E:
 //   dE/dx = (1 - alpha) (w - q),   dE/dt = alpha (w - p),   dE/dlog p = alpha w.
 // S is summed as a log-sum-exp of its own, so that it can neither overflow nor vanish.  Infinite
-// terms (of a class that only one side has, for alpha outside [0, 1]) are counted apart: they make
-// the value infinite, and the gradient is that of the others.
+// terms (of a class that only one side has, for alpha outside [0, 1]) are counted separately: they
+// make the value infinite, and the gradient is that of the others.
 #pragma once
 
 #include "losses/divergence.h"
@@ -111,8 +111,8 @@ struct AlphaDiv : Divergence<real, target> {
   // w - o, for o = q or p, from the logs.  `near` is log w - log o, good to the last digit where
   // the rows are close.
   FD_FN real less(real lw, real lo, real near, const Row<real>& row) const {
-    const real apart = is_infinite(row.a) ? lw - lo : near;
-    const real ratio = is_infinite(lw) ? lw : apart;
+    const real log_ratio = is_infinite(row.a) ? lw - lo : near;
+    const real ratio = is_infinite(lw) ? lw : log_ratio;
     const bool larger = ratio > real(0);
     const real em1 = exp_gap(larger ? -ratio : ratio).em1;
     return mass_times(exp_neg(larger ? lw : lo), larger ? -em1 : em1);

@@ -28,7 +28,7 @@ struct TermSums {
   FD_FN void add(const TermSums& o) { f += o.f, u += o.u, v += o.v, q += o.q, p += o.p; }
 };
 
-// Row: a = sum u, b = sum v; c = 1 where the rows are apart, so that a PlainPair will do.
+// Row: a = sum u, b = sum v; c = 1 where the rows are well separated, so that a PlainPair will do.
 template <class Real, Target target>
 struct Divergence : Loss<Real, target> {
   using real = Real;
@@ -44,7 +44,7 @@ struct Divergence : Loss<Real, target> {
   // About how much the loss is of KL(p || q): little where a mixture is nearly one of the two rows.
   FD_FN real kl_fraction() const { return real(1); }
 
-  // a = sum p~ log(p~/q~), unnormalised, which tells how far the rows are apart.
+  // a = sum p~ log(p~/q~), unnormalised, a measure of the distance of the rows.
   FD_FN Sums<real> partial(const Column<real>& c) const {
     return {mass_times(c.et, c.ratio), real(0)};
   }

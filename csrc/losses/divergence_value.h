@@ -22,10 +22,10 @@ FD_FN Difference<real> sum_of(real mean, real logs) {
   return {value, value > real(0.05) * terms && value <= Limits<real>::highest};
 }
 
-// From this KL(p || q) on, rows are apart: errors of their logits count for less than the rows
-// differ.
+// Return 1 where the rows are well separated, else 0.  From this KL(p || q) on, rounding errors of
+// the logits are small beside the difference of the rows.
 template <class real>
-FD_FN real apart(real kl) {
+FD_FN real well_separated(real kl) {
   return kl > real(0.25) && !is_infinite(kl) ? real(1) : real(0);
 }
 
@@ -80,7 +80,7 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
   if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
     row.a = kl != kl ? kl : real(1) - s.mass();
     row.b = kl;
-    row.c = apart(kl);
+    row.c = well_separated(kl);
     return kl;
   }
   if (P::kMoment == Moment::kReverse) {
@@ -89,11 +89,11 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
     if (reverse.sound || (!kLogits && !is_infinite(reverse.value))) {
       row.a = reverse.value;
       row.b = s.mass() - real(1);
-      row.c = reverse.sound ? apart(kl) : real(0);
+      row.c = reverse.sound ? well_separated(kl) : real(0);
       return reverse.value;
     }
   } else {
-    row.c = apart(loss.kl_fraction() * kl);
+    row.c = well_separated(loss.kl_fraction() * kl);
   }
   const TermSums<real> sum = sweep(loss, row);
   row.a = sum.u / sum.q, row.b = kLogits ? sum.v / sum.p : sum.v;

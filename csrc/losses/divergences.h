@@ -97,15 +97,15 @@ struct SkewKlDiv : Divergence<real, target> {
     const bool p_smaller = sign * c.y > real(0);
     const bool reversed = sign < real(0);
     const real p = reversed ? c.q : c.p;
-    const real apart = rest * c.gap.em1;                                       // -|p - m| / top
+    const real offset = rest * c.gap.em1;                                      // -|p - m| / top
     const real m = p_smaller ? rest + skew * c.gap.e : skew + rest * c.gap.e;  // m / top
     // Only with a skew of 1 can m be without mass, where there is nothing to add.
     const real inverse = m > real(0) ? real(1) / m : real(0);
     // Of p/m, or of m/p.
     const Log1p<real> log =
-        log1p_gap(p_smaller ? apart * inverse : apart, p_smaller ? c.gap.e * inverse : m);
-    const real r = p_smaller ? apart * inverse : -apart * inverse;
-    const real f = p_smaller ? m * log.psi : apart * log.value - log.psi;
+        log1p_gap(p_smaller ? offset * inverse : offset, p_smaller ? c.gap.e * inverse : m);
+    const real r = p_smaller ? offset * inverse : -offset * inverse;
+    const real f = p_smaller ? m * log.psi : offset * log.value - log.psi;
     const real u = rest * c.top * (p_smaller ? real(1) : c.gap.e) * -r;
     const real v = mass_times(p, (p_smaller ? log.value : -log.value) - skew * r);
     return {c.top * f, reversed ? v : u, reversed ? u : v};

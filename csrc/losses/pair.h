@@ -53,7 +53,7 @@ struct Pair {
   }
 };
 
-// As it is good enough for rows that are apart, at half the price.  Without mass, lq or lp may be
+// As it is good enough for well-separated rows, at half the price.  Without mass, lq or lp may be
 // -inf: mass_times what they are part of.
 template <class real>
 struct PlainPair {

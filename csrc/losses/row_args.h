@@ -9,7 +9,7 @@ enum class DType : int { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
 
 FD_FN int64_t size_of(DType d) { return d == DType::kF64 ? 8 : (d == DType::kF32 ? 4 : 2); }
 
-// A matrix of logits or of a target, rows apart by any stride, classes contiguous.
+// A matrix of logits or of a target, rows at any stride, classes contiguous.
 struct Matrix {
   void* data = nullptr;
   int64_t stride = 0;  // in elements
