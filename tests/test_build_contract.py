@@ -71,14 +71,14 @@ def policy_of(name: str, loop: str) -> str:
     With DIRECT, where the loop takes the textbook's terms.
     """
     text = name[name.index(f"{loop}<") + len(loop) + 1 :]
-    pair = re.match(r"fastdiv::(Plain)?Pair<float>, ", text)
+    pair = re.match(r"fastdiv::(Direct|Stable)Pair<float>, ", text)
     text = text[pair.end() :] if pair else text
-    plain = DIRECT if pair and pair[1] else ""
+    suffix = DIRECT if pair and pair[1] == "Direct" else ""
     depth = 0
     for i, c in enumerate(text):
         depth += (c == "<") - (c == ">")
         if depth < 0 or (c == "," and depth == 0):
-            return re.sub(r"fastdiv::|\((fastdiv::)?Target\)", "", text[:i]).strip() + plain
+            return re.sub(r"fastdiv::|\((fastdiv::)?Target\)", "", text[:i]).strip() + suffix
     raise AssertionError(f"cannot read {name}")
 
 

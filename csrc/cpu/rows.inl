@@ -90,9 +90,9 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
 template <class P, class L, class real>
 TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
                          const Row<real>& row) {
-  if constexpr (P::kPlain && std::is_same<P, L>::value)
-    if (row.c != real(0)) return sum_terms_of<PlainPair<real>>(source, loss, r, row);
-  return sum_terms_of<Pair<real>>(source, loss, r, row);
+  if constexpr (P::kDirectTerms && std::is_same<P, L>::value)
+    if (row.c != real(0)) return sum_terms_of<DirectPair<real>>(source, loss, r, row);
+  return sum_terms_of<StablePair<real>>(source, loss, r, row);
 }
 
 // The first column that holds the maximum, or NaN.
@@ -204,10 +204,10 @@ template <class P>
 void backward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
   if constexpr (P::kTopK)
-    return backward_named(source, r, [&] { backward_row_of<Pair<real>>(source, r); });
-  if constexpr (P::kPlain)
-    if (source.row(r).record().c != real(0)) return backward_row_of<PlainPair<real>>(source, r);
-  backward_row_of<Pair<real>>(source, r);
+    return backward_named(source, r, [&] { backward_row_of<StablePair<real>>(source, r); });
+  if constexpr (P::kDirectTerms)
+    if (source.row(r).record().c != real(0)) return backward_row_of<DirectPair<real>>(source, r);
+  backward_row_of<StablePair<real>>(source, r);
 }
 
 // --- kernels ----------------------------------------------------------------------------------

@@ -56,15 +56,16 @@ __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCap
       if constexpr (Reader::kTeacher)
         Reader::for_columns([&](int c, int u, int k) {
           set(out[u], k,
-              grad_of_target<Pair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, g.value,
-                                         scale));
+              grad_of_target<StablePair<real>>(reader.loss, tile.x[c], t(c), weight(c), row,
+                                               g.value, scale));
         });
       store(dt);
     }
     if (need_x) {
       real d[kColumns<P>];
       Reader::for_columns([&](int c, int, int) {
-        d[c] = grad_of_input<Pair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, gx, scale);
+        d[c] = grad_of_input<StablePair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, gx,
+                                               scale);
       });
       if constexpr (P::kLabel) {
         FD_UNROLL
@@ -121,7 +122,7 @@ __device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& 
   reader.template sweep<false>(team, [&](const auto& tile, int, int) {
     reader.for_columns([&](int c, int, int) {
       const auto pair =
-          Pair<real>::template of<Reader::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
+          StablePair<real>::template of<Reader::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
       const Terms<real> term = loss.terms(pair);
       sum.add({term.f, term.u, term.v, pair.q, pair.p});
     });

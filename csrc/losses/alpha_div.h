@@ -19,7 +19,7 @@ namespace fastdiv {
 template <class real, Target target>
 struct AlphaDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
-  static constexpr bool kTilted = true, kPlain = false;
+  static constexpr bool kTilted = true, kDirectTerms = false;
   static constexpr int kSums = 2;  // b: the infinite terms
   static constexpr auto kMoment = Base::Moment::kTilted;
 
@@ -80,7 +80,7 @@ struct AlphaDiv : Divergence<real, target> {
   // two and 1 - alpha where q is, and z <= 0 its log less that of the larger, f~ / top is
   //   (chi(z) - chi(k z) / k) / (1 - k)   or   (phi(z) + e^z chi(c z) / c) / k,  c = k - 1,
   // of which either cancels for some k; of a positive argument, chi(-a) = e^-a phi(a).
-  FD_FN Terms<real> terms(const Pair<real>& pair) const {
+  FD_FN Terms<real> terms(const StablePair<real>& pair) const {
     // Of two masses that are no normal numbers, the mixture may yet be one.
     const real larger = pair.lq > pair.lp ? pair.lq : pair.lp;
     const real tiny = larger > -Limits<real>::infinity ? pair.lq - pair.lp : pair.y;

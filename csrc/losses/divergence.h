@@ -4,7 +4,7 @@
 // homogeneity f~ = u + v with u = q df~/dq and v = p df~/dp, and the gradients are
 //   dD/dx = u - q * sum u,   dD/dt = v - p * sum v,   dD/dlog p = v + kappa * p.
 // (Those of order alpha have these terms only next to zero, and are functions of another sum
-// elsewhere: see alpha_div.h.)  Of a PlainPair the terms are the textbook's, and f~ = u + v.
+// elsewhere: see alpha_div.h.)  Of a DirectPair the terms are the textbook's, and f~ = u + v.
 #pragma once
 
 #include "losses/loss.h"
@@ -28,13 +28,13 @@ struct TermSums {
   FD_FN void add(const TermSums& o) { f += o.f, u += o.u, v += o.v, q += o.q, p += o.p; }
 };
 
-// Row: a = sum u, b = sum v; c = 1 where the rows are well separated, so that a PlainPair will do.
+// Row: a = sum u, b = sum v; c = 1 where the rows are well separated, so that a DirectPair will do.
 template <class Real, Target target>
 struct Divergence : Loss<Real, target> {
   using real = Real;
   using Loss<Real, target>::Loss;
 
-  static constexpr bool kDivergence = true, kPlain = true;
+  static constexpr bool kDivergence = true, kDirectTerms = true;
   static constexpr int kSums = 1;
   // The first sweep's moment that is the divergence itself: no second sweep where it is sound.
   enum class Moment { kNone, kForward, kReverse, kTilted };

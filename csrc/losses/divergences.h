@@ -14,11 +14,11 @@ struct KlDiv : Divergence<real, target> {
   static constexpr bool kExactRatio = true;
 
   FD_FN real kappa() const { return real(1); }
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
     return {c.top * (c.student_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
             is_infinite(c.y) ? -c.p : -c.p * c.y};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const real u = c.q - c.p, v = mass_times(c.p, -c.y);
     return {u + v, u, v};
   }
@@ -41,11 +41,11 @@ struct ReverseKlDiv : Divergence<real, target> {
     Base::rebase(s, dx, dt);
     s.b = mass_times(dx.ratio, s.b + mass_times(dx.old_sum, dx.delta - dt.delta));
   }
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
     return {c.top * (c.student_larger() ? c.gap.chi : c.gap.phi),
             is_infinite(c.y) ? -c.q : c.q * c.y, -c.q_minus_p()};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const real u = mass_times(c.q, c.y), v = c.p - c.q;
     return {u + v, u, v};
   }
@@ -60,7 +60,7 @@ struct JsDiv : Divergence<real, target> {
       : Divergence<real, target>(p), beta(real(p.param)), rest(real(1 - p.param)) {}
 
   FD_FN real kl_fraction() const { return beta < rest ? beta : rest; }
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
     const bool student = c.student_larger();
     const real w = student ? beta : rest;
     // log(m / top)
@@ -70,7 +70,7 @@ struct JsDiv : Divergence<real, target> {
     return {c.top * (w * c.gap.phi - log_m.psi), rest * c.q * (student ? larger : smaller),
             beta * c.p * (student ? smaller : larger)};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const real log_m = log_positive(beta * c.p + rest * c.q);
     const real u = rest * mass_times(c.q, c.lq - log_m);
     const real v = beta * mass_times(c.p, c.lp - log_m);
@@ -93,7 +93,7 @@ struct SkewKlDiv : Divergence<real, target> {
 
   FD_FN real kappa() const { return sign * rest; }
   FD_FN real kl_fraction() const { return rest; }
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
     const bool p_smaller = sign * c.y > real(0);
     const bool reversed = sign < real(0);
     const real p = reversed ? c.q : c.p;
@@ -110,7 +110,7 @@ struct SkewKlDiv : Divergence<real, target> {
     const real v = mass_times(p, (p_smaller ? log.value : -log.value) - skew * r);
     return {c.top * f, reversed ? v : u, reversed ? u : v};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const bool reversed = sign < real(0);
     const real p = reversed ? c.q : c.p, q = reversed ? c.p : c.q, lp = reversed ? c.lq : c.lp;
     const real m = skew * p + rest * q;
@@ -126,12 +126,12 @@ template <class real, Target target>
 struct TvDistance : Divergence<real, target> {
   using Divergence<real, target>::Divergence;
 
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
     const real half = real(0.5);
     const real slope = c.y > real(0) ? half : (c.y < real(0) ? -half : c.y);  // NaN stays
     return {-half * c.top * c.gap.em1, slope * c.q, -slope * c.p};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const real half = real(0.5), slope = c.q > c.p ? half : (c.q < c.p ? -half : real(0));
     return {slope * (c.q - c.p), slope * c.q, -slope * c.p};
   }

@@ -7,7 +7,7 @@
 namespace fastdiv {
 
 // dL/dx, but for the label, which adds P::grad_label at its class.  g comes times the scale.
-// PairOf: a PlainPair where the row says that it will do.
+// PairOf: a DirectPair where the row says that it will do.
 template <class PairOf, class P, class real>
 FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<real>& row,
                          Outputs<real> g, real scale) {

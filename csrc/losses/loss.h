@@ -39,11 +39,11 @@ struct Loss {
   static constexpr bool kWeights = false;     // reads a weight for every class
   static constexpr bool kTwoOutputs = false;  // a second one, with its own upstream gradient
   static constexpr bool kStats = false;
-  static constexpr bool kSoftcap = false;     // takes softcapped logits
-  static constexpr bool kTilted = false;      // keeps a log-sum-exp of a mixture of both rows
-  static constexpr bool kPlain = false;       // has terms of a PlainPair
-  static constexpr bool kExactRatio = false;  // sums Column::ratio as its value
-  static constexpr int kSums = 0;             // how many of Sums it uses, the first ones
+  static constexpr bool kSoftcap = false;      // takes softcapped logits
+  static constexpr bool kTilted = false;       // keeps a log-sum-exp of a mixture of both rows
+  static constexpr bool kDirectTerms = false;  // has terms of a DirectPair
+  static constexpr bool kExactRatio = false;   // sums Column::ratio as its value
+  static constexpr int kSums = 0;              // how many of Sums it uses, the first ones
 
   static constexpr bool takes(Target given) { return given == target; }
 

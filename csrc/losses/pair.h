@@ -24,7 +24,7 @@ FD_FN LogPair<real> log_pair(real x, real t, real scale, const Row<real>& row) {
 
 // As the divergences need it where rows are close: from y, without cancellation.
 template <class real>
-struct Pair {
+struct StablePair {
   real lq, lp, y;    // as above, but y = 0 where there is no mass
   real q, p, top;    // top = max(p, q)
   ExpGap<real> gap;  // of z = -|y|: min(p, q) = top * gap.e
@@ -33,9 +33,9 @@ struct Pair {
   FD_FN real q_minus_p() const { return student_larger() ? -top * gap.em1 : top * gap.em1; }
 
   template <Target kTarget>
-  static FD_FN Pair of(real x, real t, real scale, const Row<real>& row) {
+  static FD_FN StablePair of(real x, real t, real scale, const Row<real>& row) {
     const LogPair<real> logs = log_pair<kTarget>(x, t, scale, row);
-    Pair c;
+    StablePair c;
     c.lq = logs.lq, c.lp = logs.lp;
     // A class without mass on either side (-inf less -inf) adds nothing; other NaNs stay.  (To be
     // seen from the logs: waiting for e^larger, the second exponential could not run beside it.)
@@ -56,12 +56,12 @@ struct Pair {
 // As it is good enough for well-separated rows, at half the price.  Without mass, lq or lp may be
 // -inf: mass_times what they are part of.
 template <class real>
-struct PlainPair {
+struct DirectPair {
   real lq, lp, y, q, p;
 
   template <Target kTarget>
-  static FD_FN PlainPair of(real x, real t, real scale, const Row<real>& row) {
-    PlainPair c;
+  static FD_FN DirectPair of(real x, real t, real scale, const Row<real>& row) {
+    DirectPair c;
     c.lq = (x - row.x_max) * scale - row.x_logz;
     c.lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale);
     c.y = c.lq - c.lp;
