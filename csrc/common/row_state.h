@@ -192,11 +192,11 @@ struct RowState {
       const real lt = log_target<kTarget>(tile.t[i], kNormalise ? t_max : real(0), real(0), scale);
       const real v = loss.tilt(lx, lt);
       // Of a class that only one side has; without mass there, too, it adds nothing.
-      const real larger = lx > lt ? lx : lt;
-      const real once = larger > Limits<real>::log_smallest ? real(1) : real(0);
+      const real log_larger = lx > lt ? lx : lt;
+      const real once = log_larger > Limits<real>::log_smallest ? real(1) : real(0);
       infinite += v == inf ? once : real(0);
       const real finite = v == inf ? -inf : v;
-      tile.tilted[i] = larger == -inf ? -inf : finite;
+      tile.tilted[i] = log_larger == -inf ? -inf : finite;
     }
     tilted.rebase(max_of(tile.tilted, tile.n, tilted.max), real(1));
     const real max = tilted.max;

@@ -77,14 +77,14 @@ struct AlphaDiv : Divergence<real, target> {
 
   // f~ = (p^alpha q^(1-alpha) - alpha p - (1-alpha) q) / (alpha (alpha - 1)), for any alpha but 0
   // and 1, also next to these, and for p next to q.  With k = alpha where p is the smaller of the
-  // two and 1 - alpha where q is, and z <= 0 its log less that of the larger, f~ / top is
+  // two and 1 - alpha where q is, and z <= 0 its log less that of the larger, f~ / larger is
   //   (chi(z) - chi(k z) / k) / (1 - k)   or   (phi(z) + e^z chi(c z) / c) / k,  c = k - 1,
   // of which either cancels for some k; of a positive argument, chi(-a) = e^-a phi(a).
   FD_FN Terms<real> terms(const StablePair<real>& pair) const {
     // Of two masses that are no normal numbers, the mixture may yet be one.
-    const real larger = pair.lq > pair.lp ? pair.lq : pair.lp;
-    const real tiny = larger > -Limits<real>::infinity ? pair.lq - pair.lp : pair.y;
-    const real y = pair.top == real(0) ? tiny : pair.y;
+    const real log_larger = pair.lq > pair.lp ? pair.lq : pair.lp;
+    const real tiny = log_larger > -Limits<real>::infinity ? pair.lq - pair.lp : pair.y;
+    const real y = pair.larger == real(0) ? tiny : pair.y;
     const real z = y > real(0) ? -y : y;
     const real k = y > real(0) ? alpha : rest;
     const real other = y > real(0) ? rest : alpha;  // 1 - k
@@ -92,12 +92,12 @@ struct AlphaDiv : Divergence<real, target> {
     const real c = by_phi ? -other : k;
     const ExpGap<real> g = exp_gap(z), h = exp_gap(abs_of(c) * z);
     const real mixed = mass_times(h.phi, exp_neg(tilt(pair.lq, pair.lp)));
-    const real chi = c < real(0) ? mixed : (by_phi ? pair.top * g.e : pair.top) * h.chi;
+    const real chi = c < real(0) ? mixed : (by_phi ? pair.larger * g.e : pair.larger) * h.chi;
     // Far from 0, chi grows like its argument and its parts cancel, which those of e^z - 1 do not.
     const bool far = z < real(-2) && c > real(0) && !by_phi;
-    const real f = by_phi ? (pair.top * g.phi + chi / c) / k
-                   : far  ? pair.top * (g.em1 - h.em1 / c) / other
-                          : (pair.top * g.chi - chi / c) / other;
+    const real f = by_phi ? (pair.larger * g.phi + chi / c) / k
+                   : far  ? pair.larger * (g.em1 - h.em1 / c) / other
+                          : (pair.larger * g.chi - chi / c) / other;
     return {f, real(0), real(0)};
   }
 
@@ -113,9 +113,9 @@ struct AlphaDiv : Divergence<real, target> {
   FD_FN real less(real lw, real lo, real near, const Row<real>& row) const {
     const real log_ratio = is_infinite(row.a) ? lw - lo : near;
     const real ratio = is_infinite(lw) ? lw : log_ratio;
-    const bool larger = ratio > real(0);
-    const real em1 = exp_gap(larger ? -ratio : ratio).em1;
-    return mass_times(exp_neg(larger ? lw : lo), larger ? -em1 : em1);
+    const bool w_larger = ratio > real(0);
+    const real em1 = exp_gap(w_larger ? -ratio : ratio).em1;
+    return mass_times(exp_neg(w_larger ? lw : lo), w_larger ? -em1 : em1);
   }
 };
 

@@ -15,7 +15,7 @@ struct KlDiv : Divergence<real, target> {
 
   FD_FN real kappa() const { return real(1); }
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
-    return {c.top * (c.student_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
+    return {c.larger * (c.q_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
             is_infinite(c.y) ? -c.p : -c.p * c.y};
   }
   FD_FN Terms<real> terms(const DirectPair<real>& c) const {
@@ -42,8 +42,8 @@ struct ReverseKlDiv : Divergence<real, target> {
     s.b = mass_times(dx.ratio, s.b + mass_times(dx.old_sum, dx.delta - dt.delta));
   }
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
-    return {c.top * (c.student_larger() ? c.gap.chi : c.gap.phi),
-            is_infinite(c.y) ? -c.q : c.q * c.y, -c.q_minus_p()};
+    return {c.larger * (c.q_larger() ? c.gap.chi : c.gap.phi), is_infinite(c.y) ? -c.q : c.q * c.y,
+            -c.q_minus_p()};
   }
   FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const real u = mass_times(c.q, c.y), v = c.p - c.q;
@@ -52,7 +52,7 @@ struct ReverseKlDiv : Divergence<real, target> {
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
-// With w the share in m of the smaller of p and q, m = top * (1 + w (e^z - 1)).
+// With w the share in m of the smaller of p and q, m = larger * (1 + w (e^z - 1)).
 template <class real, Target target>
 struct JsDiv : Divergence<real, target> {
   real beta, rest;
@@ -61,14 +61,15 @@ struct JsDiv : Divergence<real, target> {
 
   FD_FN real kl_fraction() const { return beta < rest ? beta : rest; }
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
-    const bool student = c.student_larger();
-    const real w = student ? beta : rest;
-    // log(m / top)
-    const Log1p<real> log_m = log1p_gap(w * c.gap.em1, (student ? rest : beta) + w * c.gap.e);
-    const real larger = -log_m.value,
-               smaller = c.gap.z - log_m.value;  // log(top / m), log(min / m)
-    return {c.top * (w * c.gap.phi - log_m.psi), rest * c.q * (student ? larger : smaller),
-            beta * c.p * (student ? smaller : larger)};
+    const bool q_larger = c.q_larger();
+    const real w = q_larger ? beta : rest;
+    // log(m / larger)
+    const Log1p<real> log_m = log1p_gap(w * c.gap.em1, (q_larger ? rest : beta) + w * c.gap.e);
+    // log(larger / m) and log(smaller / m)
+    const real log_larger = -log_m.value, log_smaller = c.gap.z - log_m.value;
+    return {c.larger * (w * c.gap.phi - log_m.psi),
+            rest * c.q * (q_larger ? log_larger : log_smaller),
+            beta * c.p * (q_larger ? log_smaller : log_larger)};
   }
   FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const real log_m = log_positive(beta * c.p + rest * c.q);
@@ -97,8 +98,8 @@ struct SkewKlDiv : Divergence<real, target> {
     const bool p_smaller = sign * c.y > real(0);
     const bool reversed = sign < real(0);
     const real p = reversed ? c.q : c.p;
-    const real offset = rest * c.gap.em1;                                      // -|p - m| / top
-    const real m = p_smaller ? rest + skew * c.gap.e : skew + rest * c.gap.e;  // m / top
+    const real offset = rest * c.gap.em1;                                      // -|p - m| / larger
+    const real m = p_smaller ? rest + skew * c.gap.e : skew + rest * c.gap.e;  // m / larger
     // Only with a skew of 1 can m be without mass, where there is nothing to add.
     const real inverse = m > real(0) ? real(1) / m : real(0);
     // Of p/m, or of m/p.
@@ -106,9 +107,9 @@ struct SkewKlDiv : Divergence<real, target> {
         log1p_gap(p_smaller ? offset * inverse : offset, p_smaller ? c.gap.e * inverse : m);
     const real r = p_smaller ? offset * inverse : -offset * inverse;
     const real f = p_smaller ? m * log.psi : offset * log.value - log.psi;
-    const real u = rest * c.top * (p_smaller ? real(1) : c.gap.e) * -r;
+    const real u = rest * c.larger * (p_smaller ? real(1) : c.gap.e) * -r;
     const real v = mass_times(p, (p_smaller ? log.value : -log.value) - skew * r);
-    return {c.top * f, reversed ? v : u, reversed ? u : v};
+    return {c.larger * f, reversed ? v : u, reversed ? u : v};
   }
   FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const bool reversed = sign < real(0);
@@ -129,7 +130,7 @@ struct TvDistance : Divergence<real, target> {
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
     const real half = real(0.5);
     const real slope = c.y > real(0) ? half : (c.y < real(0) ? -half : c.y);  // NaN stays
-    return {-half * c.top * c.gap.em1, slope * c.q, -slope * c.p};
+    return {-half * c.larger * c.gap.em1, slope * c.q, -slope * c.p};
   }
   FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const real half = real(0.5), slope = c.q > c.p ? half : (c.q < c.p ? -half : real(0));

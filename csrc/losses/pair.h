@@ -25,12 +25,12 @@ FD_FN LogPair<real> log_pair(real x, real t, real scale, const Row<real>& row) {
 // As the divergences need it where rows are close: from y, without cancellation.
 template <class real>
 struct StablePair {
-  real lq, lp, y;    // as above, but y = 0 where there is no mass
-  real q, p, top;    // top = max(p, q)
-  ExpGap<real> gap;  // of z = -|y|: min(p, q) = top * gap.e
+  real lq, lp, y;     // as above, but y = 0 where there is no mass
+  real q, p, larger;  // larger = max(p, q)
+  ExpGap<real> gap;   // of z = -|y|: min(p, q) = larger * gap.e
 
-  FD_FN bool student_larger() const { return y > real(0); }
-  FD_FN real q_minus_p() const { return student_larger() ? -top * gap.em1 : top * gap.em1; }
+  FD_FN bool q_larger() const { return y > real(0); }
+  FD_FN real q_minus_p() const { return q_larger() ? -larger * gap.em1 : larger * gap.em1; }
 
   template <Target kTarget>
   static FD_FN StablePair of(real x, real t, real scale, const Row<real>& row) {
@@ -38,17 +38,18 @@ struct StablePair {
     StablePair c;
     c.lq = logs.lq, c.lp = logs.lp;
     // A class without mass on either side (-inf less -inf) adds nothing; other NaNs stay.  (To be
-    // seen from the logs: waiting for e^larger, the second exponential could not run beside it.)
-    const real larger = c.lq > c.lp ? c.lq : c.lp;
-    const real most = kTarget == Target::kProbs && t > real(0) ? real(0) : larger;
+    // seen from the logs: waiting for e^log_larger, the second exponential could not run beside
+    // it.)
+    const real log_larger = c.lq > c.lp ? c.lq : c.lp;
+    const real most = kTarget == Target::kProbs && t > real(0) ? real(0) : log_larger;
     c.y = most < Limits<real>::log_smallest ? real(0) : logs.y;
-    c.top = exp_neg(larger);
-    if constexpr (kTarget == Target::kProbs) c.top = c.student_larger() ? c.top : t;
+    c.larger = exp_neg(log_larger);
+    if constexpr (kTarget == Target::kProbs) c.larger = c.q_larger() ? c.larger : t;
     c.gap = exp_gap(c.y > real(0) ? -c.y : c.y);
-    const real smaller = c.top * c.gap.e;
-    c.q = c.student_larger() ? c.top : smaller;
+    const real smaller = c.larger * c.gap.e;
+    c.q = c.q_larger() ? c.larger : smaller;
     // A given probability is itself: the one found from its logarithm lacks the last digits.
-    c.p = kTarget == Target::kProbs ? t : (c.student_larger() ? smaller : c.top);
+    c.p = kTarget == Target::kProbs ? t : (c.q_larger() ? smaller : c.larger);
     return c;
   }
 };
