@@ -57,19 +57,19 @@ struct AlphaDiv : Divergence<real, target> {
 
   FD_FN real grad_x(const LogPair<real>& c, const Row<real>& row) const {
     const real lw = log_w(c, row);
-    return mass_times(less(lw, c.lq, -alpha * c.y - row.a, row), row.b * rest);
+    return mass_times(less(lw, c.lq, -alpha * c.log_ratio - row.a, row), row.b * rest);
   }
   FD_FN real grad_t(const LogPair<real>& c, real t, real scale, const Row<real>& row) const {
     const real lw = log_w(c, row), slope = row.b * alpha;
     if constexpr (target == Target::kLogits)
-      return mass_times(less(lw, c.lp, rest * c.y - row.a, row), slope * scale);
+      return mass_times(less(lw, c.lp, rest * c.log_ratio - row.a, row), slope * scale);
     if constexpr (target == Target::kLogProbs)
       return mass_times(exp_neg(lw), slope) + mass * exp_neg(t);
     // w / p is largest where p is small, and log p least accurate: it goes in with the smaller of
     // the powers alpha and alpha - 1.  What rounding leaves off comes back as a factor.
     const real half = real(0.5), most = Limits<real>::log_largest;
-    const real log_ratio = rest * (c.lx - c.lt) - row.c;
-    const real power_of_p = alpha < half ? lw : (log_ratio > most ? most : log_ratio);
+    const real log_w_over_p = rest * (c.lx - c.lt) - row.c;
+    const real power_of_p = alpha < half ? lw : (log_w_over_p > most ? most : log_w_over_p);
     const real v = exp_neg(is_infinite(lw) ? lw : power_of_p);
     const real ratio = alpha < half ? v / t : v + v * rest * rounding_of(c.lx, c.lt);
     return t == real(0) ? real(0) : mass_times(ratio, slope) + mass;
@@ -83,11 +83,11 @@ struct AlphaDiv : Divergence<real, target> {
   FD_FN Terms<real> terms(const StablePair<real>& pair) const {
     // Of two masses that are no normal numbers, the mixture may yet be one.
     const real log_larger = pair.lq > pair.lp ? pair.lq : pair.lp;
-    const real tiny = log_larger > -Limits<real>::infinity ? pair.lq - pair.lp : pair.y;
-    const real y = pair.larger == real(0) ? tiny : pair.y;
-    const real z = y > real(0) ? -y : y;
-    const real k = y > real(0) ? alpha : rest;
-    const real other = y > real(0) ? rest : alpha;  // 1 - k
+    const real tiny = log_larger > -Limits<real>::infinity ? pair.lq - pair.lp : pair.log_ratio;
+    const real log_ratio = pair.larger == real(0) ? tiny : pair.log_ratio;
+    const real z = log_ratio > real(0) ? -log_ratio : log_ratio;
+    const real k = log_ratio > real(0) ? alpha : rest;
+    const real other = log_ratio > real(0) ? rest : alpha;  // 1 - k
     const bool by_phi = k >= real(0.5) && k < real(2);
     const real c = by_phi ? -other : k;
     const ExpGap<real> g = exp_gap(z), h = exp_gap(abs_of(c) * z);
@@ -111,8 +111,8 @@ struct AlphaDiv : Divergence<real, target> {
   // w - o, for o = q or p, from the logs.  `near` is log w - log o, good to the last digit where
   // the rows are close.
   FD_FN real less(real lw, real lo, real near, const Row<real>& row) const {
-    const real log_ratio = is_infinite(row.a) ? lw - lo : near;
-    const real ratio = is_infinite(lw) ? lw : log_ratio;
+    const real direct = is_infinite(row.a) ? lw - lo : near;
+    const real ratio = is_infinite(lw) ? lw : direct;
     const bool w_larger = ratio > real(0);
     const real em1 = exp_gap(w_larger ? -ratio : ratio).em1;
     return mass_times(exp_neg(w_larger ? lw : lo), w_larger ? -em1 : em1);

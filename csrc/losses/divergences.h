@@ -16,10 +16,10 @@ struct KlDiv : Divergence<real, target> {
   FD_FN real kappa() const { return real(1); }
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
     return {c.larger * (c.q_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
-            is_infinite(c.y) ? -c.p : -c.p * c.y};
+            is_infinite(c.log_ratio) ? -c.p : -c.p * c.log_ratio};
   }
   FD_FN Terms<real> terms(const DirectPair<real>& c) const {
-    const real u = c.q - c.p, v = mass_times(c.p, -c.y);
+    const real u = c.q - c.p, v = mass_times(c.p, -c.log_ratio);
     return {u + v, u, v};
   }
 };
@@ -42,11 +42,11 @@ struct ReverseKlDiv : Divergence<real, target> {
     s.b = mass_times(dx.ratio, s.b + mass_times(dx.old_sum, dx.delta - dt.delta));
   }
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
-    return {c.larger * (c.q_larger() ? c.gap.chi : c.gap.phi), is_infinite(c.y) ? -c.q : c.q * c.y,
-            -c.q_minus_p()};
+    return {c.larger * (c.q_larger() ? c.gap.chi : c.gap.phi),
+            is_infinite(c.log_ratio) ? -c.q : c.q * c.log_ratio, -c.q_minus_p()};
   }
   FD_FN Terms<real> terms(const DirectPair<real>& c) const {
-    const real u = mass_times(c.q, c.y), v = c.p - c.q;
+    const real u = mass_times(c.q, c.log_ratio), v = c.p - c.q;
     return {u + v, u, v};
   }
 };
@@ -95,7 +95,7 @@ struct SkewKlDiv : Divergence<real, target> {
   FD_FN real kappa() const { return sign * rest; }
   FD_FN real kl_fraction() const { return rest; }
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
-    const bool p_smaller = sign * c.y > real(0);
+    const bool p_smaller = sign * c.log_ratio > real(0);
     const bool reversed = sign < real(0);
     const real p = reversed ? c.q : c.p;
     const real offset = rest * c.gap.em1;                                      // -|p - m| / larger
@@ -129,7 +129,8 @@ struct TvDistance : Divergence<real, target> {
 
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
     const real half = real(0.5);
-    const real slope = c.y > real(0) ? half : (c.y < real(0) ? -half : c.y);  // NaN stays
+    const real slope =
+        c.log_ratio > real(0) ? half : (c.log_ratio < real(0) ? -half : c.log_ratio);  // NaN stays
     return {-half * c.larger * c.gap.em1, slope * c.q, -slope * c.p};
   }
   FD_FN Terms<real> terms(const DirectPair<real>& c) const {

@@ -9,27 +9,28 @@ template <class real>
 struct LogPair {
   real lx, lt;  // before normalisation
   real lq, lp;
-  real y;  // log q - log p; NaN of a class without mass on either side
+  real log_ratio;  // log q - log p; NaN of a class without mass on either side
 };
 
 template <Target kTarget, class real>
 FD_FN LogPair<real> log_pair(real x, real t, real scale, const Row<real>& row) {
   const real lx = (x - row.x_max) * scale, lq = lx - row.x_logz;
   const real lt = log_target<kTarget>(t, row.t_max, real(0), scale), lp = lt - row.t_logz;
-  const real y = kTarget == Target::kLogits
-                     ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.gap
-                     : lq - lp;
-  return {lx, lt, lq, lp, y};
+  const real log_ratio =
+      kTarget == Target::kLogits
+          ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.gap
+          : lq - lp;
+  return {lx, lt, lq, lp, log_ratio};
 }
 
-// As the divergences need it where rows are close: from y, without cancellation.
+// As the divergences need it where rows are close: from their log ratio, without cancellation.
 template <class real>
 struct StablePair {
-  real lq, lp, y;     // as above, but y = 0 where there is no mass
-  real q, p, larger;  // larger = max(p, q)
-  ExpGap<real> gap;   // of z = -|y|: min(p, q) = larger * gap.e
+  real lq, lp, log_ratio;  // as above, but a log ratio of 0 where there is no mass
+  real q, p, larger;       // larger = max(p, q)
+  ExpGap<real> gap;        // of z = -|log_ratio|: min(p, q) = larger * gap.e
 
-  FD_FN bool q_larger() const { return y > real(0); }
+  FD_FN bool q_larger() const { return log_ratio > real(0); }
   FD_FN real q_minus_p() const { return q_larger() ? -larger * gap.em1 : larger * gap.em1; }
 
   template <Target kTarget>
@@ -42,10 +43,10 @@ struct StablePair {
     // it.)
     const real log_larger = c.lq > c.lp ? c.lq : c.lp;
     const real most = kTarget == Target::kProbs && t > real(0) ? real(0) : log_larger;
-    c.y = most < Limits<real>::log_smallest ? real(0) : logs.y;
+    c.log_ratio = most < Limits<real>::log_smallest ? real(0) : logs.log_ratio;
     c.larger = exp_neg(log_larger);
     if constexpr (kTarget == Target::kProbs) c.larger = c.q_larger() ? c.larger : t;
-    c.gap = exp_gap(c.y > real(0) ? -c.y : c.y);
+    c.gap = exp_gap(c.log_ratio > real(0) ? -c.log_ratio : c.log_ratio);
     const real smaller = c.larger * c.gap.e;
     c.q = c.q_larger() ? c.larger : smaller;
     // A given probability is itself: the one found from its logarithm lacks the last digits.
@@ -58,14 +59,14 @@ struct StablePair {
 // -inf: mass_times what they are part of.
 template <class real>
 struct DirectPair {
-  real lq, lp, y, q, p;
+  real lq, lp, log_ratio, q, p;
 
   template <Target kTarget>
   static FD_FN DirectPair of(real x, real t, real scale, const Row<real>& row) {
     DirectPair c;
     c.lq = (x - row.x_max) * scale - row.x_logz;
     c.lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale);
-    c.y = c.lq - c.lp;
+    c.log_ratio = c.lq - c.lp;
     c.q = exp_neg(c.lq);
     c.p = kTarget == Target::kProbs ? t : exp_neg(c.lp);
     return c;

@@ -44,18 +44,18 @@ struct NamedClass {
   FD_FN real log_value(real v) const {
     return (v - row.t_max) * (kTarget == Target::kLogits ? scale : real(1));
   }
-  FD_FN real log_ratio(real x, real v) const {
+  FD_FN real log_p_over_q(real x, real v) const {
     const real lp = kTarget == Target::kProbs ? log_of(p(v)) : log_value(v) - row.t_logz;
     return lp - log_q(x);
   }
   // df/dp of f = p log(p / q).  Of an infinite term the mass is a constant.
   FD_FN real slope(real x, real v) const {
-    return is_infinite(log_q(x)) ? real(0) : log_ratio(x, v) + real(1);
+    return is_infinite(log_q(x)) ? real(0) : log_p_over_q(x, v) + real(1);
   }
 
   FD_FN Terms<real> operator()(real x, real v) const {
     const real mass = p(v);
-    return {mass_times(mass, log_ratio(x, v)), -mass, mass_times(mass, slope(x, v))};
+    return {mass_times(mass, log_p_over_q(x, v)), -mass, mass_times(mass, slope(x, v))};
   }
   FD_FN real grad_x(real x, real v, real g) const {
     return g * scale * (exp_neg(log_q(x)) * row.a - p(v));
