@@ -334,9 +334,9 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
     }
     dense.push_back(teacher);
   }
-  std::vector<int64_t> label(kRows), argmax(kRows);
+  std::vector<int64_t> labels(kRows), argmax(kRows);
   for (int64_t r = 0; r < kRows; ++r)
-    label[r] = r == 4 ? -100 : (r * 7) % (classes > 2 ? classes - 1 : 1);
+    labels[r] = r == 4 ? -100 : (r * 7) % (classes > 2 ? classes - 1 : 1);
   Reals weight(f64, classes, 1), row_weight(f64, kRows, 1), value(f64, kRows, 777),
       entropy = value, record(f64, kRows * 8, 777), stats(f64, 3 * kRows, 777),
       grad(f64, kRows, 1.5), grad_entropy(f64, kRows, -0.5);
@@ -350,7 +350,7 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   a.rows = kRows, a.classes = classes, a.dtype = dtype;
   a.x = x.matrix();
   if (target != Target::kNone) a.t = t.matrix();
-  if (traits.label) a.label = label.data(), a.ignore_index = -100;
+  if (traits.reads_label) a.labels = labels.data(), a.ignore_index = -100;
   if (o.weights) a.class_weight = weight.data();
   a.row_weight = row_weight.data();
   a.scale = o.scale, a.softcap = o.softcap;
@@ -402,7 +402,7 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
     if (r < 4 && traits.topk)
       e = plain_topk(name, target, a.scale, row, teacher, &indices[r * k], k);
     else if (r < 4)
-      e = plain_row(plain_name, target, a, row, teacher, label[r], class_weight);
+      e = plain_row(plain_name, target, a, row, teacher, labels[r], class_weight);
     if (r == 3) e.value = e.entropy = NAN;
     expect("value", value[r], e.value, digits * (10 + std::abs(e.value)));
     if (traits.two_outputs) expect("second output", entropy[r], e.entropy, digits * 20);

@@ -44,7 +44,7 @@ struct RowSource {
   // The logit of the label of a row that reads one.
   real label_logit(int64_t r) const {
     Buffer<real> b;
-    return row(r).label_is_read() ? *input(r).tile(a.label[r], 1, b) : real(0);
+    return row(r).reads_label() ? *input(r).tile(a.labels[r], 1, b) : real(0);
   }
 
   // body(i, n) for every tile of columns [begin, end).

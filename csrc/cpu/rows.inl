@@ -146,8 +146,8 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   for (int j = 0; j < n; ++j)
     dx[j] = grad_of_input<PairOf>(loss, x[j], source.kTeacher ? t[j] : real(0),
                                   P::kWeights ? w[j] : real(1), row, gx, scale);
-  if constexpr (P::kLabel) {
-    const int64_t at = source.a.label[r] - i;
+  if constexpr (P::kReadsLabel) {
+    const int64_t at = source.a.labels[r] - i;
     if (at >= 0 && at < n) dx[at] += loss.grad_label(row, gx);
   }
   if (P::kSoftcap && source.a.softcap != 0) {

@@ -33,7 +33,7 @@ __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCap
   const bool need_x = a.dx.data, need_t = Reader::kTeacher && a.dt.data;
   const Stretch<T> dx{need_x ? Reader::row_of(a.dx, r) : nullptr, begin, end};
   const Stretch<T> dt{need_t ? Reader::row_of(a.dt, r) : nullptr, begin, end};
-  const int label = P::kLabel ? int(a.label[r]) : -1;
+  const int label = P::kReadsLabel ? int(a.labels[r]) : -1;
   const Stretch<T> aligned{need_x ? dx.row : dt.row, begin, end};
   const int first = begin - aligned.misalignment(begin);
   const int step = threads * kSize;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCap
         d[c] = grad_of_input<StablePair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, gx,
                                                scale);
       });
-      if constexpr (P::kLabel) {
+      if constexpr (P::kReadsLabel) {
         FD_UNROLL
         for (int u = 0; u < kPacks; ++u) {
           const unsigned at = unsigned(label - (i + u * step));
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
         reader.for_columns([&](int c, int u, int k) { largest.push(tile.x[c], i + u * step + k); });
     });
     // The row is near now, and nothing is written over it before all have met.
-    const real x_label = self.label_is_read() ? reader.logit(a.label[r]) : real(0);
+    const real x_label = self.reads_label() ? reader.logit(a.labels[r]) : real(0);
     state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
     const auto second_sweep = [&](const auto& loss, const Row<real>& row) {
       return sum_terms(reader, team, loss, row);

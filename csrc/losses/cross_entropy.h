@@ -10,7 +10,7 @@ namespace fastdiv {
 // Row: a = factor of q in the gradient, sum r + 2 z omega lse;  b = what the label takes off.
 template <class real, Target target, bool smoothed>
 struct CrossEntropyOf : Loss<real, target> {
-  static constexpr bool kLabel = target == Target::kNone;
+  static constexpr bool kReadsLabel = target == Target::kNone;
   static constexpr bool kWeights = smoothed;
   static constexpr bool kSoftcap = true;
   static constexpr int kSums = smoothed ? 2 : 0;
@@ -25,7 +25,8 @@ struct CrossEntropyOf : Loss<real, target> {
   // r_c, but for the label: the skeleton adds that at its column.
   FD_FN real rate(real p, real weight) const {
     if constexpr (!smoothed) return real(0);
-    return kLabel ? weight * smoothing_per_class : weight * (confidence * p + smoothing_per_class);
+    return kReadsLabel ? weight * smoothing_per_class
+                       : weight * (confidence * p + smoothing_per_class);
   }
 
   // a = sum r (x - max), b = sum r
@@ -38,12 +39,12 @@ struct CrossEntropyOf : Loss<real, target> {
     if constexpr (smoothed) s.a += mass_times(s.b, dx.delta);
   }
 
-  FD_FN Outputs<real> finish(const LogSumExp<real>&, const Sums<real>& s, Label<real> y, real scale,
-                             Row<real>& row) const {
-    row.b = kLabel ? confidence * y.weight : real(0);
-    const real mass = s.b + row.b, taken = s.a + mass_times(row.b, y.lx);
+  FD_FN Outputs<real> finish(const LogSumExp<real>&, const Sums<real>& s, TargetLogit<real> label,
+                             real scale, Row<real>& row) const {
+    row.b = kReadsLabel ? confidence * label.weight : real(0);
+    const real mass = s.b + row.b, taken = s.a + mass_times(row.b, label.lx);
     const real lse = row.x_logz + row.x_max * scale;
-    const real omega = kLabel ? y.weight : real(1);
+    const real omega = kReadsLabel ? label.weight : real(1);
     row.a = mass + real(2) * mass_times(z_loss * omega, lse);
     return {mass_times(mass, row.x_logz) - taken + mass_times(z_loss * omega, lse * lse), real(0)};
   }

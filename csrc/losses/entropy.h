@@ -28,7 +28,7 @@ struct Entropy : Loss<real> {
 
   FD_FN Sums<real> partial(const Column<real>& c) const { return {entropy_moment(c)}; }
   FD_FN void rebase(Sums<real>& s, Shift<real> dx, Shift<real>) const { s.a = dx.of_moment(s.a); }
-  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, Label<real>, real,
+  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, TargetLogit<real>, real,
                              Row<real>& row) const {
     row.a = entropy_of(x, s.a, row);
     return {row.a, row.a};
@@ -41,12 +41,12 @@ struct Entropy : Loss<real> {
 // log q_y and H(q).  Row: a = H.
 template <class real>
 struct LogProbAndEntropy : Entropy<real> {
-  static constexpr bool kLabel = true, kTwoOutputs = true;
+  static constexpr bool kReadsLabel = true, kTwoOutputs = true;
   using Entropy<real>::Entropy;
 
-  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, Label<real> y,
+  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, TargetLogit<real> label,
                              real scale, Row<real>& row) const {
-    return {y.lx - row.x_logz, Entropy<real>::finish(x, s, y, scale, row).entropy};
+    return {label.lx - row.x_logz, Entropy<real>::finish(x, s, label, scale, row).entropy};
   }
   FD_FN real grad_x(real lq, real q, real, real, const Row<real>& row, Outputs<real> g) const {
     return g.entropy * entropy_slope(lq, q, row) - g.value * q;

@@ -19,7 +19,7 @@ struct LossParams {
 
 // Of the target class of a row: its shifted scaled logit and its class weight.
 template <class real>
-struct Label {
+struct TargetLogit {
   real lx, weight;
 };
 
@@ -35,7 +35,7 @@ struct Loss {
   static constexpr Target kTarget = target;
   static constexpr bool kDivergence = false;
   static constexpr bool kTopK = false;        // reads k classes of a teacher, by their indices
-  static constexpr bool kLabel = false;       // reads the class index
+  static constexpr bool kReadsLabel = false;  // reads the class index
   static constexpr bool kWeights = false;     // reads a weight for every class
   static constexpr bool kTwoOutputs = false;  // a second one, with its own upstream gradient
   static constexpr bool kStats = false;
@@ -60,11 +60,11 @@ constexpr bool has_terms() {
 
 // What a loss wants to be given, for the torch side.
 struct LossTraits {
-  bool label, two_outputs, stats, softcap, topk;
+  bool reads_label, two_outputs, stats, softcap, topk;
 };
 template <class P>
 constexpr LossTraits traits_of() {
-  return {P::kLabel, P::kTwoOutputs, P::kStats, P::kSoftcap, P::kTopK};
+  return {P::kReadsLabel, P::kTwoOutputs, P::kStats, P::kSoftcap, P::kTopK};
 }
 
 }  // namespace fastdiv

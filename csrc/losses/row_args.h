@@ -28,7 +28,7 @@ struct RowArgs {
   int64_t k = 0;
   DType t_dtype = DType::kF32;
   Matrix indices;                      // int64 [rows, k]
-  const int64_t* label = nullptr;      // [rows]
+  const int64_t* labels = nullptr;     // [rows]
   int64_t ignore_index = 0;            // a label that makes its row not count
   const void* class_weight = nullptr;  // real [classes]
   const void* row_weight = nullptr;    // real [rows]; 0: the row does not count

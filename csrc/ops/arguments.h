@@ -66,7 +66,7 @@ inline const void* vector_of(const OptionalTensor& v, int64_t size, ScalarType t
   return v->data_ptr();
 }
 
-inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
+inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const OptionalTensor& labels,
                         const OptionalTensor& class_weight, const OptionalTensor& row_weight,
                         const Options& o, const LossTraits& traits) {
   RowArgs a;
@@ -75,19 +75,19 @@ inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const Optional
   a.rows = x.size(0), a.classes = x.size(1);
   require(a.classes > 0, "fastdiv: there must be at least one class");
   require((o.target != Target::kNone) == t.has_value(), "fastdiv: target type without target");
-  require((traits.label || traits.topk) == label.has_value(),
+  require((traits.reads_label || traits.topk) == labels.has_value(),
           "fastdiv: a label where none belongs, or none");
   require(traits.softcap || o.softcap == 0, "fastdiv: this loss does not take softcapped logits");
   if (traits.topk) {
-    a.k = label->dim() == 2 ? label->size(1) : 0;
+    a.k = labels->dim() == 2 ? labels->size(1) : 0;
     require(0 < a.k && a.k <= a.classes && compute_type(*t) == compute_type(x),
             "fastdiv: values at some classes, double only where the logits are");
     a.t_dtype = dtype_of(*t);
     a.t = matrix_of(*t, a.k, t->scalar_type(), x);
-    a.indices = matrix_of(*label, a.k, ScalarType::Long, x);
+    a.indices = matrix_of(*labels, a.k, ScalarType::Long, x);
   } else {
     if (t) a.t = matrix_of(*t, x);
-    a.label = static_cast<const int64_t*>(vector_of(label, a.rows, ScalarType::Long, x));
+    a.labels = static_cast<const int64_t*>(vector_of(labels, a.rows, ScalarType::Long, x));
   }
   a.class_weight = vector_of(class_weight, a.classes, compute_type(x), x);
   a.row_weight = vector_of(row_weight, a.rows, compute_type(x), x);

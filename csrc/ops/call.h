@@ -20,12 +20,12 @@ struct Call {
   const int64_t outputs = kernels.traits.two_outputs ? 2 : 1;
   OptionalTensor overwritten;
 
-  Call(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
+  Call(const Tensor& x, const OptionalTensor& t, const OptionalTensor& labels,
        const OptionalTensor& class_weight, const OptionalTensor& row_weight, const Options& options)
       : x(x),
         options(options),
         kernels(find(options, dtype_of(x))),
-        args(row_args(x, t, label, class_weight, row_weight, options, kernels.traits)) {}
+        args(row_args(x, t, labels, class_weight, row_weight, options, kernels.traits)) {}
 
   static const typename Device::Kernels& find(const Options& o, DType dtype) {
     require(o.loss < LossId::kCount, "fastdiv: unknown loss");
@@ -148,8 +148,8 @@ struct Call {
   }
 };
 
-#define FD_ROWS                                                                             \
-  const OptionalTensor &t, const OptionalTensor &label, const OptionalTensor &class_weight, \
+#define FD_ROWS                                                                              \
+  const OptionalTensor &t, const OptionalTensor &labels, const OptionalTensor &class_weight, \
       const OptionalTensor &row_weight
 #define FD_OPTIONS                                                                               \
   int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index,     \
@@ -158,7 +158,7 @@ struct Call {
 #define FD_CALL                                                                                   \
   const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, param, \
                         confidence, smoothing_per_class, z_loss);                                 \
-  Call<Device> call(x, t, label, class_weight, row_weight, options)
+  Call<Device> call(x, t, labels, class_weight, row_weight, options)
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> row_forward(const Tensor& x, FD_ROWS, FD_OPTIONS) {

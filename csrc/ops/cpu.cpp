@@ -71,9 +71,9 @@ struct CpuDevice {
 
   static void check_labels(const RowArgs& a) {
     if (a.k) check_indices(a, parallel_for);
-    if (!a.label) return;
+    if (!a.labels) return;
     for (int64_t r = 0; r < a.rows; ++r) {
-      const int64_t y = a.label[r];
+      const int64_t y = a.labels[r];
       const bool none =
           a.ignore_index == INT64_MIN;  // is ignored: log_prob, whose label is an index
       if (has_class(a, r) || (y == a.ignore_index && !none)) continue;

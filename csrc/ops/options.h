@@ -7,7 +7,7 @@
 #define FD_OPTIONS_SCHEMA                                                                   \
   "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, " \
   "float softcap, float param, float confidence, float smoothing_per_class, float z_loss"
-#define FD_ROWS_SCHEMA "Tensor? t, Tensor? label, Tensor? class_weight, Tensor? row_weight, "
+#define FD_ROWS_SCHEMA "Tensor? t, Tensor? labels, Tensor? class_weight, Tensor? row_weight, "
 
 namespace fastdiv {
 
