@@ -32,7 +32,10 @@ struct RowReader {
 
   __device__ __forceinline__ RowReader(const RowArgs& args, int64_t r, int begin, int end,
                                        unsigned char* cache, int cached)
-      : a(args), loss(args.params), scale(kept(real(args.scale))), cap{real(args.softcap)} {
+      : a(args),
+        loss(args.params),
+        scale(pin_in_register(real(args.scale))),
+        cap{real(args.softcap)} {
     x = {row_of(a.x, r), begin, end};
     t = {kTeacher ? row_of(a.t, r) : nullptr, begin, end};
     // Columns of the cache are counted as those of the row.
