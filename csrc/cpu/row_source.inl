@@ -39,7 +39,7 @@ struct RowSource {
     return fill_up(weights(i), n, real(0), b);
   }
 
-  RowOf<P> row(int64_t r) const { return {a, r}; }
+  RowIO<P> row(int64_t r) const { return {a, r}; }
 
   // The logit of the label of a row that reads one.
   real label_logit(int64_t r) const {

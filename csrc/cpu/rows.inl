@@ -111,13 +111,13 @@ int64_t first_maximum(const RowSource<P>& source, int64_t r, real max) {
 template <class P>
 void forward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
-  const RowOf<P> row = source.row(r);
+  const RowIO<P> row = source.row(r);
   if (row.weight() == real(0) && !P::kStats) return row.store({});
   const RowState<P> s = first_sweep(source, r, source.scale);
   const auto finish = [&](const auto& sweep) {
     return row.finish(source.loss, s, source.label_logit(r), source.scale, sweep);
   };
-  typename RowOf<P>::Result result;
+  typename RowIO<P>::Result result;
   if constexpr (P::kTopK)
     result = finish(NamedClasses<P>(source, r));
   else
@@ -232,7 +232,7 @@ void terms_rows(const RowArgs& a, int64_t begin, int64_t end) {
   using real = typename P::real;
   const RowSource<P> source(a);
   for (int64_t r = begin; r < end; ++r) {
-    const RowOf<P> row = source.row(r);
+    const RowIO<P> row = source.row(r);
     TermSums<real> sum;
     if (row.weight() != real(0)) sum = sum_terms(source, source.loss, r, row.record());
     row.store_terms(sum);

@@ -27,7 +27,7 @@ __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCap
   constexpr int kSize = Reader::kSize, kPacks = Reader::kPacks;
   const RowArgs& a = reader.a;
   const real scale = reader.scale;
-  const Outputs<real> g = RowOf<P>{a, r}.upstream();
+  const Outputs<real> g = RowIO<P>{a, r}.upstream();
   const bool zero = g.value == real(0) && g.entropy == real(0);
   const Outputs<real> gx{g.value * scale, g.entropy * scale};
   const bool need_x = a.dx.data, need_t = Reader::kTeacher && a.dt.data;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& 
                                                 int end, int thread, int threads) {
   const auto dense = [&] { write_dense_gradients(reader, r, row, begin, end, thread, threads); };
   if constexpr (P::kTopK)
-    write_named_gradients(reader, r, row, RowOf<P>{reader.a, r}.upstream().value, begin, end,
+    write_named_gradients(reader, r, row, RowIO<P>{reader.a, r}.upstream().value, begin, end,
                           thread, threads, dense);
   else
     dense();
@@ -141,11 +141,11 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
   if (r >= a.rows) return;
   Team team{warps ? kWarp : shape.threads, shape.blocks,
             warps ? int(threadIdx.x) % kWarp : int(threadIdx.x), int(blockIdx.x % shape.blocks)};
-  const RowOf<P> self{a, r};
+  const RowIO<P> self{a, r};
   const int classes = int(a.classes), begin = team.block * shape.slice;
   const int end = begin + shape.slice < classes ? begin + shape.slice : classes;
   const RowReader<P, T, kCapped> reader(a, r, begin, end, cache, shape.cached);
-  typename RowOf<P>::Result result{};
+  typename RowIO<P>::Result result{};
 
   if (self.weight() != real(0) || P::kStats) {
     RowState<P> state;
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, false>)
   const int begin = piece > 0 ? piece : 0;
   const int end = warps || piece + shape.piece > classes ? classes : piece + shape.piece;
   const Reader reader(a, r, begin, end, nullptr, 0);
-  write_gradients(reader, r, RowOf<P>{a, r}.record(), begin, end,
+  write_gradients(reader, r, RowIO<P>{a, r}.record(), begin, end,
                   warps ? int(threadIdx.x) % kWarp : int(threadIdx.x),
                   warps ? kWarp : shape.threads);
 }
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, false, false>)
   if (r >= a.rows) return;
   Team team{warps ? kWarp : shape.threads, shape.blocks,
             warps ? int(threadIdx.x) % kWarp : int(threadIdx.x), int(blockIdx.x % shape.blocks)};
-  const RowOf<P> self{a, r};
+  const RowIO<P> self{a, r};
   const int classes = int(a.classes), begin = team.block * shape.slice;
   const int end = begin + shape.slice < classes ? begin + shape.slice : classes;
   const RowReader<P, T, false> reader(a, r, begin, end, nullptr, 0);

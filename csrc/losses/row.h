@@ -28,7 +28,7 @@ FD_FN real weight_in_mean(const RowArgs& a, int64_t r) {
 }
 
 template <class P>
-struct RowOf {
+struct RowIO {
   using real = typename P::real;
 
   const RowArgs& a;
