@@ -227,17 +227,17 @@ Plain plain_topk(const std::string& loss, Target target, double scale, const std
     sum += p[j] = probs ? v : std::exp(logits ? v * scale : v);
   }
   Plain out{0, 0, std::vector<double>(n), std::vector<double>(k)};
-  std::vector<bool> named(n);
+  std::vector<bool> among_k(n);
   for (int64_t j = 0; j < k; ++j) {
     if (normalised) p[j] /= sum;
     const double q = lq[indices[j]], ratio = p[j] == 0 ? 0 : std::log(p[j]) - q;
-    named[indices[j]] = true, mass += p[j], out.value += times(p[j], ratio);
+    among_k[indices[j]] = true, mass += p[j], out.value += times(p[j], ratio);
     slope[j] = std::isinf(q) ? 0 : ratio + 1;
     if (normalised) common += times(p[j], slope[j]);
   }
   const double rest = std::fmax(0, 1 - mass);
   const bool uniform = loss == "uniform_topk_kl_div" && !normalised && others > 0;
-  for (size_t i = 0; i < n && uniform; ++i) mean += named[i] ? 0 : lq[i] / others;
+  for (size_t i = 0; i < n && uniform; ++i) mean += among_k[i] ? 0 : lq[i] / others;
   if (uniform && rest > 0) {
     out.value += rest * (std::log(rest / others) - mean);
     common = std::isinf(mean) ? 0 : std::log(rest / others) - mean + 1;

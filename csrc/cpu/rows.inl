@@ -119,7 +119,7 @@ void forward_row(const RowSource<P>& source, int64_t r) {
   };
   typename RowIO<P>::Result result;
   if constexpr (P::kTopK)
-    result = finish(NamedClasses<P>(source, r));
+    result = finish(TopKClasses<P>(source, r));
   else
     result = finish([&](const auto& loss, const Row<real>& record) {
       return sum_terms(source, loss, r, record);
@@ -204,7 +204,7 @@ template <class P>
 void backward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
   if constexpr (P::kTopK)
-    return backward_named(source, r, [&] { backward_row_of<StablePair<real>>(source, r); });
+    return backward_topk(source, r, [&] { backward_row_of<StablePair<real>>(source, r); });
   if constexpr (P::kDirectTerms)
     if (source.row(r).record().c != real(0)) return backward_row_of<DirectPair<real>>(source, r);
   backward_row_of<StablePair<real>>(source, r);

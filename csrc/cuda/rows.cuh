@@ -92,8 +92,8 @@ __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& 
                                                 int end, int thread, int threads) {
   const auto dense = [&] { write_dense_gradients(reader, r, row, begin, end, thread, threads); };
   if constexpr (P::kTopK)
-    write_named_gradients(reader, r, row, RowIO<P>{reader.a, r}.upstream().value, begin, end,
-                          thread, threads, dense);
+    write_topk_gradients(reader, r, row, RowIO<P>{reader.a, r}.upstream().value, begin, end, thread,
+                         threads, dense);
   else
     dense();
 }
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
     };
     if constexpr (P::kTopK)
       result = self.finish(reader.loss, state, x_label, reader.scale,
-                           NamedClasses<RowReader<P, T, kCapped>>{{reader, r}, team});
+                           TopKClasses<RowReader<P, T, kCapped>>{{reader, r}, team});
     else
       result = self.finish(reader.loss, state, x_label, reader.scale, second_sweep);
     if constexpr (P::kStats) {

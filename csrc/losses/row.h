@@ -65,7 +65,7 @@ struct RowIO {
       if constexpr (P::kDivergence)
         result.out.value = divergence_value(loss, s, row, sweep, a.params);
       else if constexpr (P::kTopK)
-        with_named_class(loss.target, row, scale, [&](const auto& one) {
+        with_topk_class(loss.target, row, scale, [&](const auto& one) {
           result.out.value = topk_value(loss, one, row, sweep, a.classes - a.k);
         });
       else

@@ -32,7 +32,7 @@ struct TopKKlDiv : Loss<real> {
 
 // One of the k classes, from its logit x and its value v.
 template <Target kTarget, class real>
-struct NamedClass {
+struct TopKClass {
   Row<real> row;
   real scale;
 
@@ -68,27 +68,27 @@ struct NamedClass {
   }
 };
 
-// body(NamedClass) with what the values are as a constant.
+// body(TopKClass) with what the values are as a constant.
 template <class real, class Body>
-FD_FN void with_named_class(Target target, const Row<real>& row, real scale, Body body) {
-  if (target == Target::kLogits) body(NamedClass<Target::kLogits, real>{row, scale});
-  if (target == Target::kLogProbs) body(NamedClass<Target::kLogProbs, real>{row, scale});
-  if (target == Target::kProbs) body(NamedClass<Target::kProbs, real>{row, scale});
+FD_FN void with_topk_class(Target target, const Row<real>& row, real scale, Body body) {
+  if (target == Target::kLogits) body(TopKClass<Target::kLogits, real>{row, scale});
+  if (target == Target::kLogProbs) body(TopKClass<Target::kLogProbs, real>{row, scale});
+  if (target == Target::kProbs) body(TopKClass<Target::kProbs, real>{row, scale});
 }
 
 // Of terms whose u is -p.  The mass in double, for what it lacks of 1 counts too.
 template <class real>
-struct NamedSums {
+struct TopKSums {
   real f = 0, v = 0;
   double mass = 0;
 
-  FD_FN void add(const NamedSums& o) { f += o.f, v += o.v, mass += o.mass; }
+  FD_FN void add(const TopKSums& o) { f += o.f, v += o.v, mass += o.mass; }
 };
 
 // The mass that a value stands for, before it is divided by the sum of all k.
 template <Target kTarget, class real>
-struct NamedMass {
-  NamedClass<kTarget, real> of;
+struct TopKMass {
+  TopKClass<kTarget, real> of;
   FD_FN Terms<real> operator()(real, real v) const { return {0, -of.p(v), 0}; }
 };
 
@@ -99,26 +99,26 @@ struct FiniteSum {
   FD_FN void add(const FiniteSum& o) { sum += o.sum, count += o.count; }
 };
 
-// The value, and the row's a, b and c for the backward.  `named` walks the k classes and, for their
+// The value, and the row's a, b and c for the backward.  `topk` walks the k classes and, for their
 // plain sum, all of them.
-template <Target kTarget, class real, class Named>
-FD_FN real topk_value(const TopKKlDiv<real>& loss, NamedClass<kTarget, real> one, Row<real>& row,
-                      const Named& named, int64_t others) {
+template <Target kTarget, class real, class Classes>
+FD_FN real topk_value(const TopKKlDiv<real>& loss, TopKClass<kTarget, real> one, Row<real>& row,
+                      const Classes& topk, int64_t others) {
   one.row.gap = 1;
   if (loss.normalised) {
-    if constexpr (kTarget != Target::kProbs) one.row.t_max = named.largest_value();
-    const real mass = real(named.sum(NamedMass<kTarget, real>{one}).mass);
+    if constexpr (kTarget != Target::kProbs) one.row.t_max = topk.largest_value();
+    const real mass = real(topk.sum(TopKMass<kTarget, real>{one}).mass);
     if constexpr (kTarget == Target::kProbs)
       one.row.gap = mass;
     else
       one.row.t_logz = log_of(mass);
   }
   row = one.row;
-  const NamedSums<real> sum = named.sum(one);
+  const TopKSums<real> sum = topk.sum(one);
   row.a = real(sum.mass), row.b = 0, row.c = loss.normalised ? sum.v : real(0);
   if (!loss.uniform || others == 0) return sum.f;
   const real less = real(1 - sum.mass), rest = less < real(0) ? real(0) : less;
-  const FiniteSum all = named.sum_of_all_logits(), of_k = named.sum_of_logits();
+  const FiniteSum all = topk.sum_of_all_logits(), of_k = topk.sum_of_logits();
   const bool finite = all.count - of_k.count == double(others);
   const real mean = real((all.sum - of_k.sum) / double(others) - double(row.x_max));
   const real log_q = finite ? mean * one.scale - row.x_logz : -Limits<real>::infinity;
