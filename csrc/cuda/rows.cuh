@@ -227,14 +227,14 @@ __global__ void __launch_bounds__(256, kBlocks<P, false, false>)
 template <class P, class T, bool kGradient>
 Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
   constexpr int kRows = P::kTarget == Target::kNone ? 1 : 2;
-  constexpr int kKept = kGradient || P::kDivergence ? kRows : 0;
+  constexpr int kCachedRows = kGradient || P::kDivergence ? kRows : 0;
   // A second sweep that is rare, near zero, must not cost the occupancy of the first.
-  const int64_t most = gpu.shared_memory - kStaticShared;
-  const int64_t room = kGradient || !has_moment<P>() ? most : most / 3;
+  const int64_t max_shared = gpu.shared_memory - kStaticShared;
+  const int64_t cache_bytes = kGradient || !has_moment<P>() ? max_shared : max_shared / 3;
   const ForwardShape shape =
-      forward_shape(gpu, sizeof(T), kColumns<P>, kKept, room, int(a.classes));
+      forward_shape(gpu, sizeof(T), kColumns<P>, kCachedRows, cache_bytes, int(a.classes));
   const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.blocks, shape.threads,
-                  shape.blocks, shape.cached * kKept * int64_t(sizeof(T)), most};
+                  shape.blocks, shape.cached * kCachedRows * int64_t(sizeof(T)), max_shared};
   if constexpr (P::kSoftcap)
     if (a.softcap != 0) return launch(forward_rows<P, T, true, kGradient>, grid, stream, a, shape);
   return launch(forward_rows<P, T, false, kGradient>, grid, stream, a, shape);
