@@ -33,13 +33,13 @@ DIRECT = " of well-separated rows"
 
 # Where the loops are, and the least number of packed instructions for each scalar one.  A loop has
 # a scalar copy of itself for the last few columns, so a function that is all loop is near 1, but
-# for sum_terms_of, which takes whole vectors; around the loop of first_sweep there is scalar work
-# for every tile.  Measured (GCC 12, baseline, AVX2 and AVX-512): 0.18 and more in first_sweep, 7.2
+# for sum_terms_of, which takes whole vectors; around the loop of first_pass there is scalar work
+# for every tile.  Measured (GCC 12, baseline, AVX2 and AVX-512): 0.18 and more in first_pass, 7.2
 # in sum_terms_of, 0.73 elsewhere.  Without -fopenmp-simd all are below 0.06.  Without
 # -fno-trapping-math likewise, but for AVX-512, whose masks save most loops: there it is the
-# logarithms of probability targets that fall, to 0.14 in first_sweep and 0.38.
+# logarithms of probability targets that fall, to 0.14 in first_pass and 0.38.
 LOOPS = {
-    "first_sweep": 0.15,
+    "first_pass": 0.15,
     "sum_terms_of": 4,
     "backward_row_of": 0.7,
     "grad_x": 0.7,
@@ -124,7 +124,7 @@ def test_every_kernel_is_vectorised(isa: str) -> None:
     assert names - policies == {p + DIRECT for p in divergences}
     for policy in policies:
         loops = {loop for loop, p in counts if p == policy}
-        assert "first_sweep" in loops, policy
+        assert "first_pass" in loops, policy
         assert ("WithStats" in policy) != bool(loops & {"backward_row_of", "grad_x"}), (
             policy,
             loops,

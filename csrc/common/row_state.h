@@ -18,7 +18,7 @@ struct Tile {
   real* tilted = nullptr;  // room for n numbers, where the loss is kTilted
 };
 
-// One column, as the policies see it in the first sweep.
+// One column, as the policies see it in the first pass.
 template <class real>
 struct Column {
   real lx, ex;  // scaled logit less the running maximum, and its exponential
@@ -137,7 +137,7 @@ struct RowState {
     }
   }
 
-  // What is known of the row after the first sweep.
+  // What is known of the row after the first pass.
   FD_FN Row<real> row() const {
     Row<real> r{};
     r.x_max = x.max, r.x_logz = log_of(x.sum);

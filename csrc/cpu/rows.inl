@@ -11,7 +11,7 @@ namespace FD_ISA {
 // --- forward ----------------------------------------------------------------------------------
 
 template <class P, class real>
-RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
+RowState<P> first_pass(const RowSource<P>& source, int64_t r, real scale) {
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
         RowState<P> s;
@@ -21,7 +21,7 @@ RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
                                 source.kTeacher ? source.target(r).whole_tile(i, n, bt) : nullptr,
                                 P::kWeights ? source.whole_weights(i, n, bw) : nullptr,
                                 whole_vectors(n), tilted.data};
-          s.template push<kFirstSweepRun>(source.loss, tile, scale);
+          s.template push<kFirstPassRun>(source.loss, tile, scale);
         });
         return s;
       },
@@ -51,7 +51,7 @@ struct LaneSums {
   }
 };
 
-// The terms of a divergence: the second sweep, over a row which is in the cache.
+// The terms of a divergence: the second pass, over a row which is in the cache.
 template <class PairOf, class P, class L, class real>
 TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r,
                             const Row<real>& row) {
@@ -113,9 +113,9 @@ void forward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
   const RowIO<P> row = source.row(r);
   if (row.weight() == real(0) && !P::kStats) return row.store({});
-  const RowState<P> s = first_sweep(source, r, source.scale);
-  const auto finish = [&](const auto& sweep) {
-    return row.finish(source.loss, s, source.label_logit(r), source.scale, sweep);
+  const RowState<P> s = first_pass(source, r, source.scale);
+  const auto finish = [&](const auto& second_pass) {
+    return row.finish(source.loss, s, source.label_logit(r), source.scale, second_pass);
   };
   typename RowIO<P>::Result result;
   if constexpr (P::kTopK)

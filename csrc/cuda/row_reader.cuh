@@ -1,5 +1,5 @@
 // A row as a team's block sees it: its slice of the columns, of which the first `cached` stay in
-// shared memory from the first sweep on.
+// shared memory from the first pass on.
 #pragma once
 
 #include "cuda/pack.cuh"
@@ -95,10 +95,10 @@ struct RowReader {
     }
   }
 
-  // body(tile, column, step) for all that a thread has of the slice.  The first sweep leaves in the
+  // body(tile, column, step) for all that a thread has of the slice.  The first pass leaves in the
   // cache what fits, where later ones find it.
   template <bool kFirst, class Body>
-  __device__ __forceinline__ void sweep(const Team& team, Body body) const {
+  __device__ __forceinline__ void pass(const Team& team, Body body) const {
     const int step = team.threads * kSize;
     for (int i = x.begin + team.thread * kSize; i < x.end; i += kPacks * step) {
       Packs px, pt;

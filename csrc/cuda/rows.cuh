@@ -114,12 +114,12 @@ constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1
                         : P::kDivergence || P::kWeights      ? 3
                                                              : 4;
 
-// The terms of a divergence: the second sweep, over what the cache has of the row, or memory.
+// The terms of a divergence: the second pass, over what the cache has of the row, or memory.
 template <class Reader, class L, class real>
 __device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& team, const L& loss,
                                                     const Row<real>& row) {
   TermSums<real> sum;
-  reader.template sweep<false>(team, [&](const auto& tile, int, int) {
+  reader.template pass<false>(team, [&](const auto& tile, int, int) {
     reader.for_columns([&](int c, int, int) {
       const auto pair =
           StablePair<real>::template of<Reader::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
   if (self.weight() != real(0) || P::kStats) {
     RowState<P> state;
     ArgMax<real> largest;
-    reader.template sweep<true>(team, [&](const auto& tile, int i, int step) {
+    reader.template pass<true>(team, [&](const auto& tile, int i, int step) {
       real tilted[kColumns<P>];
       state.push(reader.loss, {tile.x, tile.t, tile.weights, kColumns<P>, tilted}, reader.scale);
       if constexpr (P::kStats)
@@ -159,14 +159,14 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
     // The row is near now, and nothing is written over it before all have met.
     const real x_label = self.reads_label() ? reader.logit(a.labels[r]) : real(0);
     state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
-    const auto second_sweep = [&](const auto& loss, const Row<real>& row) {
+    const auto second_pass = [&](const auto& loss, const Row<real>& row) {
       return sum_terms(reader, team, loss, row);
     };
     if constexpr (P::kTopK)
       result = self.finish(reader.loss, state, x_label, reader.scale,
                            TopKClasses<RowReader<P, T, kCapped>>{{reader, r}, team});
     else
-      result = self.finish(reader.loss, state, x_label, reader.scale, second_sweep);
+      result = self.finish(reader.loss, state, x_label, reader.scale, second_pass);
     if constexpr (P::kStats) {
       largest = team.all(largest, MergeArgMax<real>());
       if (team.leads()) self.store_stats(result, state, reader.scale, largest.column);
@@ -228,7 +228,7 @@ template <class P, class T, bool kGradient>
 Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
   constexpr int kRows = P::kTarget == Target::kNone ? 1 : 2;
   constexpr int kCachedRows = kGradient || P::kDivergence ? kRows : 0;
-  // A second sweep that is rare, near zero, must not cost the occupancy of the first.
+  // A second pass that is rare, near zero, must not cost the occupancy of the first.
   const int64_t max_shared = gpu.shared_memory - kStaticShared;
   const int64_t cache_bytes = kGradient || !has_moment<P>() ? max_shared : max_shared / 3;
   const ForwardShape shape =

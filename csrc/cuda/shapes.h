@@ -13,7 +13,7 @@ struct ForwardShape {
   int rows;     // of a block: several where a warp has one each
   int blocks;   // of a cluster, which shares one row
   int slice;    // columns of a block
-  int cached;   // columns of the slice that stay in shared memory for a second sweep
+  int cached;   // columns of the slice that stay in shared memory for a second pass
 };
 
 // How a backward shares it out: nothing is summed, so a piece knows nothing of the others.
@@ -32,7 +32,7 @@ constexpr int64_t kStaticShared = 8704;  // at least what the exchanges of a tea
 
 inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
-// `cached_rows`: rows that are kept for a second sweep, 0, 1 or 2, in `cache_bytes`.  `columns`:
+// `cached_rows`: rows that are kept for a second pass, 0, 1 or 2, in `cache_bytes`.  `columns`:
 // what a thread holds at a time; slices and caches are whole numbers of what a block holds.
 inline ForwardShape forward_shape(const Gpu& gpu, int64_t element, int columns, int cached_rows,
                                   int64_t cache_bytes, int classes) {

@@ -97,7 +97,7 @@ struct TopKClasses {
   }
   __device__ __forceinline__ FiniteSum sum_of_all_logits() const {
     FiniteSum total;
-    entries.reader.template sweep<false>(team, [&](const auto& tile, int, int) {
+    entries.reader.template pass<false>(team, [&](const auto& tile, int, int) {
       Reader::for_columns([&](int c, int, int) { add_finite(total, tile.x[c]); });
     });
     return team.all(total, MergeFinite());

@@ -19,7 +19,7 @@ struct Terms {
   FD_FN void add(const Terms& o) { f += o.f, u += o.u, v += o.v; }
 };
 
-// What a second sweep adds up.  The probabilities too: as they come, from rounded logarithms, they
+// What a second pass adds up.  The probabilities too: as they come, from rounded logarithms, they
 // add up to 1 only nearly, which the gradients, differences of u and q * sum u, can do without.
 template <class real>
 struct TermSums {
@@ -36,7 +36,7 @@ struct Divergence : Loss<Real, target> {
 
   static constexpr bool kDivergence = true, kDirectTerms = true;
   static constexpr int kSums = 1;
-  // The first sweep's moment that is the divergence itself: no second sweep where it is sound.
+  // The first pass's moment that is the divergence itself: no second pass where it is sound.
   enum class Moment { kNone, kForward, kReverse, kTilted };
   static constexpr Moment kMoment = Moment::kNone;
 

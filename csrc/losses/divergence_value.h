@@ -1,6 +1,6 @@
-// The divergence of two rows: what the moments of the first sweep give where they are sound, else a
-// second sweep over the row, which is still near.  `sweep(loss, row)` returns the TermSums of a
-// loss.
+// The divergence of two rows: what the moments of the first pass give where they are sound, else a
+// second pass over the row, which is still near.  `second_pass(loss, row)` returns the TermSums of
+// a loss.
 #pragma once
 
 #include "losses/alpha_div.h"
@@ -30,10 +30,11 @@ FD_FN real well_separated(real kl) {
 }
 
 // KL(p || q) of two rows of logits, and row.gap.  Where the rows are so close that the moments
-// cancel, with d = log q~ - log p~, c about sum p d, and o = sum p (d - c), which the first sweep's
+// cancel, with d = log q~ - log p~, c about sum p d, and o = sum p (d - c), which the first pass's
 // rounding has left off: KL = log(1 + o + sum p (e^(d-c) - 1 - (d - c))) - o.
-template <class P, class real, class Sweep>
-FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossParams& params) {
+template <class P, class real, class SecondPass>
+FD_FN real anchor(const RowState<P>& s, Row<real>& row, SecondPass second_pass,
+                  const LossParams& params) {
   const real mean = s.sums.a / s.t.sum;  // -c
   row.gap = log_of(s.x.sum / s.t.sum);
   const Difference<real> kl = sum_of(mean, row.gap);
@@ -41,7 +42,7 @@ FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossP
   Row<real> centred = row;
   centred.gap = -mean;
   centred.x_logz -= kl.value;
-  const TermSums<real> sum = sweep(KlDiv<real, P::kTarget>(params), centred);
+  const TermSums<real> sum = second_pass(KlDiv<real, P::kTarget>(params), centred);
   const real off = -sum.v / sum.p, share = off / (real(1) + sum.f);
   const real excess = log1p(sum.f) - share * (sum.f + real(0.5) * share);
   row.gap = excess + off - mean;
@@ -49,9 +50,10 @@ FD_FN real anchor(const RowState<P>& s, Row<real>& row, Sweep sweep, const LossP
 }
 
 // The value of a loss of order alpha.  Where E is small, of rows that are close or of an order
-// close to 0 or 1, it comes from the terms of a second sweep.
-template <class P, class real, class Sweep>
-FD_FN real tilted_value(const P& loss, const RowState<P>& s, Row<real>& row, Sweep sweep) {
+// close to 0 or 1, it comes from the terms of a second pass.
+template <class P, class real, class SecondPass>
+FD_FN real tilted_value(const P& loss, const RowState<P>& s, Row<real>& row,
+                        SecondPass second_pass) {
   const bool infinite = s.sums.b > real(0);
   const real max = s.tilted.max, log_sum = log_of(s.tilted.sum), tilted = max + log_sum;
   const real logs = loss.tilt(row.x_logz, row.t_logz), less = logs - log_sum;
@@ -59,23 +61,23 @@ FD_FN real tilted_value(const P& loss, const RowState<P>& s, Row<real>& row, Swe
   const real rounding = rounding_of(max, less) - rounding_of(logs, log_sum);
   const bool sound = infinite || is_infinite(e) || abs_of(e) > real(0.05) * terms;
   const real near =
-      sound ? Limits<real>::infinity : log1p(loss.excess(sweep(loss, row).f, s.mass()));
+      sound ? Limits<real>::infinity : log1p(loss.excess(second_pass(loss, row).f, s.mass()));
   return loss.finish(sound ? e : near, sound ? rounding : real(0), near, tilted, infinite, s.mass(),
                      row);
 }
 
 // The value, and the row's a, b and c for the backward.
-template <class P, class real, class Sweep>
-FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row, Sweep sweep,
-                            const LossParams& params) {
+template <class P, class real, class SecondPass>
+FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
+                            SecondPass second_pass, const LossParams& params) {
   using Moment = typename P::Moment;
   constexpr bool kLogits = P::kTarget == Target::kLogits;
   real kl;
   if constexpr (kLogits)
-    kl = anchor(s, row, sweep, params);
+    kl = anchor(s, row, second_pass, params);
   else
     kl = s.sums.a + mass_times(s.mass(), row.x_logz);
-  if constexpr (P::kTilted) return tilted_value(loss, s, row, sweep);
+  if constexpr (P::kTilted) return tilted_value(loss, s, row, second_pass);
   // u + v = f~ and one of them is q - p or its negative, so the value gives both sums.
   if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
     row.a = kl != kl ? kl : real(1) - s.mass();
@@ -95,7 +97,7 @@ FD_FN real divergence_value(const P& loss, const RowState<P>& s, Row<real>& row,
   } else {
     row.c = well_separated(loss.kl_fraction() * kl);
   }
-  const TermSums<real> sum = sweep(loss, row);
+  const TermSums<real> sum = second_pass(loss, row);
   row.a = sum.u / sum.q, row.b = kLogits ? sum.v / sum.p : sum.v;
   return sum.f - loss.kappa() * (real(1) - s.mass());
 }

@@ -52,7 +52,7 @@ struct Loss {
   FD_FN void rebase(Sums<real>&, Shift<real>, Shift<real>) const {}
 };
 
-// Whether a second sweep can give the loss and its gradients, from terms of each class.
+// Whether a second pass can give the loss and its gradients, from terms of each class.
 template <class P>
 constexpr bool has_terms() {
   return P::kDivergence && !P::kTilted;

@@ -41,16 +41,16 @@ struct RowIO {
   FD_FN Row<real>& record() const { return static_cast<Row<real>*>(a.record)[r]; }
 
   // All that the row's sums come to.  `x_label` is the logit of the label, where that is read;
-  // `sweep(loss, row)` walks the row again for the terms of a divergence; for a teacher of k
+  // `second_pass(loss, row)` walks the row again for the terms of a divergence; for a teacher of k
   // classes it is what walks these.
   struct Result {
     Row<real> row;
     Outputs<real> out;
     real log_prob;
   };
-  template <class Sweep>
+  template <class SecondPass>
   FD_FN Result finish(const P& loss, const RowState<P>& s, real x_label, real scale,
-                      const Sweep& sweep) const {
+                      const SecondPass& second_pass) const {
     Result result{s.row(), {0, 0}, 0};
     Row<real>& row = result.row;
     TargetLogit<real> label{0, 0};
@@ -63,10 +63,10 @@ struct RowIO {
       result.log_prob = s.sums.d - mass_times(s.mass(), row.x_logz);
     if (weight() != real(0)) {
       if constexpr (P::kDivergence)
-        result.out.value = divergence_value(loss, s, row, sweep, a.params);
+        result.out.value = divergence_value(loss, s, row, second_pass, a.params);
       else if constexpr (P::kTopK)
         with_topk_class(loss.target, row, scale, [&](const auto& one) {
-          result.out.value = topk_value(loss, one, row, sweep, a.classes - a.k);
+          result.out.value = topk_value(loss, one, row, second_pass, a.classes - a.k);
         });
       else
         result.out = loss.finish(s.x, s.sums, label, scale, row);

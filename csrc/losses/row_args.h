@@ -43,7 +43,7 @@ struct RowArgs {
   void* stats = nullptr;      // real [3, rows]: lse, entropy, log_prob
   int64_t* argmax = nullptr;  // [rows]
 
-  void* terms = nullptr;  // TermSums<real> [rows]: what a second sweep adds up
+  void* terms = nullptr;  // TermSums<real> [rows]: what a second pass adds up
 
   // backward
   const void* grad = nullptr;          // real: upstream gradient of value
