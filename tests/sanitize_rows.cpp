@@ -46,13 +46,17 @@ void expect(const char* what, double got, double expected, double tolerance) {
 // --- memory of the exact size
 // -----------------------------------------------------------------------
 
-struct Rows {
+struct RowBuffer {
   DType dtype;
   int64_t rows, classes, stride;
   std::vector<char> bytes;  // ends with the last element of the last row
 
-  Rows(DType d, int64_t r, int64_t c, int64_t gap)
-      : dtype(d), rows(r), classes(c), stride(c + gap), bytes(((r - 1) * stride + c) * size_of(d)) {
+  RowBuffer(DType d, int64_t r, int64_t c, int64_t padding)
+      : dtype(d),
+        rows(r),
+        classes(c),
+        stride(c + padding),
+        bytes(((r - 1) * stride + c) * size_of(d)) {
     bytes.shrink_to_fit();
   }
   Matrix matrix() { return {bytes.data(), stride}; }
@@ -71,7 +75,7 @@ struct Rows {
                                 : double(widen(*reinterpret_cast<const BFloat16*>(p)));
   }
   // The same numbers; of NaN, any.
-  bool same(const Rows& o) const {
+  bool same(const RowBuffer& o) const {
     if (bytes == o.bytes) return true;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < classes; ++i) {
@@ -288,13 +292,13 @@ const std::vector<int64_t> kClasses = {1, 7, 511, 512, 513, 8193}, kShared = {81
 constexpr bool kSplits = true;
 #endif
 
-struct Options {
+struct Setup {
   double scale = 1, softcap = 0;
   bool weights = false;
-  int64_t gap = 0;  // between rows
+  int64_t padding = 0;  // between rows
 };
 
-void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bool split) {
+void run(LossId loss, Target target, DType dtype, int64_t classes, Setup o, bool split) {
   const bool f64 = dtype == DType::kF64;
   const auto* kernels = find(loss, target, dtype);
   if (!kernels) return;
@@ -308,7 +312,8 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   std::mt19937 random(1);
   std::normal_distribution<double> normal(0, 2);
   const int64_t k = classes > 2 ? classes / 3 : 1;
-  Rows x(dtype, kRows, classes, o.gap), t(dtype, kRows, traits.topk ? k : classes, o.gap);
+  RowBuffer x(dtype, kRows, classes, o.padding),
+      t(dtype, kRows, traits.topk ? k : classes, o.padding);
   std::vector<int64_t> indices(kRows * k);
   std::vector<std::vector<double>> dense;  // what the teacher has for all classes
   for (int64_t r = 0; r < kRows; ++r) {
@@ -366,14 +371,14 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   if (traits.stats) a.stats = stats.data(), a.argmax = argmax.data();
   if (split) a.split_columns = three_threads, a.scratch = scratch.data();
 
-  Rows dx = x, dt = t;
+  RowBuffer dx = x, dt = t;
   a.dx = dx.matrix();
   if (target != Target::kNone) a.dt = dt.matrix();
   call(kernels->forward, a);
   if (!traits.stats) call(kernels->backward, a);
 
   // Both at once, in place, without threads: the same bits.
-  Rows over = x, dt_again = t;
+  RowBuffer over = x, dt_again = t;
   Reals value_again(f64, kRows, 555), record_again(f64, kRows * 8, 555);
   Reals overwritten(f64, kRows * k, 555);
   RowArgs f = a;

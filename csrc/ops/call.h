@@ -10,7 +10,7 @@
 namespace fastdiv {
 
 template <class Device>
-struct Call {
+struct RowCall {
   const Tensor& x;
   const Options& options;
   Device device{x};
@@ -20,8 +20,9 @@ struct Call {
   const int64_t outputs = kernels.traits.two_outputs ? 2 : 1;
   OptionalTensor overwritten;
 
-  Call(const Tensor& x, const OptionalTensor& t, const OptionalTensor& labels,
-       const OptionalTensor& class_weight, const OptionalTensor& row_weight, const Options& options)
+  RowCall(const Tensor& x, const OptionalTensor& t, const OptionalTensor& labels,
+          const OptionalTensor& class_weight, const OptionalTensor& row_weight,
+          const Options& options)
       : x(x),
         options(options),
         kernels(find(options, dtype_of(x))),
@@ -158,7 +159,7 @@ struct Call {
 #define FD_CALL                                                                                   \
   const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, param, \
                         confidence, smoothing_per_class, z_loss);                                 \
-  Call<Device> call(x, t, labels, class_weight, row_weight, options)
+  RowCall<Device> call(x, t, labels, class_weight, row_weight, options)
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> row_forward(const Tensor& x, FD_ROWS, FD_OPTIONS) {
