@@ -32,8 +32,6 @@ template <class real>
 struct Row {
   real x_max, x_logz;  // log q = (x - x_max) * scale - x_logz
   real t_max, t_logz;  // log p likewise where the target is logits; else 0
-  real gap;            // log q - log p = ((x - t) - (x_max - t_max)) * scale - gap, for logits
-  real a, b, c;        // the loss's own, see the policies
 };
 
 // Of a change of the running maximum: e^d, d = old maximum - new maximum, and the old sum.

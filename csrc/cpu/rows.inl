@@ -54,7 +54,7 @@ struct LaneSums {
 // The terms of a divergence: the second pass, over a row which is in the cache.
 template <class PairOf, class P, class L, class real>
 TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r,
-                            const Row<real>& row) {
+                            const PairRecord<real>& row) {
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
         LaneSums<real> total;
@@ -63,7 +63,7 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
           const real* x = source.input(r).whole_tile(i, n, bx);
           const real* t = source.target(r).whole_tile(i, n, bt);
           // Copies, which the compiler can keep in registers.
-          const Row<real> k = row;
+          const PairRecord<real> k = row;
           const L policy = loss;
           const real scale = source.scale;
           // In short runs, for the rounding errors of a sum grow with the number of its terms.
@@ -87,11 +87,12 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
       },
       [](TermSums<real>& total, const TermSums<real>& part) { total.add(part); });
 }
-template <class P, class L, class real>
-TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
-                         const Row<real>& row) {
+template <class P, class L>
+auto sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
+               const typename P::Record& row) {
+  using real = typename P::real;
   if constexpr (P::kDirectTerms && std::is_same<P, L>::value)
-    if (row.c != real(0)) return sum_terms_of<DirectPair<real>>(source, loss, r, row);
+    if (row.use_direct != real(0)) return sum_terms_of<DirectPair<real>>(source, loss, r, row);
   return sum_terms_of<StablePair<real>>(source, loss, r, row);
 }
 
@@ -121,9 +122,8 @@ void forward_row(const RowSource<P>& source, int64_t r) {
   if constexpr (P::kTopK)
     result = finish(TopKClasses<P>(source, r));
   else
-    result = finish([&](const auto& loss, const Row<real>& record) {
-      return sum_terms(source, loss, r, record);
-    });
+    result = finish(
+        [&](const auto& loss, const auto& record) { return sum_terms(source, loss, r, record); });
   row.store(result);
   if constexpr (P::kStats)
     row.store_stats(result, s, source.scale, first_maximum(source, r, s.x.max));
@@ -138,7 +138,7 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   const real* t = source.kTeacher ? source.target(r).tile(i, n, bt) : nullptr;
   const real* w = P::kWeights ? source.weights(i) : nullptr;
   // Copies, which the compiler can keep in registers.
-  const Row<real> row = source.row(r).record();
+  const typename P::Record row = source.row(r).record();
   const P loss = source.loss;
   const real scale = source.scale;
   const Outputs<real> gx{g.value * scale, g.entropy * scale};
@@ -163,7 +163,7 @@ void grad_t(const RowSource<P>& source, int64_t r, int64_t i, int n, real g, rea
   Buffer<real> bx, bt;
   const real *x = source.input(r).tile(i, n, bx), *t = source.target(r).tile(i, n, bt);
   const real* w = P::kWeights ? source.weights(i) : nullptr;
-  const Row<real> row = source.row(r).record();
+  const typename P::Record row = source.row(r).record();
   const P loss = source.loss;
   const real scale = source.scale;
   FD_SIMD()
@@ -206,7 +206,8 @@ void backward_row(const RowSource<P>& source, int64_t r) {
   if constexpr (P::kTopK)
     return backward_topk(source, r, [&] { backward_row_of<StablePair<real>>(source, r); });
   if constexpr (P::kDirectTerms)
-    if (source.row(r).record().c != real(0)) return backward_row_of<DirectPair<real>>(source, r);
+    if (source.row(r).record().use_direct != real(0))
+      return backward_row_of<DirectPair<real>>(source, r);
   backward_row_of<StablePair<real>>(source, r);
 }
 

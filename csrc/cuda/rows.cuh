@@ -20,8 +20,8 @@ __device__ __forceinline__ void set(Pack<T>& pack, int k, real v) {
 // written; a pack at the edge shares its 16 bytes with the neighbouring stretch.
 template <class P, class T, bool kCapped>
 __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCapped>& reader,
-                                                      int64_t r, Row<typename P::real> row,
-                                                      int begin, int end, int thread, int threads) {
+                                                      int64_t r, typename P::Record row, int begin,
+                                                      int end, int thread, int threads) {
   using real = typename P::real;
   using Reader = RowReader<P, T, kCapped>;
   constexpr int kSize = Reader::kSize, kPacks = Reader::kPacks;
@@ -88,8 +88,8 @@ __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCap
 
 template <class P, class T, bool kCapped>
 __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& reader, int64_t r,
-                                                const Row<typename P::real>& row, int begin,
-                                                int end, int thread, int threads) {
+                                                const typename P::Record& row, int begin, int end,
+                                                int thread, int threads) {
   const auto dense = [&] { write_dense_gradients(reader, r, row, begin, end, thread, threads); };
   if constexpr (P::kTopK)
     write_topk_gradients(reader, r, row, RowIO<P>{reader.a, r}.upstream().value, begin, end, thread,
@@ -117,7 +117,7 @@ constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1
 // The terms of a divergence: the second pass, over what the cache has of the row, or memory.
 template <class Reader, class L, class real>
 __device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& team, const L& loss,
-                                                    const Row<real>& row) {
+                                                    const PairRecord<real>& row) {
   TermSums<real> sum;
   reader.template pass<false>(team, [&](const auto& tile, int, int) {
     reader.for_columns([&](int c, int, int) {
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
     // The row is near now, and nothing is written over it before all have met.
     const real x_label = self.reads_label() ? reader.logit(a.labels[r]) : real(0);
     state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
-    const auto second_pass = [&](const auto& loss, const Row<real>& row) {
+    const auto second_pass = [&](const auto& loss, const auto& row) {
       return sum_terms(reader, team, loss, row);
     };
     if constexpr (P::kTopK)

@@ -119,7 +119,7 @@ struct TopKClasses {
 // them in its place.
 template <class Reader, class Dense>
 __device__ __forceinline__ void write_topk_gradients(const Reader& reader, int64_t r,
-                                                     const Row<typename Reader::real>& row,
+                                                     const TopKRecord<typename Reader::real>& row,
                                                      typename Reader::real g, int begin, int end,
                                                      int thread, int threads, Dense dense) {
   using real = typename Reader::real;

@@ -14,11 +14,11 @@
 
 namespace fastdiv {
 
-// Row, of the finite terms: a = E where it is next to zero, else infinity; b = d value / dE; c =
-// log-sum-exp of the tilt of the logits, as they are before normalisation.
+// The record is that of the finite terms.
 template <class real, Target target>
 struct AlphaDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
+  using Record = AlphaRecord<real>;
   static constexpr bool kTilted = true, kDirectTerms = false;
   static constexpr int kSums = 2;  // b: the infinite terms
   static constexpr auto kMoment = Base::Moment::kTilted;
@@ -44,31 +44,32 @@ struct AlphaDiv : Divergence<real, target> {
   }
   // E comes with what its rounding has left off, which e^E would magnify.
   FD_FN real finish(real e, real rounding, real near, real tilted, bool infinite, real sum_p,
-                    Row<real>& row) const {
+                    Record& row) const {
     const bool nothing = e == -Limits<real>::infinity;  // no class that both sides have
     const real s = exp(e), more = is_infinite(s) ? real(0) : s * rounding;
-    row.a = near;
-    row.b = nothing ? real(0) : linear + mass_times(power, s + more);
-    row.c = nothing ? real(0) : tilted;
+    row.small_log_s = near;
+    row.slope = nothing ? real(0) : linear + mass_times(power, s + more);
+    row.tilted_logz = nothing ? real(0) : tilted;
     if (infinite) return Limits<real>::infinity;
     return mass_times(linear, e) + mass_times(power, expm1(e) + more) +
            mass_times(mass, sum_p - real(1));
   }
 
-  FD_FN real grad_x(const LogPair<real>& c, const Row<real>& row) const {
+  FD_FN real grad_x(const LogPair<real>& c, const Record& row) const {
     const real lw = log_w(c, row);
-    return mass_times(less(lw, c.lq, -alpha * c.log_ratio - row.a, row), row.b * rest);
+    return mass_times(less(lw, c.lq, -alpha * c.log_ratio - row.small_log_s, row),
+                      row.slope * rest);
   }
-  FD_FN real grad_t(const LogPair<real>& c, real t, real scale, const Row<real>& row) const {
-    const real lw = log_w(c, row), slope = row.b * alpha;
+  FD_FN real grad_t(const LogPair<real>& c, real t, real scale, const Record& row) const {
+    const real lw = log_w(c, row), slope = row.slope * alpha;
     if constexpr (target == Target::kLogits)
-      return mass_times(less(lw, c.lp, rest * c.log_ratio - row.a, row), slope * scale);
+      return mass_times(less(lw, c.lp, rest * c.log_ratio - row.small_log_s, row), slope * scale);
     if constexpr (target == Target::kLogProbs)
       return mass_times(exp_neg(lw), slope) + mass * exp_neg(t);
     // w / p is largest where p is small, and log p least accurate: it goes in with the smaller of
     // the powers alpha and alpha - 1.  What rounding leaves off comes back as a factor.
     const real half = real(0.5), most = Limits<real>::log_largest;
-    const real log_w_over_p = rest * (c.lx - c.lt) - row.c;
+    const real log_w_over_p = rest * (c.lx - c.lt) - row.tilted_logz;
     const real power_of_p = alpha < half ? lw : (log_w_over_p > most ? most : log_w_over_p);
     const real v = exp_neg(is_infinite(lw) ? lw : power_of_p);
     const real ratio = alpha < half ? v / t : v + v * rest * rounding_of(c.lx, c.lt);
@@ -103,15 +104,15 @@ struct AlphaDiv : Divergence<real, target> {
 
  private:
   // Of a class without mass, and of one whose term is infinite, -inf.
-  FD_FN real log_w(const LogPair<real>& c, const Row<real>& row) const {
+  FD_FN real log_w(const LogPair<real>& c, const Record& row) const {
     const real inf = Limits<real>::infinity, v = tilt(c.lx, c.lt);
-    const real finite = v == inf ? -inf : v - row.c;
+    const real finite = v == inf ? -inf : v - row.tilted_logz;
     return (c.lx > c.lt ? c.lx : c.lt) == -inf ? -inf : finite;
   }
   // w - o, for o = q or p, from the logs.  `near` is log w - log o, good to the last digit where
   // the rows are close.
-  FD_FN real less(real lw, real lo, real near, const Row<real>& row) const {
-    const real direct = is_infinite(row.a) ? lw - lo : near;
+  FD_FN real less(real lw, real lo, real near, const Record& row) const {
+    const real direct = is_infinite(row.small_log_s) ? lw - lo : near;
     const real ratio = is_infinite(lw) ? lw : direct;
     const bool w_larger = ratio > real(0);
     const real em1 = exp_gap(w_larger ? -ratio : ratio).em1;

@@ -7,9 +7,9 @@
 
 namespace fastdiv {
 
-// Row: a = factor of q in the gradient, sum r + 2 z omega lse;  b = what the label takes off.
 template <class real, Target target, bool smoothed>
 struct CrossEntropyOf : Loss<real, target> {
+  using Record = CrossEntropyRecord<real>;
   static constexpr bool kReadsLabel = target == Target::kNone;
   static constexpr bool kWeights = smoothed;
   static constexpr bool kSoftcap = true;
@@ -40,20 +40,21 @@ struct CrossEntropyOf : Loss<real, target> {
   }
 
   FD_FN Outputs<real> finish(const LogSumExp<real>&, const Sums<real>& s, TargetLogit<real> label,
-                             real scale, Row<real>& row) const {
-    row.b = kReadsLabel ? confidence * label.weight : real(0);
-    const real mass = s.b + row.b, taken = s.a + mass_times(row.b, label.lx);
+                             real scale, Record& row) const {
+    row.label_mass = kReadsLabel ? confidence * label.weight : real(0);
+    const real mass = s.b + row.label_mass, taken = s.a + mass_times(row.label_mass, label.lx);
     const real lse = row.x_logz + row.x_max * scale;
     const real omega = kReadsLabel ? label.weight : real(1);
-    row.a = mass + real(2) * mass_times(z_loss * omega, lse);
+    row.q_factor = mass + real(2) * mass_times(z_loss * omega, lse);
     return {mass_times(mass, row.x_logz) - taken + mass_times(z_loss * omega, lse * lse), real(0)};
   }
 
-  FD_FN real grad_x(real, real q, real p, real weight, const Row<real>& row,
-                    Outputs<real> g) const {
-    return g.value * (row.a * q - rate(p, weight));
+  FD_FN real grad_x(real, real q, real p, real weight, const Record& row, Outputs<real> g) const {
+    return g.value * (row.q_factor * q - rate(p, weight));
   }
-  FD_FN real grad_label(const Row<real>& row, Outputs<real> g) const { return -g.value * row.b; }
+  FD_FN real grad_label(const Record& row, Outputs<real> g) const {
+    return -g.value * row.label_mass;
+  }
   // An infinite term is a constant: it gives its target no gradient.
   FD_FN real grad_t(real lq, real weight, real g) const {
     return is_infinite(lq) ? real(0) : -g * weight * confidence * lq;

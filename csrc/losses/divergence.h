@@ -28,10 +28,10 @@ struct TermSums {
   FD_FN void add(const TermSums& o) { f += o.f, u += o.u, v += o.v, q += o.q, p += o.p; }
 };
 
-// Row: a = sum u, b = sum v; c = 1 where the rows are well separated, so that a DirectPair will do.
 template <class Real, Target target>
 struct Divergence : Loss<Real, target> {
   using real = Real;
+  using Record = DivergenceRecord<real>;
   using Loss<Real, target>::Loss;
 
   static constexpr bool kDivergence = true, kDirectTerms = true;

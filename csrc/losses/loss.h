@@ -1,8 +1,8 @@
 // What every loss is made of: its numbers, and the defaults a policy starts from.
 #pragma once
 
+#include "losses/record.h"
 #include "losses/registry.h"
-#include "common/row_state.h"
 
 namespace fastdiv {
 

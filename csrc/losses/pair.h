@@ -1,7 +1,7 @@
 // One class seen from both rows.
 #pragma once
 
-#include "common/row_state.h"
+#include "losses/record.h"
 
 namespace fastdiv {
 
@@ -13,12 +13,12 @@ struct LogPair {
 };
 
 template <Target kTarget, class real>
-FD_FN LogPair<real> log_pair(real x, real t, real scale, const Row<real>& row) {
+FD_FN LogPair<real> log_pair(real x, real t, real scale, const PairRecord<real>& row) {
   const real lx = (x - row.x_max) * scale, lq = lx - row.x_logz;
   const real lt = log_target<kTarget>(t, row.t_max, real(0), scale), lp = lt - row.t_logz;
   const real log_ratio =
       kTarget == Target::kLogits
-          ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.gap
+          ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.log_z_ratio
           : lq - lp;
   return {lx, lt, lq, lp, log_ratio};
 }
@@ -34,7 +34,7 @@ struct StablePair {
   FD_FN real q_minus_p() const { return q_larger() ? -larger * gap.em1 : larger * gap.em1; }
 
   template <Target kTarget>
-  static FD_FN StablePair of(real x, real t, real scale, const Row<real>& row) {
+  static FD_FN StablePair of(real x, real t, real scale, const PairRecord<real>& row) {
     const LogPair<real> logs = log_pair<kTarget>(x, t, scale, row);
     StablePair c;
     c.lq = logs.lq, c.lp = logs.lp;

@@ -30,6 +30,8 @@ FD_FN real weight_in_mean(const RowArgs& a, int64_t r) {
 template <class P>
 struct RowIO {
   using real = typename P::real;
+  using Record = typename P::Record;
+  static_assert(sizeof(Record) == kRecordSize * sizeof(real), "a record is eight numbers");
 
   const RowArgs& a;
   int64_t r;
@@ -38,21 +40,22 @@ struct RowIO {
   FD_FN bool reads_label() const {
     return P::kReadsLabel && weight() != real(0) && has_class(a, r);
   }
-  FD_FN Row<real>& record() const { return static_cast<Row<real>*>(a.record)[r]; }
+  FD_FN Record& record() const { return static_cast<Record*>(a.record)[r]; }
 
   // All that the row's sums come to.  `x_label` is the logit of the label, where that is read;
   // `second_pass(loss, row)` walks the row again for the terms of a divergence; for a teacher of k
   // classes it is what walks these.
   struct Result {
-    Row<real> row;
+    Record row;
     Outputs<real> out;
     real log_prob;
   };
   template <class SecondPass>
   FD_FN Result finish(const P& loss, const RowState<P>& s, real x_label, real scale,
                       const SecondPass& second_pass) const {
-    Result result{s.row(), {0, 0}, 0};
-    Row<real>& row = result.row;
+    Result result{};
+    Record& row = result.row;
+    static_cast<Row<real>&>(row) = s.row();
     TargetLogit<real> label{0, 0};
     if (reads_label()) {
       const real* weights = static_cast<const real*>(a.class_weight);
@@ -73,7 +76,7 @@ struct RowIO {
       if (P::kReadsLabel && !has_class(a, r)) {
         const real nan = Limits<real>::nan;
         result.out = {nan, nan};
-        row.x_logz = row.a = row.b = result.log_prob = nan;
+        row.x_logz = result.log_prob = nan;
       }
     }
     return result;
@@ -83,7 +86,7 @@ struct RowIO {
   FD_FN void store(const Result& result) const {
     const real w = weight();
     const bool counts = w != real(0);
-    record() = counts ? result.row : Row<real>{};
+    record() = counts ? result.row : Record{};
     static_cast<real*>(a.value)[r] = counts ? result.out.value * w : real(0);
     if (P::kTwoOutputs)
       static_cast<real*>(a.entropy)[r] = counts ? result.out.entropy * w : real(0);

@@ -39,7 +39,7 @@ struct RowArgs {
   // forward
   void* value = nullptr;      // real [rows], times the row weight
   void* entropy = nullptr;    // real [rows], second output, where there are two
-  void* record = nullptr;     // Row<real> [rows]: written by the forward, read by the backward
+  void* record = nullptr;     // P::Record [rows]: written by the forward, read by the backward
   void* stats = nullptr;      // real [3, rows]: lse, entropy, log_prob
   int64_t* argmax = nullptr;  // [rows]
 
