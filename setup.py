@@ -125,7 +125,7 @@ def extension(cuda: bool):
     if cuda:
         macros.append(("FD_WITH_CUDA", "1"))
     else:
-        sources.remove("csrc/bind_cuda.cpp")
+        sources.remove("csrc/ops/cuda.cpp")
     flags = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # The build contract of the kernels, which tests/test_build_contract.py holds to account: scalar
     # loops under `omp simd` become vector code only with these.  Never -ffast-math: it breaks rows

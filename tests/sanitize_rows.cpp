@@ -46,13 +46,17 @@ void expect(const char* what, double got, double expected, double tolerance) {
 // --- memory of the exact size
 // -----------------------------------------------------------------------
 
-struct Rows {
+struct RowBuffer {
   DType dtype;
   int64_t rows, classes, stride;
   std::vector<char> bytes;  // ends with the last element of the last row
 
-  Rows(DType d, int64_t r, int64_t c, int64_t gap)
-      : dtype(d), rows(r), classes(c), stride(c + gap), bytes(((r - 1) * stride + c) * size_of(d)) {
+  RowBuffer(DType d, int64_t r, int64_t c, int64_t padding)
+      : dtype(d),
+        rows(r),
+        classes(c),
+        stride(c + padding),
+        bytes(((r - 1) * stride + c) * size_of(d)) {
     bytes.shrink_to_fit();
   }
   Matrix matrix() { return {bytes.data(), stride}; }
@@ -71,7 +75,7 @@ struct Rows {
                                 : double(widen(*reinterpret_cast<const BFloat16*>(p)));
   }
   // The same numbers; of NaN, any.
-  bool same(const Rows& o) const {
+  bool same(const RowBuffer& o) const {
     if (bytes == o.bytes) return true;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < classes; ++i) {
@@ -136,7 +140,7 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
   for (size_t i = 0; i < n; ++i) lse = std::fmax(lse, x[i] * a.scale - lq[i]);
   for (size_t i = 0; i < n; ++i) entropy -= times(std::exp(lq[i]), lq[i]);
   Plain out{0, entropy, std::vector<double>(n), std::vector<double>(n)};
-  const double b = loss == "hellinger_distance" ? 0.5 : a.params.shape;
+  const double b = loss == "hellinger_distance" ? 0.5 : a.params.param;
   const bool cross = loss.find("cross_entropy") != std::string::npos,
              hard = target == Target::kNone;
   const double omega = hard && cross ? weight[y] : 1;
@@ -181,10 +185,10 @@ Plain plain_row(const std::string& loss, Target target, const RowArgs& a, std::v
     }
     if (cross) {
       const bool at = hard && int64_t(i) == y;
-      const double r = weight[i] * (hard ? at * a.params.label : a.params.label * p[i]) +
-                       weight[i] * a.params.spread;
+      const double r = weight[i] * (hard ? at * a.params.confidence : a.params.confidence * p[i]) +
+                       weight[i] * a.params.smoothing_per_class;
       mass += r, terms -= times(r, lq[i]), u[i] = -r;
-      v[i] = -weight[i] * a.params.label * times(1, lq[i]);
+      v[i] = -weight[i] * a.params.confidence * times(1, lq[i]);
     }
     if (loss == "entropy") u[i] = -1.5 * times(q, lq[i] + entropy);
     if (loss == "log_prob_and_entropy")
@@ -227,27 +231,27 @@ Plain plain_topk(const std::string& loss, Target target, double scale, const std
     sum += p[j] = probs ? v : std::exp(logits ? v * scale : v);
   }
   Plain out{0, 0, std::vector<double>(n), std::vector<double>(k)};
-  std::vector<bool> named(n);
+  std::vector<bool> among_k(n);
   for (int64_t j = 0; j < k; ++j) {
     if (normalised) p[j] /= sum;
     const double q = lq[indices[j]], ratio = p[j] == 0 ? 0 : std::log(p[j]) - q;
-    named[indices[j]] = true, mass += p[j], out.value += times(p[j], ratio);
+    among_k[indices[j]] = true, mass += p[j], out.value += times(p[j], ratio);
     slope[j] = std::isinf(q) ? 0 : ratio + 1;
     if (normalised) common += times(p[j], slope[j]);
   }
   const double rest = std::fmax(0, 1 - mass);
-  const bool spread = loss == "uniform_topk_kl_div" && !normalised && others > 0;
-  for (size_t i = 0; i < n && spread; ++i) mean += named[i] ? 0 : lq[i] / others;
-  if (spread && rest > 0) {
+  const bool uniform = loss == "uniform_topk_kl_div" && !normalised && others > 0;
+  for (size_t i = 0; i < n && uniform; ++i) mean += among_k[i] ? 0 : lq[i] / others;
+  if (uniform && rest > 0) {
     out.value += rest * (std::log(rest / others) - mean);
     common = std::isinf(mean) ? 0 : std::log(rest / others) - mean + 1;
   }
   for (size_t i = 0; i < n; ++i) {
-    const double all = mass + (spread ? rest : 0);
-    out.dx[i] = 1.5 * scale * (std::exp(lq[i]) * all - (spread ? rest / others : 0));
+    const double all = mass + (uniform ? rest : 0);
+    out.dx[i] = 1.5 * scale * (std::exp(lq[i]) * all - (uniform ? rest / others : 0));
   }
   for (int64_t j = 0; j < k; ++j) {
-    const double all = mass + (spread ? rest : 0), over_common = slope[j] - common;
+    const double all = mass + (uniform ? rest : 0), over_common = slope[j] - common;
     out.dx[indices[j]] = 1.5 * scale * (std::exp(lq[indices[j]]) * all - p[j]);
     out.dt[j] = 1.5 * (logits ? scale : 1) * times(p[j], over_common);
     if (probs) out.dt[j] = p[j] == 0 ? 0 : 1.5 * over_common / (normalised ? sum : 1);
@@ -288,13 +292,13 @@ const std::vector<int64_t> kClasses = {1, 7, 511, 512, 513, 8193}, kShared = {81
 constexpr bool kSplits = true;
 #endif
 
-struct Options {
+struct Setup {
   double scale = 1, softcap = 0;
   bool weights = false;
-  int64_t gap = 0;  // between rows
+  int64_t padding = 0;  // between rows
 };
 
-void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bool split) {
+void run(LossId loss, Target target, DType dtype, int64_t classes, Setup o, bool split) {
   const bool f64 = dtype == DType::kF64;
   const auto* kernels = find(loss, target, dtype);
   if (!kernels) return;
@@ -308,7 +312,8 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   std::mt19937 random(1);
   std::normal_distribution<double> normal(0, 2);
   const int64_t k = classes > 2 ? classes / 3 : 1;
-  Rows x(dtype, kRows, classes, o.gap), t(dtype, kRows, traits.topk ? k : classes, o.gap);
+  RowBuffer x(dtype, kRows, classes, o.padding),
+      t(dtype, kRows, traits.topk ? k : classes, o.padding);
   std::vector<int64_t> indices(kRows * k);
   std::vector<std::vector<double>> dense;  // what the teacher has for all classes
   for (int64_t r = 0; r < kRows; ++r) {
@@ -334,9 +339,9 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
     }
     dense.push_back(teacher);
   }
-  std::vector<int64_t> label(kRows), argmax(kRows);
+  std::vector<int64_t> labels(kRows), argmax(kRows);
   for (int64_t r = 0; r < kRows; ++r)
-    label[r] = r == 4 ? -100 : (r * 7) % (classes > 2 ? classes - 1 : 1);
+    labels[r] = r == 4 ? -100 : (r * 7) % (classes > 2 ? classes - 1 : 1);
   Reals weight(f64, classes, 1), row_weight(f64, kRows, 1), value(f64, kRows, 777),
       entropy = value, record(f64, kRows * 8, 777), stats(f64, 3 * kRows, 777),
       grad(f64, kRows, 1.5), grad_entropy(f64, kRows, -0.5);
@@ -350,7 +355,7 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   a.rows = kRows, a.classes = classes, a.dtype = dtype;
   a.x = x.matrix();
   if (target != Target::kNone) a.t = t.matrix();
-  if (traits.label) a.label = label.data(), a.ignore_index = -100;
+  if (traits.reads_label) a.labels = labels.data(), a.ignore_index = -100;
   if (o.weights) a.class_weight = weight.data();
   a.row_weight = row_weight.data();
   a.scale = o.scale, a.softcap = o.softcap;
@@ -359,21 +364,21 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
   const bool cross = plain_name.find("cross_entropy") != std::string::npos;
   if (cross) a.params.z_loss = 1e-2;
   if (plain_name == "smoothed_cross_entropy" || plain_name == "soft_cross_entropy")
-    a.params.label = 0.9, a.params.spread = 0.1 / double(classes);
+    a.params.confidence = 0.9, a.params.smoothing_per_class = 0.1 / double(classes);
   a.value = value.data(), a.record = record.data();
   a.grad = grad.data(), a.grad_stride = 1;
   if (traits.two_outputs) a.entropy = entropy.data(), a.grad_entropy = grad_entropy.data();
   if (traits.stats) a.stats = stats.data(), a.argmax = argmax.data();
   if (split) a.split_columns = three_threads, a.scratch = scratch.data();
 
-  Rows dx = x, dt = t;
+  RowBuffer dx = x, dt = t;
   a.dx = dx.matrix();
   if (target != Target::kNone) a.dt = dt.matrix();
   call(kernels->forward, a);
   if (!traits.stats) call(kernels->backward, a);
 
   // Both at once, in place, without threads: the same bits.
-  Rows over = x, dt_again = t;
+  RowBuffer over = x, dt_again = t;
   Reals value_again(f64, kRows, 555), record_again(f64, kRows * 8, 555);
   Reals overwritten(f64, kRows * k, 555);
   RowArgs f = a;
@@ -402,7 +407,7 @@ void run(LossId loss, Target target, DType dtype, int64_t classes, Options o, bo
     if (r < 4 && traits.topk)
       e = plain_topk(name, target, a.scale, row, teacher, &indices[r * k], k);
     else if (r < 4)
-      e = plain_row(plain_name, target, a, row, teacher, label[r], class_weight);
+      e = plain_row(plain_name, target, a, row, teacher, labels[r], class_weight);
     if (r == 3) e.value = e.entropy = NAN;
     expect("value", value[r], e.value, digits * (10 + std::abs(e.value)));
     if (traits.two_outputs) expect("second output", entropy[r], e.entropy, digits * 20);

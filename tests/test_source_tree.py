@@ -20,13 +20,14 @@ pytestmark = pytest.mark.cpu_only("nothing is computed")
 # --- includes point downward ----------------------------------------------------------------------
 
 CSRC = ROOT / "csrc"
-# The two devices know nothing of each other; "." is what binds them to torch.
+# What each folder may include besides itself.  The two devices do not include each other, and only
+# ops includes torch.
 BELOW = {
     "common": set[str](),
     "losses": {"common"},
     "cpu": {"common", "losses"},
     "cuda": {"common", "losses"},
-    ".": {"common", "losses", "cpu", "cuda"},
+    "ops": {"common", "losses", "cpu", "cuda"},
 }
 THE_SHIM = "cuda_on_cpu.h"  # of the tests
 

@@ -154,8 +154,8 @@ FD_FN float log_tail(float m) {
   p = p * m + 2.0000714765e-1f;
   p = p * m - 2.4999993993e-1f;
   p = p * m + 3.3333331174e-1f;
-  const float y = m * m;
-  return m * y * p - 0.5f * y;
+  const float square = m * m;
+  return m * square * p - 0.5f * square;
 }
 
 // v = 2^k (1 + m), 1 + m in [sqrt(1/2), sqrt(2)), for normal v > 0.

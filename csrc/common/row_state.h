@@ -18,7 +18,7 @@ struct Tile {
   real* tilted = nullptr;  // room for n numbers, where the loss is kTilted
 };
 
-// One column, as the policies see it in the first sweep.
+// One column, as the policies see it in the first pass.
 template <class real>
 struct Column {
   real lx, ex;  // scaled logit less the running maximum, and its exponential
@@ -32,8 +32,6 @@ template <class real>
 struct Row {
   real x_max, x_logz;  // log q = (x - x_max) * scale - x_logz
   real t_max, t_logz;  // log p likewise where the target is logits; else 0
-  real gap;            // log q - log p = ((x - t) - (x_max - t_max)) * scale - gap, for logits
-  real a, b, c;        // the loss's own, see the policies
 };
 
 // Of a change of the running maximum: e^d, d = old maximum - new maximum, and the old sum.
@@ -137,7 +135,7 @@ struct RowState {
     }
   }
 
-  // What is known of the row after the first sweep.
+  // What is known of the row after the first pass.
   FD_FN Row<real> row() const {
     Row<real> r{};
     r.x_max = x.max, r.x_logz = log_of(x.sum);
@@ -192,11 +190,11 @@ struct RowState {
       const real lt = log_target<kTarget>(tile.t[i], kNormalise ? t_max : real(0), real(0), scale);
       const real v = loss.tilt(lx, lt);
       // Of a class that only one side has; without mass there, too, it adds nothing.
-      const real larger = lx > lt ? lx : lt;
-      const real once = larger > Limits<real>::log_smallest ? real(1) : real(0);
+      const real log_larger = lx > lt ? lx : lt;
+      const real once = log_larger > Limits<real>::log_smallest ? real(1) : real(0);
       infinite += v == inf ? once : real(0);
       const real finite = v == inf ? -inf : v;
-      tile.tilted[i] = larger == -inf ? -inf : finite;
+      tile.tilted[i] = log_larger == -inf ? -inf : finite;
     }
     tilted.rebase(max_of(tile.tilted, tile.n, tilted.max), real(1));
     const real max = tilted.max;

@@ -1,7 +1,7 @@
 // The kernel tables of the instruction sets, and the choice among them.
 #pragma once
 
-#include "common/registry.h"
+#include "losses/registry.h"
 #include "losses/row_args.h"
 
 namespace fastdiv {

@@ -39,12 +39,12 @@ struct RowSource {
     return fill_up(weights(i), n, real(0), b);
   }
 
-  RowOf<P> row(int64_t r) const { return {a, r}; }
+  RowIO<P> row(int64_t r) const { return {a, r}; }
 
   // The logit of the label of a row that reads one.
   real label_logit(int64_t r) const {
     Buffer<real> b;
-    return row(r).label_is_read() ? *input(r).tile(a.label[r], 1, b) : real(0);
+    return row(r).reads_label() ? *input(r).tile(a.labels[r], 1, b) : real(0);
   }
 
   // body(i, n) for every tile of columns [begin, end).

@@ -3,9 +3,9 @@
 
 constexpr int kTile = 512;
 constexpr int kLanes = FD_LANES;  // of a vector of floats, or eight
-// Columns that the first sweep of KL adds up at a time; 0: all of a tile.  Vectors of four floats
+// Columns that the first pass of KL adds up at a time; 0: all of a tile.  Vectors of four floats
 // make long sums: in a tile each lane has 128 terms, and twice the error of eager torch.
-constexpr int kFirstSweepRun = FD_FIRST_SWEEP_RUN;
+constexpr int kFirstPassRun = FD_FIRST_PASS_RUN;
 static_assert(kTile % kLanes == 0 && kLanes % 8 == 0, "tiles are whole vectors");
 
 // Loops that sum go over whole vectors, for GCC has only scalar code for columns left over: behind

@@ -45,11 +45,11 @@ __device__ __forceinline__ void cluster_leave() {
 }
 
 // In a register, and not computed again from kernel arguments wherever it is used.
-__device__ __forceinline__ float kept(float v) {
+__device__ __forceinline__ float pin_in_register(float v) {
   asm volatile("" : "+f"(v));
   return v;
 }
-__device__ __forceinline__ double kept(double v) {
+__device__ __forceinline__ double pin_in_register(double v) {
   asm volatile("" : "+d"(v));
   return v;
 }
@@ -69,7 +69,7 @@ __device__ __forceinline__ double sum_of_two(double a, double b) { return __dadd
 namespace fastdiv {
 inline void cluster_leave() { cluster_sync(); }
 template <class real>
-real kept(real v) {
+real pin_in_register(real v) {
   return v;
 }
 template <class real>

@@ -1,7 +1,7 @@
 // The kernels as the torch side sees them: no torch header below, no CUDA header above.
 #pragma once
 
-#include "common/registry.h"
+#include "losses/registry.h"
 #include "losses/row_args.h"
 
 namespace fastdiv {
@@ -27,9 +27,9 @@ struct RowKernels {
 // Null where the loss does not take such a target.
 const RowKernels* find_kernels(LossId loss, Target target, DType dtype);
 
-// *value = sum of the rows' values over *total; *total = the weights of the rows for a mean, else
-// divisor.  Both are one `real` on the GPU.
-Status reduce_rows(const RowArgs& args, bool mean, double divisor, void* value, void* total,
+// Write *value, the sum of the rows' values over *divisor, and *divisor: the sum of the rows'
+// weights for a mean, else `batch`.  Both are one `real` on the GPU.
+Status reduce_rows(const RowArgs& args, bool mean, double batch, void* value, void* divisor,
                    void* stream);
 
 // Of the current device, whose index this is; the message says why no kernel runs there.
@@ -38,7 +38,7 @@ Status describe(int device, Gpu* gpu);
 const char* built_architectures();  // "80 90 100+PTX"
 const char* toolkit();              // "13.0"
 
-// One table for each dtype, compiled apart.
+// One table for each dtype, compiled separately.
 const RowKernels* find_f32(LossId loss, Target target);
 const RowKernels* find_f64(LossId loss, Target target);
 const RowKernels* find_f16(LossId loss, Target target);

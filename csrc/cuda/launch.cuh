@@ -10,8 +10,8 @@ namespace cuda {
 struct Grid {
   int64_t blocks;
   int threads, cluster;
-  int64_t shared;       // bytes of dynamic shared memory
-  int64_t most_shared;  // that a launch of this kernel may ask for
+  int64_t shared;      // bytes of dynamic shared memory
+  int64_t max_shared;  // that a launch of this kernel may ask for
 
   // Null, or why there can be no such grid.
   Status trouble() const {
@@ -71,7 +71,7 @@ Status launch(void (*kernel)(Args...), const Grid& grid, void* stream, Args... a
   // Without this call a block gets 48 KiB in all, and the kernel's static arrays count towards it.
   // The value is the same for every launch of a kernel, because threads share the setting.
   if (grid.shared > 0)
-    if (const Status error = allow_shared(kernel, grid.most_shared)) return error;
+    if (const Status error = allow_shared(kernel, grid.max_shared)) return error;
   return start(kernel, grid, stream, args...);
 }
 

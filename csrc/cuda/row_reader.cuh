@@ -1,5 +1,5 @@
 // A row as a team's block sees it: its slice of the columns, of which the first `cached` stay in
-// shared memory from the first sweep on.
+// shared memory from the first pass on.
 #pragma once
 
 #include "cuda/pack.cuh"
@@ -32,7 +32,10 @@ struct RowReader {
 
   __device__ __forceinline__ RowReader(const RowArgs& args, int64_t r, int begin, int end,
                                        unsigned char* cache, int cached)
-      : a(args), loss(args.params), scale(kept(real(args.scale))), cap{real(args.softcap)} {
+      : a(args),
+        loss(args.params),
+        scale(pin_in_register(real(args.scale))),
+        cap{real(args.softcap)} {
     x = {row_of(a.x, r), begin, end};
     t = {kTeacher ? row_of(a.t, r) : nullptr, begin, end};
     // Columns of the cache are counted as those of the row.
@@ -92,10 +95,10 @@ struct RowReader {
     }
   }
 
-  // body(tile, column, step) for all that a thread has of the slice.  The first sweep leaves in the
+  // body(tile, column, step) for all that a thread has of the slice.  The first pass leaves in the
   // cache what fits, where later ones find it.
   template <bool kFirst, class Body>
-  __device__ __forceinline__ void sweep(const Team& team, Body body) const {
+  __device__ __forceinline__ void pass(const Team& team, Body body) const {
     const int step = team.threads * kSize;
     for (int i = x.begin + team.thread * kSize; i < x.end; i += kPacks * step) {
       Packs px, pt;

@@ -13,7 +13,7 @@ struct ForwardShape {
   int rows;     // of a block: several where a warp has one each
   int blocks;   // of a cluster, which shares one row
   int slice;    // columns of a block
-  int cached;   // columns of the slice that stay in shared memory for a second sweep
+  int cached;   // columns of the slice that stay in shared memory for a second pass
 };
 
 // How a backward shares it out: nothing is summed, so a piece knows nothing of the others.
@@ -32,10 +32,10 @@ constexpr int64_t kStaticShared = 8704;  // at least what the exchanges of a tea
 
 inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
-// `streams`: rows that are kept for a second sweep, 0, 1 or 2, in `room` bytes.  `columns`: what a
-// thread holds at a time; slices and caches are whole numbers of what a block holds.
-inline ForwardShape forward_shape(const Gpu& gpu, int64_t element, int columns, int streams,
-                                  int64_t room, int classes) {
+// `cached_rows`: rows that are kept for a second pass, 0, 1 or 2, in `cache_bytes`.  `columns`:
+// what a thread holds at a time; slices and caches are whole numbers of what a block holds.
+inline ForwardShape forward_shape(const Gpu& gpu, int64_t element, int columns, int cached_rows,
+                                  int64_t cache_bytes, int classes) {
   const int64_t bytes = classes * element;
   if (bytes <= kBytesPerWarp) return {128, 4, 1, classes, 0};
   ForwardShape shape{bytes <= kBytesPerSmallBlock ? 128 : 256, 1, 1, classes, 0};
@@ -43,8 +43,8 @@ inline ForwardShape forward_shape(const Gpu& gpu, int64_t element, int columns, 
     while (shape.blocks < kMaxCluster && bytes > shape.blocks * kBytesPerBlock) shape.blocks *= 2;
   const int tile = shape.threads * columns;
   shape.slice = round_up(classes, shape.blocks * tile) / shape.blocks;
-  if (streams > 0) {
-    const int fit = int(room / (streams * element)) / tile * tile;
+  if (cached_rows > 0) {
+    const int fit = int(cache_bytes / (cached_rows * element)) / tile * tile;
     shape.cached = shape.slice < fit ? shape.slice : fit;
   }
   return shape;

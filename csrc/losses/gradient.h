@@ -7,15 +7,15 @@
 namespace fastdiv {
 
 // dL/dx, but for the label, which adds P::grad_label at its class.  g comes times the scale.
-// PairOf: a PlainPair where the row says that it will do.
+// PairOf: a DirectPair where the row says that it will do.
 template <class PairOf, class P, class real>
-FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<real>& row,
+FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const typename P::Record& row,
                          Outputs<real> g, real scale) {
   if constexpr (P::kTilted) {
     return g.value * loss.grad_x(log_pair<P::kTarget>(x, t, scale, row), row);
   } else if constexpr (P::kDivergence) {
     const PairOf pair = PairOf::template of<P::kTarget>(x, t, scale, row);
-    return g.value * (loss.terms(pair).u - pair.q * row.a);
+    return g.value * (loss.terms(pair).u - pair.q * row.sum_u);
   } else {
     const real lq = (x - row.x_max) * scale - row.x_logz;
     return loss.grad_x(lq, exp_neg(lq), t, weight, row, g);
@@ -24,16 +24,16 @@ FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<r
 
 // dL/dt.  g comes as it is: the scale is of the target's only where that is logits.
 template <class PairOf, class P, class real>
-FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const Row<real>& row, real g,
-                          real scale) {
+FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const typename P::Record& row,
+                          real g, real scale) {
   if constexpr (P::kTilted) {
     return g * loss.grad_t(log_pair<P::kTarget>(x, t, scale, row), t, scale, row);
   } else if constexpr (P::kDivergence) {
     const PairOf pair = PairOf::template of<P::kTarget>(x, t, scale, row);
-    const real v = loss.terms(pair).v, shift = loss.shift();
-    if constexpr (P::kTarget == Target::kLogits) return g * scale * (v - pair.p * row.b);
-    if constexpr (P::kTarget == Target::kLogProbs) return g * (v + shift * pair.p);
-    return t == real(0) ? real(0) : g * (v / t + shift);
+    const real v = loss.terms(pair).v, kappa = loss.kappa();
+    if constexpr (P::kTarget == Target::kLogits) return g * scale * (v - pair.p * row.sum_v);
+    if constexpr (P::kTarget == Target::kLogProbs) return g * (v + kappa * pair.p);
+    return t == real(0) ? real(0) : g * (v / t + kappa);
   } else {
     return loss.grad_t((x - row.x_max) * scale - row.x_logz, weight, g);
   }

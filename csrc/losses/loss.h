@@ -1,24 +1,25 @@
 // What every loss is made of: its numbers, and the defaults a policy starts from.
 #pragma once
 
-#include "common/registry.h"
-#include "common/row_state.h"
+#include "losses/record.h"
+#include "losses/registry.h"
 
 namespace fastdiv {
 
 // The options of a loss that are numbers; a policy keeps those it has a use for.
 struct LossParams {
   LossId loss;
-  double shape;   // beta, skew or alpha of a divergence
-  double label;   // hard target: what the label weighs; soft target: factor of its probabilities
-  double spread;  // what label smoothing gives to every class
-  double z_loss;  // factor of lse^2
-  Target target;  // what the target is, where a policy takes several kinds
+  double param;  // beta, skew or alpha of a divergence
+  double
+      confidence;  // hard target: what the label weighs; soft target: factor of its probabilities
+  double smoothing_per_class;  // what label smoothing gives to every class
+  double z_loss;               // factor of lse^2
+  Target target;               // what the target is, where a policy takes several kinds
 };
 
 // Of the target class of a row: its shifted scaled logit and its class weight.
 template <class real>
-struct Label {
+struct TargetLogit {
   real lx, weight;
 };
 
@@ -34,15 +35,15 @@ struct Loss {
   static constexpr Target kTarget = target;
   static constexpr bool kDivergence = false;
   static constexpr bool kTopK = false;        // reads k classes of a teacher, by their indices
-  static constexpr bool kLabel = false;       // reads the class index
+  static constexpr bool kReadsLabel = false;  // reads the class index
   static constexpr bool kWeights = false;     // reads a weight for every class
   static constexpr bool kTwoOutputs = false;  // a second one, with its own upstream gradient
   static constexpr bool kStats = false;
-  static constexpr bool kSoftcap = false;     // takes softcapped logits
-  static constexpr bool kTilted = false;      // keeps a log-sum-exp of a mixture of both rows
-  static constexpr bool kPlain = false;       // has terms of a PlainPair
-  static constexpr bool kExactRatio = false;  // sums Column::ratio as its value
-  static constexpr int kSums = 0;             // how many of Sums it uses, the first ones
+  static constexpr bool kSoftcap = false;      // takes softcapped logits
+  static constexpr bool kTilted = false;       // keeps a log-sum-exp of a mixture of both rows
+  static constexpr bool kDirectTerms = false;  // has terms of a DirectPair
+  static constexpr bool kExactRatio = false;   // sums Column::ratio as its value
+  static constexpr int kSums = 0;              // how many of Sums it uses, the first ones
 
   static constexpr bool takes(Target given) { return given == target; }
 
@@ -51,7 +52,7 @@ struct Loss {
   FD_FN void rebase(Sums<real>&, Shift<real>, Shift<real>) const {}
 };
 
-// Whether a second sweep can give the loss and its gradients, from terms of each class.
+// Whether a second pass can give the loss and its gradients, from terms of each class.
 template <class P>
 constexpr bool has_terms() {
   return P::kDivergence && !P::kTilted;
@@ -59,11 +60,11 @@ constexpr bool has_terms() {
 
 // What a loss wants to be given, for the torch side.
 struct LossTraits {
-  bool label, two_outputs, stats, softcap, topk;
+  bool reads_label, two_outputs, stats, softcap, topk;
 };
 template <class P>
 constexpr LossTraits traits_of() {
-  return {P::kLabel, P::kTwoOutputs, P::kStats, P::kSoftcap, P::kTopK};
+  return {P::kReadsLabel, P::kTwoOutputs, P::kStats, P::kSoftcap, P::kTopK};
 }
 
 }  // namespace fastdiv

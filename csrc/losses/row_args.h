@@ -9,7 +9,7 @@ enum class DType : int { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
 
 FD_FN int64_t size_of(DType d) { return d == DType::kF64 ? 8 : (d == DType::kF32 ? 4 : 2); }
 
-// A matrix of logits or of a target, rows apart by any stride, classes contiguous.
+// A matrix of logits or of a target, rows at any stride, classes contiguous.
 struct Matrix {
   void* data = nullptr;
   int64_t stride = 0;  // in elements
@@ -28,7 +28,7 @@ struct RowArgs {
   int64_t k = 0;
   DType t_dtype = DType::kF32;
   Matrix indices;                      // int64 [rows, k]
-  const int64_t* label = nullptr;      // [rows]
+  const int64_t* labels = nullptr;     // [rows]
   int64_t ignore_index = 0;            // a label that makes its row not count
   const void* class_weight = nullptr;  // real [classes]
   const void* row_weight = nullptr;    // real [rows]; 0: the row does not count
@@ -39,17 +39,17 @@ struct RowArgs {
   // forward
   void* value = nullptr;      // real [rows], times the row weight
   void* entropy = nullptr;    // real [rows], second output, where there are two
-  void* record = nullptr;     // Row<real> [rows]: written by the forward, read by the backward
+  void* record = nullptr;     // P::Record [rows]: written by the forward, read by the backward
   void* stats = nullptr;      // real [3, rows]: lse, entropy, log_prob
   int64_t* argmax = nullptr;  // [rows]
 
-  void* terms = nullptr;  // TermSums<real> [rows]: what a second sweep adds up
+  void* terms = nullptr;  // TermSums<real> [rows]: what a second pass adds up
 
   // backward
   const void* grad = nullptr;          // real: upstream gradient of value
   const void* grad_entropy = nullptr;  // real: of entropy
   int64_t grad_stride = 0;             // 1: one a row;  0: the same for all
-  const void* total = nullptr;         // real: what a mean was divided by
+  const void* divisor = nullptr;       // real: what a mean was divided by
   Matrix dx, dt;                       // dx may be x itself
 
   // Where rows are fewer than threads, each row's column segments are shared out.

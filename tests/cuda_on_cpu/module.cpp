@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "common/registry.h"
+#include "losses/registry.h"
 
 PYBIND11_MODULE(_C, m) {
   const std::vector<std::string> names{"cuda_on_cpu"};

@@ -47,8 +47,8 @@ class Scheduler {
   // Every thread of the cluster to its end.
   void run_cluster() {
     while (device.cluster_barrier.expected != 0) {
-      // A random sweep may pass over all that could run.
-      if (!sweep(random_) && !(random_ && sweep(false))) report_deadlock();
+      // A random pass may skip all that could run.
+      if (!pass(random_) && !(random_ && pass(false))) report_deadlock();
     }
   }
 
@@ -58,7 +58,7 @@ class Scheduler {
   };
 
   // Goes once through the warps; false if no thread ran.
-  bool sweep(bool at_random) {
+  bool pass(bool at_random) {
     if (at_random) {
       std::shuffle(warps_.begin(), warps_.end(), Random{random_state_});
       std::shuffle(lanes_.begin(), lanes_.end(), Random{random_state_});

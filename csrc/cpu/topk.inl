@@ -2,11 +2,11 @@
 // instruction set.
 
 template <class P>
-class NamedClasses {
+class TopKClasses {
   using real = typename P::real;
 
  public:
-  NamedClasses(const RowSource<P>& source, int64_t r)
+  TopKClasses(const RowSource<P>& source, int64_t r)
       : source(source),
         a(source.a),
         r(r),
@@ -20,8 +20,8 @@ class NamedClasses {
   }
 
   template <class Term>
-  NamedSums<real> sum(const Term& term_of) const {
-    NamedSums<real> total;
+  TopKSums<real> sum(const Term& term_of) const {
+    TopKSums<real> total;
     for_tiles([&](int64_t, int n, const real* x, const real* v) {
       const Term term = term_of;  // a copy, which the compiler can keep in registers
       real f = 0, slopes = 0;
@@ -123,19 +123,19 @@ class NamedClasses {
 // The gradient of all classes, as `dense` writes it, with that of the k in its place.  What the k
 // get comes first, since the logits may be overwritten.
 template <class P, class Dense>
-void backward_named(const RowSource<P>& source, int64_t r, Dense dense) {
+void backward_topk(const RowSource<P>& source, int64_t r, Dense dense) {
   using real = typename P::real;
   const RowArgs& a = source.a;
-  const NamedClasses<P> named(source, r);
+  const TopKClasses<P> topk(source, r);
   const real g = source.row(r).upstream().value;
   if (g == real(0)) {
-    named.no_gradients();
+    topk.no_gradients();
     return dense();
   }
   Buffer<real> b;
   real* const dx = a.k <= kTile ? b.data : new real[a.k];
-  with_named_class(source.loss.target, source.row(r).record(), source.scale,
-                   [&](const auto& one) { named.gradients(one, g, dx); });
-  if (a.dx.data) dense(), named.put(dx);
+  with_topk_class(source.loss.target, source.row(r).record(), source.scale,
+                  [&](const auto& one) { topk.gradients(one, g, dx); });
+  if (a.dx.data) dense(), topk.put(dx);
   if (dx != b.data) delete[] dx;
 }

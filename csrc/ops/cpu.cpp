@@ -5,10 +5,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/check_indices.h"
+#include "cpu/topk_indices.h"
 #include "cpu/kernels.h"
 #include "losses/row.h"
-#include "row_call.h"
+#include "ops/call.h"
 
 namespace fastdiv {
 namespace {
@@ -20,15 +20,15 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 
 // In double and in order: the same bits for any number of threads.
 template <class real>
-void sum_rows(const RowArgs& a, bool mean, double divisor, void* value, void* total) {
+void sum_rows(const RowArgs& a, bool mean, double batch, void* value, void* divisor) {
   double sum = 0, weights = 0;
   for (int64_t r = 0; r < a.rows; ++r) {
     sum += double(static_cast<const real*>(a.value)[r]);
     if (mean) weights += double(weight_in_mean<real>(a, r));
   }
-  if (mean) divisor = weights;
-  *static_cast<real*>(value) = real(sum / divisor);
-  *static_cast<real*>(total) = real(divisor);
+  const double over = mean ? weights : batch;
+  *static_cast<real*>(value) = real(sum / over);
+  *static_cast<real*>(divisor) = real(over);
 }
 
 struct CpuDevice {
@@ -71,9 +71,9 @@ struct CpuDevice {
 
   static void check_labels(const RowArgs& a) {
     if (a.k) check_indices(a, parallel_for);
-    if (!a.label) return;
+    if (!a.labels) return;
     for (int64_t r = 0; r < a.rows; ++r) {
-      const int64_t y = a.label[r];
+      const int64_t y = a.labels[r];
       const bool none =
           a.ignore_index == INT64_MIN;  // is ignored: log_prob, whose label is an index
       if (has_class(a, r) || (y == a.ignore_index && !none)) continue;
@@ -87,8 +87,8 @@ struct CpuDevice {
   static void clear(const Tensor& number) {
     std::memset(number.data_ptr(), 0, number.scalar_type() == ScalarType::Double ? 8 : 4);
   }
-  static void reduce(const RowArgs& a, bool mean, double divisor, void* value, void* total) {
-    (a.dtype == DType::kF64 ? sum_rows<double> : sum_rows<float>)(a, mean, divisor, value, total);
+  static void reduce(const RowArgs& a, bool mean, double batch, void* value, void* divisor) {
+    (a.dtype == DType::kF64 ? sum_rows<double> : sum_rows<float>)(a, mean, batch, value, divisor);
   }
 };
 

@@ -5,12 +5,12 @@
 #pragma once
 
 #include "losses/divergence.h"
-#include "row_ops.h"
+#include "ops/arguments.h"
 
 namespace fastdiv {
 
 template <class Device>
-struct Call {
+struct RowCall {
   const Tensor& x;
   const Options& options;
   Device device{x};
@@ -20,12 +20,13 @@ struct Call {
   const int64_t outputs = kernels.traits.two_outputs ? 2 : 1;
   OptionalTensor overwritten;
 
-  Call(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
-       const OptionalTensor& class_weight, const OptionalTensor& row_weight, const Options& options)
+  RowCall(const Tensor& x, const OptionalTensor& t, const OptionalTensor& labels,
+          const OptionalTensor& class_weight, const OptionalTensor& row_weight,
+          const Options& options)
       : x(x),
         options(options),
         kernels(find(options, dtype_of(x))),
-        args(row_args(x, t, label, class_weight, row_weight, options, kernels.traits)) {}
+        args(row_args(x, t, labels, class_weight, row_weight, options, kernels.traits)) {}
 
   static const typename Device::Kernels& find(const Options& o, DType dtype) {
     require(o.loss < LossId::kCount, "fastdiv: unknown loss");
@@ -100,23 +101,24 @@ struct Call {
     set_values(rows);
     set_record(record);
     device.run(kernels.forward, args);
-    const Tensor value = none ? rows : make_number(), total = make_number();
+    const Tensor value = none ? rows : make_number(), divisor = make_number();
     if (none)
-      Device::clear(total);
+      Device::clear(divisor);
     else
       device.reduce(args, options.reduction == Reduction::kMean,
                     options.reduction == Reduction::kBatchMean ? double(options.batch) : 1.0,
-                    value.data_ptr(), total.data_ptr());
-    return {value, record, total};
+                    value.data_ptr(), divisor.data_ptr());
+    return {value, record, divisor};
   }
 
-  void backward(const Tensor& grad, const Tensor& record, const Tensor& total) {
+  void backward(const Tensor& grad, const Tensor& record, const Tensor& divisor) {
     set_upstream(grad);
     set_record(record);
     if (options.reduction == Reduction::kMean || options.reduction == Reduction::kBatchMean) {
-      require(total.numel() == 1 && total.scalar_type() == real, "fastdiv: total is one number");
-      require_same_device(total, x);
-      args.total = total.data_ptr();
+      require(divisor.numel() == 1 && divisor.scalar_type() == real,
+              "fastdiv: the divisor is one number");
+      require_same_device(divisor, x);
+      args.divisor = divisor.data_ptr();
     }
     device.run(kernels.backward, args);
   }
@@ -147,16 +149,17 @@ struct Call {
   }
 };
 
-#define FD_ROWS                                                                             \
-  const OptionalTensor &t, const OptionalTensor &label, const OptionalTensor &class_weight, \
+#define FD_ROWS                                                                              \
+  const OptionalTensor &t, const OptionalTensor &labels, const OptionalTensor &class_weight, \
       const OptionalTensor &row_weight
-#define FD_OPTIONS                                                                           \
-  int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index, \
-      double scale, double softcap, double shape, double label_rate, double spread, double z_loss
+#define FD_OPTIONS                                                                               \
+  int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index,     \
+      double scale, double softcap, double param, double confidence, double smoothing_per_class, \
+      double z_loss
 #define FD_CALL                                                                                   \
-  const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, shape, \
-                        label_rate, spread, z_loss);                                              \
-  Call<Device> call(x, t, label, class_weight, row_weight, options)
+  const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, param, \
+                        confidence, smoothing_per_class, z_loss);                                 \
+  RowCall<Device> call(x, t, labels, class_weight, row_weight, options)
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> row_forward(const Tensor& x, FD_ROWS, FD_OPTIONS) {
@@ -172,28 +175,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_forward_stats(const Tenso
   const Tensor argmax = call.make({call.args.rows}, ScalarType::Long);
   call.args.stats = stats.data_ptr();
   call.args.argmax = static_cast<int64_t*>(argmax.data_ptr());
-  const auto [value, record, total] = call.forward();
-  return {value, record, total, stats, argmax};
+  const auto [value, record, divisor] = call.forward();
+  return {value, record, divisor, stats, argmax};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> row_backward(const Tensor& grad, const Tensor& x, FD_ROWS,
-                                        const Tensor& record, const Tensor& total, FD_OPTIONS,
+                                        const Tensor& record, const Tensor& divisor, FD_OPTIONS,
                                         bool need_x, bool need_t) {
   FD_CALL;
   const Tensor dx = call.make_gradient(x, call.args.dx, need_x);
   const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
-  call.backward(grad, record, total);
+  call.backward(grad, record, divisor);
   return {dx, dt};
 }
 
 template <class Device>
 Tensor row_backward_in_place(const Tensor& grad, const Tensor& x, FD_ROWS, const Tensor& record,
-                             const Tensor& total, FD_OPTIONS, bool need_t) {
+                             const Tensor& divisor, FD_OPTIONS, bool need_t) {
   FD_CALL;
   const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
   call.write_over_x();
-  call.backward(grad, record, total);
+  call.backward(grad, record, divisor);
   return dt;
 }
 
@@ -224,7 +227,7 @@ Tensor row_terms(const Tensor& x, FD_ROWS, const Tensor& record, FD_OPTIONS) {
 
 }  // namespace fastdiv
 
-// The ops of row_ops.cpp for a dispatch key.
+// The ops of schema.cpp for a dispatch key.
 #define FD_REGISTER(key, Device)                                                  \
   STABLE_TORCH_LIBRARY_IMPL(fastdiv, key, m) {                                    \
     m.impl("_row_forward", TORCH_BOX(&fastdiv::row_forward<Device>));             \

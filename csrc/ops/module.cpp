@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "common/registry.h"
+#include "losses/registry.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 

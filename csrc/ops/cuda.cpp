@@ -4,7 +4,7 @@
 #include <string>
 
 #include "cuda/kernels.h"
-#include "row_call.h"
+#include "ops/call.h"
 
 #if defined(FD_CUDA_ON_CPU)  // the tests': kernels run on the host, on tensors that live there
 
@@ -86,8 +86,8 @@ struct CudaDevice {
   static void check_labels(const RowArgs&) {}
 
   static void clear(Tensor number) { torch::stable::zero_(number); }
-  void reduce(const RowArgs& a, bool mean, double divisor, void* value, void* total) const {
-    check(cuda::reduce_rows(a, mean, divisor, value, total, current.stream));
+  void reduce(const RowArgs& a, bool mean, double batch, void* value, void* divisor) const {
+    check(cuda::reduce_rows(a, mean, batch, value, divisor, current.stream));
   }
 };
 
