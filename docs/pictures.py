@@ -242,7 +242,7 @@ def main(folder: Path = HERE) -> None:
             file = folder / f"{draw.__name__}.svg"
             figure.savefig(file, metadata={"Date": None})
             plt.close(figure)
-            # The font of the page where there is one; matplotlib's own, which is wider, sets the layout.
+            # A browser takes its own font.  Matplotlib's, which is wider, has set the layout.
             file.write_text(file.read_text().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'"))
 
 
