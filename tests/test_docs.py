@@ -21,10 +21,10 @@ if not DOCS.is_dir():
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("[!_]*/**/*.md"))]
 # Pages for those who work on the project; nothing in them runs.
-OTHERS = ["HACKING.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+OTHERS = ["HACKING.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
 DOCUMENTS = [*PAGES, *(ROOT / name for name in OTHERS)]
 # Pages that patch torch or another library run in a process of their own, and may lack a package.
-PATCHING = [page for page in PAGES if page.name == "README.md" or "integrations" in page.parts]
+PATCHING = [page for page in PAGES if "integrations" in page.parts]
 OPTIONAL = {"transformers", "trl", "peft"}
 
 
@@ -89,6 +89,25 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = navigation()
     assert len(listed) == len(set(listed))
     assert set(PAGES[1:]) <= {*listed, DOCS / "index.md"}
+
+
+@each_document
+def test_lines_end_at_100_columns(page: Path) -> None:
+    """Tables, pictures and links of their own line have no other place to break."""
+    lines = [line for line in page.read_text().splitlines() if len(line) > 100]
+    assert [line for line in lines if not line.lstrip().startswith(("|", "![", "<"))] == []
+
+
+def test_the_readme_is_short_and_begins_with_code() -> None:
+    text = README.read_text()
+    assert len(text.split()) <= 800
+    assert text.splitlines().index("```python") < 10
+
+
+def test_losses_in_the_readme_exist() -> None:
+    named = re.findall(r"^\| `(\w+)` \|", README.read_text(), flags=re.M)
+    assert len(named) == 3
+    assert set(named) <= set(PUBLIC_LOSSES)
 
 
 def test_the_reference_has_every_public_name() -> None:
