@@ -239,13 +239,6 @@ def test_registry_reference_cases_and_names_agree() -> None:
     assert registry == set(reference.DIVERGENCES) | kernels | statistics
 
 
-def test_the_table_of_losses_in_the_readme() -> None:
-    table = (ROOT / "README.md").read_text().split("## Losses")[1].split("\n## ")[0]
-    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == set(PUBLIC_LOSSES)
-
-
 def test_every_function_has_its_module() -> None:
     modules = {n.removesuffix("Loss").lower() for n in fastdiv.nn.__all__}
     linear = {n for n in fastdiv.__all__ if n.startswith("linear_")}
