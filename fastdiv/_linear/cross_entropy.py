@@ -21,6 +21,7 @@ from .._engine.dtensor import takes_dtensors
 from .._engine.recording import size_of
 from .._losses.cross_entropy import cross_entropy, cross_entropy_spec
 from ..reference import Spec, Stats
+from ..reference.choices import Reduction, Smoothing
 from . import layer as layers
 
 
@@ -32,11 +33,11 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -54,11 +55,11 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -76,11 +77,11 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -145,7 +146,7 @@ def linear_cross_entropy(
         chunk_size = getattr(options, "batch_chunk_size", None)
     layers.check_chunk_size(chunk_size)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        return cross_entropy(
+        return cross_entropy(  # type: ignore[misc]  # of so many words, mypy tries no unions
             _logits_of_many_dimensions(input, linear_weight, linear_bias),
             target,
             weight,

@@ -8,6 +8,7 @@ from .._engine import arguments
 from .._engine.dtensor import takes_dtensors
 from .._losses.divergence import js_loss
 from ..reference import Spec
+from ..reference.choices import Reduction, TargetType
 from . import layer as layers
 
 
@@ -71,11 +72,11 @@ def linear_kl_div(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
@@ -136,11 +137,11 @@ def linear_reverse_kl_div(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
@@ -172,12 +173,12 @@ def linear_js_div(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     beta: float = 0.5,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,

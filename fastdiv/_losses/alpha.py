@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._engine import arguments
 from .._engine.dtensor import takes_dtensors
+from ..reference.choices import DivergenceReduction, Reduction, TargetType
 from .divergence import of_rows
 
 
@@ -24,10 +25,10 @@ def alpha_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     alpha: float,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -75,10 +76,10 @@ def renyi_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     alpha: float,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -111,7 +112,7 @@ def renyi_div(
     Divergence and Kullback-Leibler Divergence* (2014).
     """
     alpha = arguments.check_positive(alpha, "alpha")
-    if reduction == "pointwise":
+    if str(reduction) == "pointwise":
         raise ValueError("reduction must not be 'pointwise': renyi_div is no sum over the classes")
     arguments.check_reduction(reduction)
     loss = "kl_div" if alpha == 1 else "renyi_div"

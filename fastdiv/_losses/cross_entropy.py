@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 from torch import Tensor
 
@@ -13,18 +13,18 @@ from .._engine.in_place import check_in_place
 from .._engine.recording import size_of
 from .._engine.symbolic import term
 from ..reference import Spec, Stats
+from ..reference.choices import Reduction, Smoothing, check_choice
 
-Smoothing = Literal["all", "others"]
+SMOOTHINGS = get_args(Smoothing)
 
 
 def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tuple[float, float]:
     """``(label, spread)`` such that the smoothed target is ``label * p + spread``."""
     share = arguments.check_share(label_smoothing, "label_smoothing")
     epsilon = term(share)
+    check_choice(smoothing, SMOOTHINGS, "smoothing")
     if smoothing == "all":
         return 1.0 - epsilon, epsilon / classes
-    if smoothing != "others":
-        raise ValueError(f"smoothing must be 'all' or 'others', got {smoothing!r}")
     if classes == 1:
         if share:
             raise ValueError("smoothing='others' needs at least two classes, input has one")
@@ -76,9 +76,9 @@ def cross_entropy(
     *,
     dim: int | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -96,9 +96,9 @@ def cross_entropy(
     *,
     dim: int | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -116,9 +116,9 @@ def cross_entropy(
     *,
     dim: int | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,

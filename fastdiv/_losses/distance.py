@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._engine.dtensor import takes_dtensors
+from ..reference.choices import DivergenceReduction, TargetType
 from .divergence import of_rows
 
 
@@ -13,9 +14,9 @@ def tv_distance(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -49,9 +50,9 @@ def hellinger_distance(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,

@@ -13,6 +13,7 @@ from .._engine.autograd import row_loss
 from .._engine.dtensor import takes_dtensors
 from .._engine.in_place import check_in_place
 from ..reference import Spec
+from ..reference.choices import DivergenceReduction, TargetType
 
 
 def of_rows(
@@ -67,9 +68,9 @@ def kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -134,9 +135,9 @@ def reverse_kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -167,10 +168,10 @@ def js_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     beta: float = 0.5,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -207,11 +208,11 @@ def skew_kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     skew: float = 0.1,
     reverse: bool = False,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,

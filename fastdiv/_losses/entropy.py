@@ -8,6 +8,7 @@ from .._engine import arguments
 from .._engine.autograd import row_loss
 from .._engine.dtensor import takes_dtensors
 from ..reference import Spec
+from ..reference.choices import Reduction
 
 
 @takes_dtensors
@@ -17,7 +18,7 @@ def entropy(
     dim: int = -1,
     temperature: float = 1.0,
     base: float | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Shannon entropy of the distribution of logits, with gradient.
 

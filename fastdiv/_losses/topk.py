@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ from .._engine.dtensor import takes_dtensors
 from .._engine.in_place import check_in_place
 from .._engine.symbolic import same_shape
 from ..reference import Spec, topk, value_dtype
+from ..reference.choices import Missing, Reduction, TargetType, check_choice
 
+MISSING = get_args(Missing)
 LOSSES = {missing: loss for loss, missing in topk.TOPK.items()}
 
 
@@ -22,10 +26,10 @@ def topk_kl_div(
     values: Tensor,
     indices: Tensor,
     *,
-    values_type: str,
-    missing: str = "ignore",
+    values_type: TargetType,
+    missing: Missing = "ignore",
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -103,9 +107,8 @@ def topk_kl_div(
     arguments.check_logits(values, "values")
     arguments.check_label_type(indices, "indices")
     arguments.check_target_type(values_type, "values_type")
-    if missing not in LOSSES:
-        raise ValueError(f"missing must be one of {tuple(LOSSES)}, got {missing!r}")
-    if reduction == "pointwise":
+    check_choice(missing, MISSING, "missing")
+    if str(reduction) == "pointwise":
         raise ValueError(
             "reduction 'pointwise' is not for topk_kl_div, whose terms are not of the shape of "
             f"input: take one of {arguments.REDUCTIONS}"

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .._losses.cross_entropy import cross_entropy
 from ..reference import Stats
+from ..reference.choices import Reduction, Smoothing
 
 
 class CrossEntropyLoss(nn.Module):
@@ -38,11 +39,11 @@ class CrossEntropyLoss(nn.Module):
         self,
         weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         *,
         dim: int | None = None,
-        smoothing: str = "all",
+        smoothing: Smoothing = "all",
         temperature: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
@@ -66,7 +67,7 @@ class CrossEntropyLoss(nn.Module):
         self, input: Tensor, target: Tensor, token_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Stats]:
         """The loss of these logits."""
-        return cross_entropy(
+        return cross_entropy(  # type: ignore[misc]  # of so many words, mypy tries no unions
             input,
             target,
             self.weight,

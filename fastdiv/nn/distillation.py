@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from .._engine import arguments
 from .._engine.recording import recordable
 from .._engine.symbolic import term, times
 from .._losses.cross_entropy import cross_entropy
+from ..reference.choices import Divergence, Reduction, TargetType, check_choice
 from .divergence import FUNCTIONS
+
+DIVERGENCES = get_args(Divergence)
 
 
 class DistillationLoss(nn.Module):
@@ -64,21 +67,19 @@ class DistillationLoss(nn.Module):
 
     def __init__(
         self,
-        divergence: str = "kl_div",
+        divergence: Divergence = "kl_div",
         *,
         alpha: float = 0.5,
         temperature: float = 1.0,
         scale_by_temperature: bool = False,
-        target_type: str = "logits",
+        target_type: TargetType = "logits",
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         dim: int = -1,
         divergence_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if divergence not in FUNCTIONS:
-            names = ", ".join(map(repr, FUNCTIONS))
-            raise ValueError(f"divergence must be one of {names}, got {divergence!r}")
+        check_choice(divergence, DIVERGENCES, "divergence")
         arguments.check_target_type(target_type)
         arguments.check_reduction(reduction)
         self.divergence = divergence

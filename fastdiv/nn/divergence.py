@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,11 +12,9 @@ from .._losses import alpha as _alpha
 from .._losses import distance as _distance
 from .._losses import divergence as _divergence
 from .._losses.topk import topk_kl_div
+from ..reference.choices import Divergence, DivergenceReduction, Missing, Reduction, TargetType
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+FUNCTIONS: dict[Divergence, Callable[..., Tensor]] = {
     "kl_div": _divergence.kl_div,
     "reverse_kl_div": _divergence.reverse_kl_div,
     "js_div": _divergence.js_div,
@@ -28,16 +26,6 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class _Options(TypedDict, total=False):
-    """What the constructor of a divergence with options of its own hands on."""
-
-    dim: int
-    reduction: str
-    temperature: float
-    scale_by_temperature: bool
-    inplace_backward: bool
-
-
 class _Divergence(nn.Module):
     """Options that every divergence has; ``shown`` names those of its function, in order."""
 
@@ -46,7 +34,7 @@ class _Divergence(nn.Module):
     def __init__(
         self,
         dim: int,
-        reduction: str,
+        reduction: DivergenceReduction,
         temperature: float,
         scale_by_temperature: bool,
         inplace_backward: bool,
@@ -73,7 +61,7 @@ class _Divergence(nn.Module):
 class _DivergenceLoss(_Divergence):
     """A divergence from a target of the shape of the logits."""
 
-    function: ClassVar[str]
+    function: ClassVar[Divergence]
     shown: ClassVar[tuple[str, ...]] = (
         "target_type",
         "dim",
@@ -85,9 +73,9 @@ class _DivergenceLoss(_Divergence):
     def __init__(
         self,
         *,
-        target_type: str,
+        target_type: TargetType,
         dim: int = -1,
-        reduction: str = "batchmean",
+        reduction: DivergenceReduction = "batchmean",
         temperature: float = 1.0,
         scale_by_temperature: bool = False,
         inplace_backward: bool = False,
@@ -149,8 +137,25 @@ class JSDivLoss(_DivergenceLoss):
     function = "js_div"
     shown = (*_DivergenceLoss.shown, "beta")
 
-    def __init__(self, *, target_type: str, beta: float = 0.5, **options: Unpack[_Options]) -> None:
-        super().__init__(target_type=target_type, **options)
+    def __init__(
+        self,
+        *,
+        target_type: TargetType,
+        beta: float = 0.5,
+        dim: int = -1,
+        reduction: DivergenceReduction = "batchmean",
+        temperature: float = 1.0,
+        scale_by_temperature: bool = False,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(
+            target_type=target_type,
+            dim=dim,
+            reduction=reduction,
+            temperature=temperature,
+            scale_by_temperature=scale_by_temperature,
+            inplace_backward=inplace_backward,
+        )
         self.beta = beta
 
 
@@ -172,12 +177,23 @@ class SkewKLDivLoss(_DivergenceLoss):
     def __init__(
         self,
         *,
-        target_type: str,
+        target_type: TargetType,
         skew: float = 0.1,
         reverse: bool = False,
-        **options: Unpack[_Options],
+        dim: int = -1,
+        reduction: DivergenceReduction = "batchmean",
+        temperature: float = 1.0,
+        scale_by_temperature: bool = False,
+        inplace_backward: bool = False,
     ) -> None:
-        super().__init__(target_type=target_type, **options)
+        super().__init__(
+            target_type=target_type,
+            dim=dim,
+            reduction=reduction,
+            temperature=temperature,
+            scale_by_temperature=scale_by_temperature,
+            inplace_backward=inplace_backward,
+        )
         self.skew = skew
         self.reverse = reverse
 
@@ -195,8 +211,25 @@ class AlphaDivLoss(_DivergenceLoss):
     function = "alpha_div"
     shown = (*_DivergenceLoss.shown, "alpha")
 
-    def __init__(self, *, target_type: str, alpha: float, **options: Unpack[_Options]) -> None:
-        super().__init__(target_type=target_type, **options)
+    def __init__(
+        self,
+        *,
+        target_type: TargetType,
+        alpha: float,
+        dim: int = -1,
+        reduction: DivergenceReduction = "batchmean",
+        temperature: float = 1.0,
+        scale_by_temperature: bool = False,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(
+            target_type=target_type,
+            dim=dim,
+            reduction=reduction,
+            temperature=temperature,
+            scale_by_temperature=scale_by_temperature,
+            inplace_backward=inplace_backward,
+        )
         self.alpha = alpha
 
 
@@ -213,8 +246,25 @@ class RenyiDivLoss(_DivergenceLoss):
     function = "renyi_div"
     shown = (*_DivergenceLoss.shown, "alpha")
 
-    def __init__(self, *, target_type: str, alpha: float, **options: Unpack[_Options]) -> None:
-        super().__init__(target_type=target_type, **options)
+    def __init__(
+        self,
+        *,
+        target_type: TargetType,
+        alpha: float,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+        temperature: float = 1.0,
+        scale_by_temperature: bool = False,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(
+            target_type=target_type,
+            dim=dim,
+            reduction=reduction,
+            temperature=temperature,
+            scale_by_temperature=scale_by_temperature,
+            inplace_backward=inplace_backward,
+        )
         self.alpha = alpha
 
 
@@ -268,10 +318,10 @@ class TopKKLDivLoss(_Divergence):
     def __init__(
         self,
         *,
-        values_type: str,
-        missing: str = "ignore",
+        values_type: TargetType,
+        missing: Missing = "ignore",
         dim: int = -1,
-        reduction: str = "batchmean",
+        reduction: Reduction = "batchmean",
         temperature: float = 1.0,
         scale_by_temperature: bool = False,
         inplace_backward: bool = False,

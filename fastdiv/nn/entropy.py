@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .._losses.entropy import entropy
+from ..reference.choices import Reduction
 
 
 class EntropyLoss(nn.Module):
@@ -28,7 +29,7 @@ class EntropyLoss(nn.Module):
         dim: int = -1,
         temperature: float = 1.0,
         base: float | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         self.dim = dim

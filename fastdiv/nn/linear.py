@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,37 @@ from .._losses.cross_entropy import cross_entropy
 from .._losses.divergence import js_div, kl_div, reverse_kl_div
 from .._losses.entropy import log_prob_and_entropy
 from ..reference import Stats
+from ..reference.choices import Reduction, Smoothing, TargetType
 from .layer import loss_through
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack  # which torch brings along
+
+
+class CrossEntropyOptions(TypedDict, total=False):
+    """What :class:`LinearCrossEntropyLoss` passes on to its function."""
+
+    ignore_index: int | None
+    label_smoothing: float
+    options: Any
+    smoothing: Smoothing
+    temperature: float
+    softcap: float | None
+    z_loss: float
+    return_stats: bool
+    chunk_size: int | None
+
+
+class DivergenceOptions(TypedDict, total=False):
+    """What the modules of divergences pass on; only :class:`LinearJSDivLoss` takes ``beta``."""
+
+    target_type: TargetType | None
+    beta: float
+    reduction: Reduction
+    temperature: float
+    chunk_size: int | None
 
 
 class _LinearLoss(nn.Module):
@@ -95,9 +126,9 @@ class LinearCrossEntropyLoss(_LinearLoss):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         weight: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[CrossEntropyOptions],
     ) -> None:
         outputs = math.prod(out_features, start=num_classes)
         super().__init__(
@@ -146,7 +177,7 @@ class _LinearDivergenceLoss(_LinearLoss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         scale_by_temperature: bool = False,
-        **options: Any,
+        **options: Unpack[DivergenceOptions],
     ) -> None:
         super().__init__(in_features, num_classes, bias=bias, device=device, dtype=dtype, **options)
         self.scale_by_temperature = scale_by_temperature

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,11 @@ from torch import Tensor
 from .. import reference
 from .._engine import arguments
 from .._engine.torch_private import without_fake_mode
+from ..reference.choices import NanPolicy, check_choice
 
 Vector = Tensor | npt.ArrayLike
 Axis = int | Sequence[int] | None
-NanPolicy = Literal["propagate", "omit", "raise"]
-NAN_POLICIES = ("propagate", "omit", "raise")
+NAN_POLICIES = get_args(NanPolicy)
 FAR = 2.0**64  # more than any number of summands, and a power of two: products with it are exact
 
 
@@ -46,8 +46,7 @@ def evaluate(
     Tensors give a tensor, arrays and lists a NumPy array or scalar.
     """
     unit = arguments.log_of_base(base)
-    if nan_policy not in NAN_POLICIES:
-        raise ValueError(f"nan_policy must be one of {NAN_POLICIES}, got {nan_policy!r}")
+    check_choice(nan_policy, NAN_POLICIES, "nan_policy")
     if _are_tensors(given):
         return _value(function, unit, axis, nan_policy, keepdims, given)
     with without_fake_mode():

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import reference
 from .._engine.recording import recordable
+from ..reference.choices import NanPolicy
 from ..reference.divergences import log_of, masked_product
-from .arguments import Axis, Distributions, NanPolicy, Vector, evaluate
+from .arguments import Axis, Distributions, Vector, evaluate
 
 
 @recordable
