@@ -152,8 +152,8 @@ def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
         )
     if not 1 <= shape[dim] <= x.shape[dim]:
         raise ValueError(
-            f"values must have between 1 and {x.shape[dim]} classes on dim {dim} for input of shape "
-            f"{tuple(x.shape)}, got {shape[dim]} classes in shape {shape}"
+            f"values must have between 1 and {x.shape[dim]} classes on dim {dim} for an input of "
+            f"shape {tuple(x.shape)}, got {shape[dim]} classes in shape {shape}"
         )
     if not same_shape(indices.shape, values.shape):
         raise ValueError(
