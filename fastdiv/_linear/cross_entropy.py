@@ -6,7 +6,7 @@ linear_bias)`` up to rounding.  The gradient of a weight is summed in float32.  
 matrix products in half precision, the logits are float32.
 
 From about 1024 rows on, memory beyond arguments and gradients stays below a tenth of the logits.
-It stops growing at 64 MB (512 MB on a GPU).  ``chunk_size`` sets the rows of a tile; see HACKING.md.
+It stops growing at 64 MB (512 MB on a GPU).  ``chunk_size`` sets the rows of a tile.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def tv_distance(
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
-            another backward still needs them.  ``input`` must be neither a leaf of autograd's graph
+            another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
             ``torch.compile`` a fresh gradient is used instead.
 
@@ -112,7 +112,7 @@ def hellinger_distance(
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
-            another backward still needs them.  ``input`` must be neither a leaf of autograd's graph
+            another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
             ``torch.compile`` a fresh gradient is used instead.
 
