@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..reference import value_dtype
+from ..reference.choices import DivergenceReduction, Reduction, TargetType, check_choice
 from .backend import use_kernel
 from .recording import of_constant_size
 from .symbolic import log, same_shape, term
@@ -20,8 +21,8 @@ from .torch_private import func_is_active, is_fake
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32, torch.uint8)
-TARGET_TYPES = ("logits", "log_probs", "probs")
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
+TARGET_TYPES = get_args(TargetType)
+REDUCTIONS, DIVERGENCE_REDUCTIONS = get_args(Reduction), get_args(DivergenceReduction)
 NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 NO_LABEL_IGNORED = -(2**63)  # an ignore_index that no label has
 
@@ -76,16 +77,14 @@ def class_dim(x: Tensor, dim: int) -> int:
 
 
 def check_reduction(reduction: str, pointwise: bool = False) -> None:
-    """One of the reductions; ``"pointwise"`` where the loss is a sum over the classes."""
-    if reduction not in REDUCTIONS and not (pointwise and reduction == "pointwise"):
-        names = REDUCTIONS + (("pointwise",) if pointwise else ())
-        raise ValueError(f"reduction must be one of {names}, got {reduction!r}")
+    """Check the reduction; ``"pointwise"`` is for losses that are a sum over the classes."""
+    check_choice(reduction, DIVERGENCE_REDUCTIONS if pointwise else REDUCTIONS, "reduction")
 
 
 def check_target_type(value: str | None, name: str = "target_type") -> str:
-    """One of what a target's rows may hold."""
-    if value not in TARGET_TYPES:
-        raise ValueError(f"{name} must be one of {TARGET_TYPES}, got {value!r}")
+    """Check the word for what rows of the target hold."""
+    check_choice(value, TARGET_TYPES, name)
+    assert value is not None
     return value
 
 

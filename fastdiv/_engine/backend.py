@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import get_args
 
 import torch
 
+from ..reference.choices import Backend, check_choice
 from .torch_private import constant
 
 try:
@@ -19,12 +21,11 @@ except ImportError as error:  # a source tree that was not built, or a torch tha
 else:
     load_error = None
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = get_args(Backend)
 
 
 def _checked(name: str, where: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{where} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    check_choice(name, BACKENDS, where)
     return name
 
 
@@ -38,7 +39,7 @@ if _C is not None and (_isa := os.environ.get("FASTDIV_CPU_ISA")) and not _C.set
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: Backend) -> Iterator[None]:
     """Chooses what computes the losses inside a ``with`` block.
 
     ``"auto"`` uses a kernel where one fits and reference torch operations elsewhere; ``"native"``

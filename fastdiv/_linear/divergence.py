@@ -1,4 +1,4 @@
-"""Divergences of the logits of a linear layer, which are never held whole."""
+"""Divergences of the logits of a linear layer, computed a tile at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from .._engine import arguments
 from .._engine.dtensor import dispatch_dtensor
 from .._losses.divergence import js_loss
 from ..reference import Spec
+from ..reference.choices import Reduction, TargetType
 from .head import as_rows, check_target, checked_head, loss_of_head
 
 
@@ -22,7 +23,7 @@ def _linear_divergence(
     chunk_size: int | None,
     param: float = 0.0,
 ) -> Tensor:
-    """The divergence of a layer ``(input, weight, bias)`` from ``(target, type, weight, bias)``."""
+    """Compute a loss of layers ``(input, weight, bias)`` and ``(target, type, weight, bias)``."""
     head = checked_head(*student)
     logits = head.logits
     arguments.check_reduction(reduction)
@@ -47,7 +48,7 @@ def check_teacher(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[str, tuple[Tensor, Tensor | None, Tensor | None]]:
-    """What the target's rows hold, and these with the layer that makes logits of them, if any."""
+    """Check the target; return its type, and its rows with the weight and bias of its layer."""
     if weight is None:
         if bias is not None:
             raise ValueError("target_linear_bias needs a target_linear_weight")
@@ -56,8 +57,8 @@ def check_teacher(
         return target_type, (as_rows(target), None, None)
     if target_type not in (None, "logits"):
         raise ValueError(
-            "target_type must be 'logits', or left out, where target_linear_weight makes "
-            f"logits of the target, got {target_type!r}"
+            "target_type must be 'logits' or None if target_linear_weight is given, got "
+            f"{target_type!r}"
         )
     head = checked_head(target, weight, bias, "target", "target_")
     check_target(logits, head.logits)
@@ -70,49 +71,54 @@ def linear_kl_div(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Kullback-Leibler divergence of the logits of a linear layer, which are never held whole.
+    r"""Compute the KL divergence of the logits of a linear layer, a tile at a time.
 
     .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c (\log p_c - \log q_c),
         \qquad q = \mathrm{softmax}\bigl((h\,W^\top + b) / T\bigr)
 
-    :func:`fastdiv.kl_div` of ``F.linear(input, linear_weight, linear_bias)``.  With
-    ``target_linear_weight`` the target holds the teacher's hidden states; its logits are not held
-    either, and it may be of another width.
+    This is :func:`fastdiv.kl_div` of ``F.linear(input, linear_weight, linear_bias)``, in memory for
+    a part of the logits at a time.  With ``target_linear_weight`` the target holds the teacher's
+    hidden states.  Its logits are not held either, and its width may differ.
 
     Args:
         input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
-        linear_weight: :math:`W`, shape ``(C, H)``, of the dtype of ``input``.
-        target: Rows of shape ``(..., C)`` as ``target_type`` says, or the teacher's hidden states,
-            shape ``(..., K)``.
-        target_type: ``"logits"``, ``"log_probs"`` or ``"probs"``; required unless the target holds
-            hidden states.
-        target_linear_weight: The teacher's weight, shape ``(C, K)``, of the dtype of ``target``.
+        linear_weight: Weight :math:`W` of the layer, shape ``(C, H)``, in the dtype of ``input``.
+        target: The teacher's rows, shape ``(..., C)``, or with ``target_linear_weight`` its hidden
+            states, shape ``(..., K)``.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
+            unless it holds hidden states.
+        target_linear_weight: The teacher's weight, shape ``(C, K)``, in the dtype of ``target``.
         target_linear_bias: The teacher's bias, shape ``(C,)``.
-        linear_bias: :math:`b`, shape ``(C,)``.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        temperature: :math:`T`; divides the input's logits, and the target's where it has some.
-        token_weight: Weights of the rows, shape ``(...)``; rows of weight 0 do not count, and on a
-            CPU are not multiplied.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+        linear_bias: Bias :math:`b` of the layer, shape ``(C,)``.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
+            the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
+            logits are not computed.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
 
     Returns:
-        The divergence in nats, float32 (float64 if input or target is).  Every floating argument
-        but the token weights gets a gradient where it requires one.
+        The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
+        layers, biases and target get a gradient if they require one.
 
     Raises:
-        TypeError: a dtype that is not one of the above, or not that of its layer; a sparse,
-            nested or quantized tensor; an option that is no number.
-        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
-        RuntimeError: tensors on different devices.
+        TypeError: A tensor has an unsupported dtype or layout, the tensors of a layer differ in
+            dtype, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, or a weight or an option
+            requires a gradient.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -142,20 +148,54 @@ def linear_reverse_kl_div(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Reverse KL divergence of the logits of a linear layer, which are never held whole.
+    r"""Compute the reverse KL divergence of the logits of a linear layer, a tile at a time.
 
-    .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c (\log q_c - \log p_c)
+    .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c (\log q_c - \log p_c),
+        \qquad q = \mathrm{softmax}\bigl((h\,W^\top + b) / T\bigr)
 
-    Arguments, result and errors are those of :func:`fastdiv.linear_kl_div`.
+    This is :func:`fastdiv.reverse_kl_div` of ``F.linear(input, linear_weight, linear_bias)``, in
+    memory for a part of the logits at a time.  With ``target_linear_weight`` the target holds the
+    teacher's hidden states.  Its logits are not held either, and its width may differ.
+
+    Args:
+        input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
+        linear_weight: Weight :math:`W` of the layer, shape ``(C, H)``, in the dtype of ``input``.
+        target: The teacher's rows, shape ``(..., C)``, or with ``target_linear_weight`` its hidden
+            states, shape ``(..., K)``.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
+            unless it holds hidden states.
+        target_linear_weight: The teacher's weight, shape ``(C, K)``, in the dtype of ``target``.
+        target_linear_bias: The teacher's bias, shape ``(C,)``.
+        linear_bias: Bias :math:`b` of the layer, shape ``(C,)``.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
+            the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
+            logits are not computed.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
+        layers, biases and target get a gradient if they require one.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, the tensors of a layer differ in
+            dtype, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, or a weight or an option
+            requires a gradient.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -185,24 +225,57 @@ def linear_js_div(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     beta: float = 0.5,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Jensen-Shannon divergence of the logits of a linear layer, which are never held whole.
+    r"""Compute the Jensen-Shannon divergence of the logits of a linear layer, a tile at a time.
 
     .. math::
         \mathrm{JS}_\beta = \beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m),
         \qquad m = \beta\,p + (1 - \beta)\,q
 
-    ``beta`` is that of :func:`fastdiv.js_div`; all other arguments, result and errors are those of
-    :func:`fastdiv.linear_kl_div`.
+    This is :func:`fastdiv.js_div` of ``F.linear(input, linear_weight, linear_bias)``, in memory for
+    a part of the logits at a time.  With ``target_linear_weight`` the target holds the teacher's
+    hidden states.  Its logits are not held either, and its width may differ.
+
+    Args:
+        input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
+        linear_weight: Weight :math:`W` of the layer, shape ``(C, H)``, in the dtype of ``input``.
+        target: The teacher's rows, shape ``(..., C)``, or with ``target_linear_weight`` its hidden
+            states, shape ``(..., K)``.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
+            unless it holds hidden states.
+        beta: :math:`\beta` in [0, 1], the share of the target in the mixture.
+        target_linear_weight: The teacher's weight, shape ``(C, K)``, in the dtype of ``target``.
+        target_linear_bias: The teacher's bias, shape ``(C,)``.
+        linear_bias: Bias :math:`b` of the layer, shape ``(C,)``.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
+            the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
+            logits are not computed.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
+        layers, biases and target get a gradient if they require one.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, the tensors of a layer differ in
+            dtype, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, or a weight or an option
+            requires a gradient.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv

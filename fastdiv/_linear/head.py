@@ -1,4 +1,4 @@
-"""What the linear losses ask of the layers that they take logits of."""
+"""Checks of the layers that the linear losses take, and the call of a loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .ops import dtype_of_value
 
 @dataclass
 class LinearHead:
-    """Hidden states of any shape, with the weight and the bias of a linear layer."""
+    """Hidden states of any shape, with the weight and bias of a linear layer."""
 
     input: Tensor
     weight: Tensor
@@ -24,19 +24,19 @@ class LinearHead:
 
     @property
     def logits(self) -> Tensor:
-        """A tensor of the logits' shape, dtype and device that takes no memory."""
+        """A tensor with shape, dtype and device of the logits that takes no memory."""
         return self.input.new_empty(()).expand(*self.input.shape[:-1], self.weight.shape[0])
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The hidden states as rows, weight and bias."""
+        """Hidden states as a matrix of rows, weight and bias."""
         return as_rows(self.input), self.weight, self.bias
 
 
 def checked_head(
     input: Tensor, weight: Tensor, bias: Tensor | None, name: str = "input", prefix: str = ""
 ) -> LinearHead:
-    """The layer, checked, and cast as ``F.linear`` would under autocast."""
+    """Check the tensors of a layer, and cast them as ``F.linear`` would under autocast."""
     arguments.check_logits(input, name)
     names = f"{prefix}linear_weight", f"{prefix}linear_bias"
     arguments.check_logits(weight, names[0])
@@ -62,7 +62,7 @@ def checked_head(
     return LinearHead(input, weight, bias)
 
 
-# Whether autocast exists for a device.  Asked here, since the compiler of torch 2.11 cannot ask.
+# Which devices have autocast.  The call is made here: the compiler of torch 2.11 cannot trace it.
 _HAS_AUTOCAST = {
     device: torch.amp.is_autocast_available(device)
     for device in ("cpu", "cuda", "hpu", "maia", "meta", "mps", "mtia", "xla", "xpu")
@@ -75,6 +75,7 @@ def _has_autocast(device: str) -> bool:
 
 
 def as_autocast(v: Tensor) -> Tensor:
+    """Cast a tensor as autocast does on its device."""
     device = v.device.type
     if v.dtype == torch.float64 or not _has_autocast(device):
         return v
@@ -82,12 +83,12 @@ def as_autocast(v: Tensor) -> Tensor:
 
 
 def as_rows(v: Tensor) -> Tensor:
-    """A matrix with the last dimension as it was."""
+    """Return a matrix whose rows go along the last dimension."""
     return arguments.as_rows(v, v.dim() - 1)
 
 
 def check_target(logits: Tensor, target: Tensor) -> None:
-    """A target of the shape and device of the logits."""
+    """Check that the target has the shape and device of the logits."""
     arguments.check_logits(target, "target")
     if not same_shape(target.shape, logits.shape):
         raise ValueError(
@@ -98,7 +99,7 @@ def check_target(logits: Tensor, target: Tensor) -> None:
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """None, or a positive number of rows."""
+    """Raise ValueError unless this is None or a positive number of rows."""
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
 
@@ -113,7 +114,7 @@ def loss_of_head(
     stats: bool = False,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Stats | None]:
-    """The loss, reduced or in the shape of the rows, and statistics if asked for."""
+    """Compute the loss, reduced or in the shape of the rows, and statistics if ``stats``."""
     check_chunk_size(chunk_size)
     logits, t = student.logits, teacher[0]
     dtype = dtype_of_value(logits, t)

@@ -14,6 +14,7 @@ from .._linear.head import LinearHead, as_rows, check_chunk_size, check_target, 
 from .._linear.ops import dtype_of_value
 from .._losses.cross_entropy import cross_entropy_spec
 from ..reference import Spec, Stats
+from ..reference.choices import Reduction, Smoothing, TargetType
 from .call import Arguments, arguments_of, call_of, global_labels, mean_of, shards_of, size_of
 from .tiles import ShardLinearCall, shard_linear_loss
 from .world import Group, world_of
@@ -70,10 +71,10 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -178,11 +179,11 @@ def linear_kl_div(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .._engine import arguments
 from ..reference import Spec
+from ..reference.choices import Reduction
 from .call import RowArguments, global_labels, loss_of
 from .world import Group
 
@@ -16,7 +17,7 @@ def entropy(
     dim: int = -1,
     temperature: float = 1.0,
     base: float | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     group: Group = None,
     mean_group: Group = None,
     num_classes: int | None = None,

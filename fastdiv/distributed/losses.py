@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from .._engine.in_place import check_in_place
 from .._losses.cross_entropy import cross_entropy_spec
 from .._losses.divergence import js_loss
 from ..reference import Spec
+from ..reference.choices import Reduction, Smoothing, TargetType
 from .call import RowArguments, global_labels, loss_of
 from .world import Group
 
@@ -22,9 +23,9 @@ def cross_entropy(
     *,
     dim: int | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    smoothing: Literal["all", "others"] = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -179,9 +180,9 @@ def kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -249,9 +250,9 @@ def reverse_kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -296,10 +297,10 @@ def js_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     beta: float = 0.5,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
