@@ -25,7 +25,7 @@ LEFT_OUT = (
     *("cuda_kernels", "cuda_machine_code", "cuda_on_cpu", "build_contract", "sanitizers"),
     *("dead_rows", "determinism", "gpu", "gpu_small", "layout"),
     # the same calls as others, with more values
-    *("patch_torch_values", "peer_bugs", "peer_semantics"),
+    *("patch_torch_values", "regressions", "meaning"),
     # what needs other packages, or git
     *("bench", "docs", "examples", "packaging"),
     *("transformers", "transformers_patch", "transformers_training"),

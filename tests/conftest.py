@@ -11,7 +11,7 @@ import torch
 
 import fastdiv._C as native
 from fastdiv._bench.machine import give_each_isa_a_compiler_cache
-from ranks import Ranks
+from helpers.ranks import Ranks
 
 hypothesis.settings.register_profile("fastdiv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastdiv")

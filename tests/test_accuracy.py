@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import fastdiv
-from cases import DTYPES, LOSSES, SHAPES, Case, make_inputs
-from roundings import RESULTS, assert_rounded, evaluate, truth_and_scale, ulp
+from helpers.cases import DTYPES, LOSSES, SHAPES, Case, make_inputs
+from helpers.roundings import RESULTS, assert_rounded, evaluate, truth_and_scale, ulp
 
 CASES = {str(case): case for case in LOSSES}
 SMALL = [(3, 1), (64, 7), (64, 513)]

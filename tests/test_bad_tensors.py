@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-from in_place_calls import one_process
+from helpers.in_place_calls import one_process
 
 X, T, Y = torch.randn(4, 5), torch.randn(4, 5).softmax(-1), torch.tensor([0, 1, 2, 4])
 H, W, B, V = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5), torch.rand(4)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from cases import PUBLIC_LOSSES
 from fastdiv.__main__ import main
 from fastdiv._bench import machine, parts, run
 from fastdiv._bench.compare import compare
@@ -25,6 +24,7 @@ from fastdiv._bench.measurements import Measurements
 from fastdiv._bench.memory import Job, extra_memory
 from fastdiv._bench.result import Result
 from fastdiv._bench.timing import After, Budget, Timing, interleave
+from helpers.cases import PUBLIC_LOSSES
 
 pytestmark = pytest.mark.cpu_only("the command chooses its device itself")
 

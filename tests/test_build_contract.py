@@ -18,9 +18,9 @@ import pytest
 
 import fastdiv
 import fastdiv._C as native
-from cases import LOSSES, PUBLIC_LOSSES
 from fastdiv import reference
-from programs import FEW_LOSSES, POLICY_COUNT, ROOT
+from helpers.cases import LOSSES, PUBLIC_LOSSES
+from helpers.programs import FEW_LOSSES, POLICY_COUNT, ROOT
 
 pytestmark = pytest.mark.cpu_only("its machine code")
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import fastdiv
-from cases import PUBLIC_LOSSES
 from fastdiv import reference
 from fastdiv.__main__ import main
 from fastdiv._engine import backend
+from helpers.cases import PUBLIC_LOSSES
 
 pytestmark = pytest.mark.cpu_only("the commands choose their device themselves")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiv
-from cases import KERNELS, LOSSES, Case, make_inputs
+from helpers.cases import KERNELS, LOSSES, Case, make_inputs
 
 EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
 WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiv
-from cases import make_inputs
+from helpers.cases import make_inputs
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 VALUES = (0.5, 0.4, 0.3, 0.7)

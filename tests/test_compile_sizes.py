@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiv
-from cases import make_inputs
+from helpers.cases import make_inputs
 
 ROWS, CLASSES = 6, 9
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6, equal_nan=True)

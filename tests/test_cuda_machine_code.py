@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import fastdiv._C as native
-from programs import DIVERGENCE_POLICIES, POLICY_COUNT, ROOT
+from helpers.programs import DIVERGENCE_POLICIES, POLICY_COUNT, ROOT
 
 needs_cuda_build = pytest.mark.skipif(
     not native.cuda_architectures, reason="built without nvcc, for CPU only"

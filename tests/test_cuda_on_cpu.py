@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import programs
-from programs import SHIM, needs_fibers, run
+from helpers import programs
+from helpers.programs import SHIM, needs_fibers, run
 
 MODES = ["plain", "asan", "tsan"]
 ORDERS = ["forward", "reverse", "lockstep", "1", "2"]

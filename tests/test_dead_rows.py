@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fastdiv
-from cases import KERNELS, Case, make_inputs
-from edges import by_row, gradients, same
+from helpers.cases import KERNELS, Case, make_inputs
+from helpers.values import by_row, gradients, same
 
 INF, NAN = torch.inf, torch.nan
 # Those with token weights.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import fastdiv
-from cases import KERNELS, Case, make_inputs
-from recorder import Recorder
+from helpers.cases import KERNELS, Case, make_inputs
+from helpers.recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("isa")
 

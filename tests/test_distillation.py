@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
-from edges import gradients, same
 from fastdiv import reference
 from fastdiv.nn import DistillationLoss
+from helpers.cases import LOSSES, Case, make_inputs
+from helpers.values import gradients, same
 
 NAN = float("nan")
 

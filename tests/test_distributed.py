@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import shard_edges
-import shards
-from ranks import Ranks
+from helpers import shard_edges, shards
+from helpers.ranks import Ranks
 
 pytestmark = pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastdiv.distributed as sharded
-import shard_failures
 from fastdiv.distributed.alike import LENGTH, checksum
-from ranks import RankFailed, Ranks
+from helpers import shard_failures
+from helpers.ranks import RankFailed, Ranks
 
 pytestmark = [
     pytest.mark.cpu_only("the ranks of these tests are processes of the CPU"),

@@ -8,11 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import shard_dtensors
-import shard_linear
-import shard_programs
-import shards
-from ranks import Ranks
+from helpers import shard_dtensors, shard_linear, shard_programs, shards
+from helpers.ranks import Ranks
 
 ON_CPU = pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
-from edges import by_row, gradients, same
+from helpers.cases import LOSSES, Case, make_inputs
+from helpers.values import by_row, gradients, same
 
 INF, NAN = torch.inf, torch.nan
 FUNCTIONS = [fastdiv.kl_div, fastdiv.reverse_kl_div, fastdiv.js_div]

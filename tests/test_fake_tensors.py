@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastdiv
-from cases import LOSSES, PUBLIC_LOSSES, Case, make_inputs
-from linear_cases import TARGETS, LinearCase, make_case
+from helpers.cases import LOSSES, PUBLIC_LOSSES, Case, make_inputs
+from helpers.linear_cases import TARGETS, LinearCase, make_case
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference"])
 ROWS, CLASSES, HIDDEN = 4, 12, 8

@@ -19,8 +19,8 @@ from scipy.spatial import distance
 from torch import Tensor
 
 import fastdiv
-from cases import make_inputs
-from edges import gradients, same
+from helpers.cases import make_inputs
+from helpers.values import gradients, same
 from test_edge_rows import TYPES, as_type
 
 INF, NAN = torch.inf, torch.nan

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
-from edges import by_row
+from helpers.cases import LOSSES, Case, make_inputs
+from helpers.values import by_row
 from test_determinism import bits, evaluate, inputs, moved
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import LOSSES, Case
+from helpers.cases import LOSSES, Case
 from test_determinism import backward_call, bits, evaluate, inputs, moved, statistics
 
 pytestmark = pytest.mark.skipif(

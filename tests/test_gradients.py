@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastdiv
-from cases import KERNELS, LOSSES, Case, make_inputs
+from helpers.cases import KERNELS, LOSSES, Case, make_inputs
 
 EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
 REDUCIBLE = pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-import shard_arguments
-from cases import PUBLIC_LOSSES
-from edges import same
-from in_place_calls import PROGRAMS, leaf, one_process, takes_it, target_of
-from ranks import Ranks
+from helpers import shard_arguments
+from helpers.cases import PUBLIC_LOSSES
+from helpers.in_place_calls import PROGRAMS, leaf, one_process, takes_it, target_of
+from helpers.ranks import Ranks
+from helpers.values import same
 
 # Of the options of one function and its module, one.
 SOME = {name: p for name, p in PROGRAMS.items() if not p[0].options}

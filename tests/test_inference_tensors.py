@@ -11,12 +11,12 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-import shard_arguments
-from cases import LOSSES, PUBLIC_LOSSES, make_inputs
 from fastdiv._engine.inference import savable
-from in_place_calls import PROGRAMS, leaf, one_process, target_of
-from linear_cases import TARGETS, LinearCase, make_case
-from ranks import Ranks
+from helpers import shard_arguments
+from helpers.cases import LOSSES, PUBLIC_LOSSES, make_inputs
+from helpers.in_place_calls import PROGRAMS, leaf, one_process, target_of
+from helpers.linear_cases import TARGETS, LinearCase, make_case
+from helpers.ranks import Ranks
 
 # A loss of logits, of what it is called with besides, and of options.
 Loss = Callable[..., Any]

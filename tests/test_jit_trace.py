@@ -18,8 +18,8 @@ from torch import Tensor
 import fastdiv
 import fastdiv.distributed
 import fastdiv.stats
-from cases import KERNELS, Case, TopKCase, make_inputs
-from linear_cases import TARGETS, make_case
+from helpers.cases import KERNELS, Case, TopKCase, make_inputs
+from helpers.linear_cases import TARGETS, make_case
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
 CLASSES = 9

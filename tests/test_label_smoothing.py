@@ -16,9 +16,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiv
-from cases import make_inputs
-from edges import gradients, same
 from fastdiv.nn import LabelSmoothingLoss
+from helpers.cases import make_inputs
+from helpers.values import gradients, same
 
 NAN = float("nan")
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import fastdiv
-import shard_layers
-from ranks import Ranks
-from recorder import Recorder
+from helpers import shard_layers
+from helpers.ranks import Ranks
+from helpers.recorder import Recorder
 
 ROWS, WIDTH, CLASSES = 6, 5, 31
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from cases import KERNELS, Case, make_inputs
-from edges import by_row
-from edges import gradients as even_gradients
 from fastdiv._engine import arguments
+from helpers.cases import KERNELS, Case, make_inputs
+from helpers.values import by_row
+from helpers.values import gradients as even_gradients
 
 gradients = partial(even_gradients, uneven=True)  # each row with a gradient of its own
 SHAPES_AND_DIMS = [((7,), 0), ((7,), -1), ((5, 4, 3), 0), ((5, 4, 3), 1), ((5, 4, 3), -2)]

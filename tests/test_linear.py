@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiv
-from cases import DTYPES, rand, randn
-from linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
+from helpers.cases import DTYPES, rand, randn
+from helpers.linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
 
 TOLERANCE = {  # of values, and of gradients in units of the largest
     torch.float64: (1e-12, 1e-11),

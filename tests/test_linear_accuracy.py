@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases import DTYPES
-from linear_cases import make_case, value_and_gradients
+from helpers.cases import DTYPES
+from helpers.linear_cases import make_case, value_and_gradients
 
 # Root mean square errors of the value, of the gradients of the student's tensors and of the
 # teacher's, in ulps of the root mean square result.  A logit of about 10 is a sum of 64 products

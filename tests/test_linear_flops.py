@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiv
 from fastdiv._linear import tiles
-from linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
+from helpers.linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
 
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
 ROWS, HIDDEN, CLASSES, TEACHER = 6, 8, 30, 5

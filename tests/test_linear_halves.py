@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastdiv
 from fastdiv._linear.tiles import product_dtype
-from linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
+from helpers.linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
 
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fastdiv
-from linear_cases import make_case, value_and_gradients
+from helpers.linear_cases import make_case, value_and_gradients
 
 H, W, Y = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([0, 6, 2, 2])
 OF_TORCH = pytest.mark.skipif(

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
-from ranks import Ranks
+from helpers.cases import LOSSES, Case, make_inputs
+from helpers.ranks import Ranks
 
 EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
 REDUCIBLE = [c for c in LOSSES if "log_prob" not in c.name]

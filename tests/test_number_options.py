@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-from cases import PUBLIC_LOSSES
-from in_place_calls import one_process
+from helpers.cases import PUBLIC_LOSSES
+from helpers.in_place_calls import one_process
 
 # Every option that is a number, with one that it may be.
 NUMBERS = {

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiv
-from cases import KERNELS, Case, make_inputs
-from recorder import Recorder
+from helpers.cases import KERNELS, Case, make_inputs
+from helpers.recorder import Recorder
 
 EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
 REDUCIBLE = [c for c in KERNELS if "log_prob" not in c.name]

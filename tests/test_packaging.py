@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 import fastdiv
-from programs import ROOT
+from helpers.programs import ROOT
 
 pytestmark = pytest.mark.cpu_only("the package")
 

@@ -19,7 +19,7 @@ import fastdiv
 from fastdiv._engine import backend
 from fastdiv.integrations.torch import cross_entropy as replacement
 from fastdiv.integrations.torch.patch import TorchPatch
-from torch_patched import TORCHS, calls_of_ours, patched, torch_has_its_own, with_gradients
+from helpers.torch_patched import TORCHS, calls_of_ours, patched, torch_has_its_own, with_gradients
 
 
 @pytest.fixture(autouse=True)

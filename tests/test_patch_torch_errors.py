@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from torch_patched import TORCHS, torch_has_its_own
+from helpers.torch_patched import TORCHS, torch_has_its_own
 
 pytestmark = [
     pytest.mark.cpu_only("torch says it in other words elsewhere"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_patched import TORCHS, calls_of_ours, patched, torch_has_its_own, with_gradients
+from helpers.torch_patched import TORCHS, calls_of_ours, patched, torch_has_its_own, with_gradients
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiv
-from cases import LOSSES, Case, rand, randn
+from helpers.cases import LOSSES, Case, rand, randn
 
 # One instruction set a test, drawn outside of hypothesis.
 pytestmark = pytest.mark.usefixtures("isa")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from programs import FEW_LOSSES, ROOT, build, run
+from helpers.programs import FEW_LOSSES, ROOT, build, run
 
 SOURCES = [ROOT / "tests/sanitize_rows.cpp", ROOT / "csrc/cpu/rows_baseline.cpp"]
 

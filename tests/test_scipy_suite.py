@@ -49,7 +49,7 @@ def test_tests_of_scipy(modules: dict[str, int], library: str, tmp_path: Path) -
     if library == "torch":
         env["SCIPY_ARRAY_API"] = '["torch"]'
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    options = "-q -c pytest.ini -p no:cacheprovider -p scipy_on_fastdiv --rootdir".split()
+    options = "-q -c pytest.ini -p no:cacheprovider -p helpers.scipy_on_fastdiv --rootdir".split()
     options.append(str(Path(scipy.__file__).parents[1]))
     report = tmp_path / "report.xml"
     run = subprocess.run(

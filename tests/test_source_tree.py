@@ -12,7 +12,7 @@ import pytest
 
 import fastdiv
 import fastdiv.distributed
-from programs import ROOT
+from helpers.programs import ROOT
 from test_packaging import git_files
 
 pytestmark = pytest.mark.cpu_only("nothing is computed")

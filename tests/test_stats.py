@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastdiv
 from fastdiv import stats
-from scipy_values import EVERY_PAIR, INF, NAN, PAIRS, SYMMETRIC, Function, close, value
+from helpers.scipy_values import EVERY_PAIR, INF, NAN, PAIRS, SYMMETRIC, Function, close, value
 
 # --- SciPy's values ---
 

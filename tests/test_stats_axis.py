@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdiv import stats
-from scipy_values import EVERY_PAIR, NAN, PAIRS, Function, close, value
+from helpers.scipy_values import EVERY_PAIR, NAN, PAIRS, Function, close, value
 
 AXES = [0, 1, -1, None, (1,), (0, 2), (-1, 1), (2, 0, 1)]
 EVERY_AXIS = pytest.mark.parametrize("axis", AXES, ids=str)

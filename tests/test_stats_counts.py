@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 
 from fastdiv import stats
-from scipy_values import EVERY_PAIR, Function, close, value
+from helpers.scipy_values import EVERY_PAIR, Function, close, value
 
 ENDS = {
     np.float64: (2.0**1010, 2.0**-1072),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastdiv import stats
-from scipy_values import EVERY_PAIR, INF, NAN, PAIRS, Function, close
+from helpers.scipy_values import EVERY_PAIR, INF, NAN, PAIRS, Function, close
 
 # --- what is given, and what is returned ---
 

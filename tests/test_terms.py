@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from cases import Case, make_inputs
 from fastdiv._engine import ops
 from fastdiv.reference import Spec
+from helpers.cases import Case, make_inputs
 
 SHIFT = {"kl_div": 1.0, "reverse_kl_div": -1.0}  # shift() of a policy
 LOSSES = ("kl_div", "reverse_kl_div", "js_div", "skew_kl_div", "tv_distance")

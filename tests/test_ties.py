@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from cases import DIVERGENCES, LOSSES, Case, TopKCase, _alpha, _renyi
+from helpers.cases import DIVERGENCES, LOSSES, Case, TopKCase, _alpha, _renyi
 
 F64 = torch.float64
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import fastdiv
-from cases import make_inputs
-from edges import gradients, same
 from fastdiv import reference
 from fastdiv._engine import ops
 from fastdiv.reference import Spec
+from helpers.cases import make_inputs
+from helpers.values import gradients, same
 
 INF, NAN = torch.inf, torch.nan
 TYPES = ("logits", "log_probs", "probs")

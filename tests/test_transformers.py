@@ -18,7 +18,7 @@ import fastdiv
 from fastdiv.integrations.transformers import apply
 from fastdiv.integrations.transformers import forward as model_forward
 from fastdiv.integrations.transformers import logits as logits_module
-from transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
+from helpers.transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
 
 pytestmark = pytest.mark.cpu_only("the models are made on the CPU")
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())

@@ -25,7 +25,7 @@ from fastdiv._engine import backend
 from fastdiv.integrations.transformers import apply
 from fastdiv.integrations.transformers import forward as model_forward
 from fastdiv.integrations.transformers.logits import DeferredLogits
-from transformers_models import DECODER, KINDS, agree, step
+from helpers.transformers_models import DECODER, KINDS, agree, step
 
 pytestmark = pytest.mark.cpu_only("the models are made on the CPU")
 

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from fastdiv.integrations.transformers import apply, formula
 from fastdiv.integrations.transformers import logits as logits_module
-from transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
+from helpers.transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
 
 pytestmark = [
     pytest.mark.cpu_only("the models are made on the CPU"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import fastdiv
-from cases import KERNELS, Case, make_inputs
+from helpers.cases import KERNELS, Case, make_inputs
 
 EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
 REDUCIBLE = [c for c in KERNELS if "log_prob" not in c.name]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdiv
-from trl_functions import (
+from helpers.trl_functions import (
     CLASSES,
     RUNS_ON,
     THEIRS,

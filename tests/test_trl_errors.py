@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import trl_functions
 from fastdiv.integrations import trl as integration
-from trl_functions import CLASSES, THEIRS, given_to
+from helpers import trl_functions
+from helpers.trl_functions import CLASSES, THEIRS, given_to
 
 pytestmark = [
     pytest.mark.cpu_only("torch says it in other words elsewhere"),

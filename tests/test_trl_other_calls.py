@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_functions import CLASSES, THEIRS, WITH_JSD, calls_of_ours, given_to, rows, some_labels
+from helpers.trl_functions import (
+    CLASSES,
+    THEIRS,
+    WITH_JSD,
+    calls_of_ours,
+    given_to,
+    rows,
+    some_labels,
+)
 
 
 @pytest.fixture

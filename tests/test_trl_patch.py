@@ -19,7 +19,7 @@ import fastdiv.integrations.trl.patch as integration
 from fastdiv._engine import backend
 from fastdiv.integrations.trl import losses
 from fastdiv.integrations.trl.patch import JSD
-from trl_functions import CLASSES, THEIRS, WITH_JSD, given_to, trainers, trl, utils
+from helpers.trl_functions import CLASSES, THEIRS, WITH_JSD, given_to, trainers, trl, utils
 
 # Modules that take the functions by name, in this version or another.
 USERS = [
@@ -277,7 +277,7 @@ def test_in_one_graph() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_gkd_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny student learns the same from its teacher, off and on policy."""
-    from trl_trainer import train
+    from helpers.trl_trainer import train
 
     expected = train(tmp_path)
     calls, js_div = [], losses.js_div

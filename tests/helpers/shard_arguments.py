@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastdiv.distributed as sharded
-from shard_programs import problem
+from helpers.shard_programs import problem
 
 
 def inference_tensors(group: Any, rank: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cases import Case, TopKCase, rand
+from helpers.cases import Case, TopKCase, rand
 
 # How many roundings the value, the gradient of the input and that of the target have.  An
 # exponential, a logarithm, a product and a division have about one each, and a float32 sum has two

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-from cases import LOSSES, Case, make_inputs
-from roundings import RESULTS, assert_rounded, evaluate, truth_and_scale
+from helpers.cases import LOSSES, Case, make_inputs
+from helpers.roundings import RESULTS, assert_rounded, evaluate, truth_and_scale
 
 LABELS, PROBS = "labels", "probs"
 

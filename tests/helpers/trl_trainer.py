@@ -30,7 +30,7 @@ def train(folder: Path) -> list[float]:
     # Here, since pytest imports this file for its doctests where these may be missing.
     from datasets import Dataset
 
-    from trl_functions import trainers
+    from helpers.trl_functions import trainers
 
     gkd = trainers["GKDTrainer"]
     config = importlib.import_module(gkd.__module__).GKDConfig(

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fastdiv
-from cases import LOSSES, Case, make_inputs
-from edges import by_row, gradients, same
+from helpers.cases import LOSSES, Case, make_inputs
+from helpers.values import by_row, gradients, same
 
 FUNCTIONS = [fastdiv.kl_div, fastdiv.reverse_kl_div, fastdiv.js_div]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from cases import rand, randn
+from helpers.cases import rand, randn
 
 DIVERGENCES = ("kl_div", "reverse_kl_div", "js_div")
 NAMES = ("cross_entropy", *DIVERGENCES, "log_prob_and_entropy")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cases import Case
+from helpers.cases import Case
 
 
 def by_row(case: Case) -> dict[str, str]:

@@ -16,9 +16,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 import fastdiv
 import fastdiv.distributed as sharded
-from cases import make_inputs
-from edges import gradients, same
-from shards import SIZES, classes_of, digest, size_of
+from helpers.cases import make_inputs
+from helpers.shards import SIZES, classes_of, digest, size_of
+from helpers.values import gradients, same
 
 
 def problem(group: Any, rank: int, dtype: torch.dtype = torch.float32) -> Any:

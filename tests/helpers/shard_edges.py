@@ -10,10 +10,10 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-from cases import make_inputs
-from edges import gradients, same
 from fastdiv.distributed import infinite_rows
-from shards import SIZES, classes_of, digest, size_of
+from helpers.cases import make_inputs
+from helpers.shards import SIZES, classes_of, digest, size_of
+from helpers.values import gradients, same
 
 TOLERANCE = 4e-5  # some values are above 100
 INF, LOWEST = math.inf, torch.finfo(torch.float32).min

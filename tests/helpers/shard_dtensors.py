@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fastdiv
-from cases import make_inputs
-from edges import gradients, same
-from shard_failures import outcome
+from helpers.cases import make_inputs
+from helpers.shard_failures import outcome
+from helpers.values import gradients, same
 
 ROWS, CLASSES, WIDTH = 6, 13, 5  # neither of the first two can be shared out evenly by four
 PLACEMENTS = {

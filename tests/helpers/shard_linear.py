@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiv
 import fastdiv.distributed as sharded
-from cases import make_inputs
-from edges import gradients, same
 from fastdiv.distributed import infinite_rows
-from shards import SIZES, classes_of, digest, size_of
+from helpers.cases import make_inputs
+from helpers.shards import SIZES, classes_of, digest, size_of
+from helpers.values import gradients, same
 
 
 def linear(group: Any, rank: int, dtype: torch.dtype) -> list[str]:

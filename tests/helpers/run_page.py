@@ -1,6 +1,6 @@
 """Runs the Python blocks of a Markdown page, from top to bottom in one namespace.
 
-    python tests/run_page.py docs/index.md
+    python tests/helpers/run_page.py docs/index.md
 
 A block of prompts (>>>) must print what the page says it prints.  In front of a block that cannot
 run stands <!-- skip: next -->.

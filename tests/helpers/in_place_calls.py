@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-from cases import LOSSES, Case
+from helpers.cases import LOSSES, Case
 
 # A loss of logits ``[4, C]``, of a target of their shape or labels, and of options.
 Call = Callable[..., Tensor]

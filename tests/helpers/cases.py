@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from programs import DIVERGENCE_POLICIES
+from helpers.programs import DIVERGENCE_POLICIES
 
 Eager = Callable[[Tensor, Tensor], Tensor]
 
