@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import PUBLIC_LOSSES
 
 import fastdiv
+from helpers.cases import PUBLIC_LOSSES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
