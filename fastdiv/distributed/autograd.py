@@ -50,7 +50,7 @@ class ShardCall:
     def forward(self, tensors: Tensors, needed: Sequence[bool], symbolic: Tensor | None) -> Forward:
         """See ``LossCall``."""
         out = shard.forward(*tensors, *self.options(symbolic), needed[1])
-        return Forward((out[0], *out[2:]), out[1:3])
+        return Forward(out, out[1:3])
 
     def backward(
         self,
@@ -104,7 +104,7 @@ def shard_loss(call: ShardCall, *rows: Tensor | None) -> tuple[Tensor, Tensor, S
     if label is not None:
         weight = reference.row_weights(call.spec.ignore_index, x, label, row_weight)
         label = label - call.shards.first
-    value, divisor, stats, argmax = run(call, (x, t, label, class_weight, weight))
+    value, _, divisor, stats, argmax = run(call, (x, t, label, class_weight, weight))
     found = Stats(stats[0], stats[1], argmax, stats[2]) if call.stats else None
     return value, divisor, found
 

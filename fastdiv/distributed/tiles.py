@@ -92,7 +92,7 @@ class ShardLinearCall(ShardCall):
     def forward(self, tensors: Tensors, needed: Sequence[bool], symbolic: Tensor | None) -> Forward:
         """See ``LossCall``."""
         out = forward(*tensors, *self.options(symbolic), any(needed[3:]), self.chunk_size)
-        return Forward((out[0], *out[2:]), out[1:3])
+        return Forward(out, out[1:3])
 
     def backward(
         self,
@@ -135,7 +135,7 @@ def shard_linear_loss(
         row_weight = reference.row_weights(call.spec.ignore_index, x, label, row_weight)
         label = label - call.shards.first
     of_rows = (label, class_weight, row_weight)
-    value, divisor, found, argmax = run(call, (*tensors[:N_HEAD_TENSORS], *of_rows))
+    value, _, divisor, found, argmax = run(call, (*tensors[:N_HEAD_TENSORS], *of_rows))
     return value, divisor, Stats(found[0], found[1], argmax, found[2]) if call.stats else None
 
 
