@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import fastdiv
-from helpers.cases import PUBLIC_LOSSES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -26,6 +25,12 @@ DOCUMENTS = [*PAGES, *(ROOT / name for name in OTHERS)]
 # Pages that patch torch or another library run in a process of their own, and may lack a package.
 PATCHING = [page for page in PAGES if "integrations" in page.parts]
 OPTIONAL = {"transformers", "trl", "peft"}
+LOSSES = {
+    name
+    for name in fastdiv.__all__
+    if inspect.isfunction(getattr(fastdiv, name))
+    and name not in ("backend", "build_info", "patch_torch")
+}
 
 
 def name_of(page: Path) -> str:
@@ -58,11 +63,11 @@ def navigation() -> list[Path]:
 def test_blocks_run(page: Path) -> None:
     pytest.importorskip("sybil")
     if page not in PATCHING:
-        from helpers.run_page import run_page
+        from run_page import run_page
 
         run_page(page)
         return
-    command = [sys.executable, str(ROOT / "tests/helpers/run_page.py"), str(page)]
+    command = [sys.executable, str(ROOT / "tests" / "run_page.py"), str(page)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", done.stderr)
     if missing and missing[1] in OPTIONAL:
@@ -107,7 +112,7 @@ def test_the_readme_is_short_and_begins_with_code() -> None:
 def test_losses_in_the_readme_exist() -> None:
     named = re.findall(r"^\| `(\w+)` \|", README.read_text(), flags=re.M)
     assert len(named) == 3
-    assert set(named) <= set(PUBLIC_LOSSES)
+    assert set(named) <= LOSSES
 
 
 def test_the_reference_has_every_public_name() -> None:
@@ -125,8 +130,8 @@ def test_the_reference_has_every_public_name() -> None:
 
 def test_the_table_of_losses() -> None:
     made = runpy.run_path(str(DOCS / "losses.py"))
-    assert sorted(made["losses"]()) == sorted(PUBLIC_LOSSES)
-    for name in PUBLIC_LOSSES:
+    assert set(made["losses"]()) == LOSSES
+    for name in LOSSES:
         assert f":func:`~fastdiv.{name}`" in made["table"]()
         assert made["summary"](name).endswith(".")
 
