@@ -131,7 +131,7 @@ __device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& 
 }
 
 template <class P, class T, bool kCapped, bool kGradient>
-__global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
+__global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, kGradient>)
     forward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
   using real = typename P::real;
   FD_DYNAMIC_SHARED(cache);
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
 }
 
 template <class P, class T, bool kCapped>
-__global__ void __launch_bounds__(256, kBlocks<P, kCapped, false>)
+__global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, false>)
     backward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ BackwardShape shape) {
   const bool warps = shape.rows > 1;
   const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + int(threadIdx.x) / kWarp
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, false>)
 
 // From a record that is given: of a shard, that of the whole row.
 template <class P, class T>
-__global__ void __launch_bounds__(256, kBlocks<P, false, false>)
+__global__ void __launch_bounds__(kBlock, kBlocks<P, false, false>)
     terms_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
   using real = typename P::real;
   const int warp = int(threadIdx.x) / kWarp;
@@ -224,8 +224,20 @@ __global__ void __launch_bounds__(256, kBlocks<P, false, false>)
 
 // --- launches ---------------------------------------------------------------------------------
 
+// Bytes of shared memory in which a team exchanges what Team::all merges in forward_rows.
+template <class P>
+constexpr int64_t exchanged_bytes() {
+  using real = typename P::real;
+  int64_t bytes = sizeof(RowState<P>);
+  if (P::kStats) bytes += sizeof(ArgMax<real>);
+  if (P::kDivergence) bytes += sizeof(TermSums<real>);
+  if (P::kTopK) bytes += sizeof(real) + sizeof(TopKSums<real>) + sizeof(FiniteSum);
+  return 2 * (kMaxWarps + 1) * bytes;
+}
+
 template <class P, class T, bool kGradient>
 Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
+  static_assert(exchanged_bytes<P>() <= kStaticShared, "kStaticShared is too small");
   constexpr int kRows = P::kTarget == Target::kNone ? 1 : 2;
   constexpr int kCachedRows = kGradient || P::kDivergence ? kRows : 0;
   // A second pass that is rare, near zero, must not cost the occupancy of the first.

@@ -2,12 +2,12 @@
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/shapes.h"
 #include "losses/divergence.h"
 
 namespace fastdiv {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32, kMaxWarps = 32;
 
 // v[k] of every `width` lanes together, all of them to the same bits.
 template <int n, class real, class Op>

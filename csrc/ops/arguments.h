@@ -1,22 +1,10 @@
 // The tensors of a private op, checked and turned into RowArgs.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <stdexcept>
-#include <tuple>
-
 #include "losses/row_args.h"
 #include "ops/options.h"
 
 namespace fastdiv {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -36,11 +24,6 @@ inline ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The Python side has checked what users pass and says it better; this repeats what protects
-// memory.
-inline void require(bool ok, const char* message) {
-  if (!ok) throw std::invalid_argument(message);
-}
 inline void require_same_device(const Tensor& v, const Tensor& x) {
   require(v.is_cpu() == x.is_cpu() && v.get_device_index() == x.get_device_index(),
           "fastdiv: all tensors must be on one device");
@@ -64,9 +47,28 @@ inline const void* vector_of(const OptionalTensor& v, int64_t size, ScalarType t
   return v->data_ptr();
 }
 
-inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const OptionalTensor& labels,
-                        const OptionalTensor& class_weight, const OptionalTensor& row_weight,
-                        const Options& o, const LossTraits& traits) {
+// What every op takes of a row.
+struct RowTensors {
+  Tensor x;
+  OptionalTensor t, labels, class_weight, row_weight;
+
+  // The schema without the type of x, which some ops overwrite.
+  static constexpr const char* kSchema =
+      "x, Tensor? t, Tensor? labels, Tensor? class_weight, Tensor? row_weight, ";
+
+  explicit RowTensors(Stack& s)
+      : x(s.take<Tensor>()),
+        t(s.take<OptionalTensor>()),
+        labels(s.take<OptionalTensor>()),
+        class_weight(s.take<OptionalTensor>()),
+        row_weight(s.take<OptionalTensor>()) {}
+
+  const Tensor& target_or_x() const { return t ? *t : x; }
+};
+
+inline RowArgs row_args(const RowTensors& rows, const Options& o, const LossTraits& traits) {
+  const Tensor& x = rows.x;
+  const OptionalTensor &t = rows.t, &labels = rows.labels;
   RowArgs a;
   a.dtype = dtype_of(x);
   a.x = matrix_of(x, x);
@@ -87,8 +89,8 @@ inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const Optional
     if (t) a.t = matrix_of(*t, x);
     a.labels = static_cast<const int64_t*>(vector_of(labels, a.rows, ScalarType::Long, x));
   }
-  a.class_weight = vector_of(class_weight, a.classes, compute_type(x), x);
-  a.row_weight = vector_of(row_weight, a.rows, compute_type(x), x);
+  a.class_weight = vector_of(rows.class_weight, a.classes, compute_type(x), x);
+  a.row_weight = vector_of(rows.row_weight, a.rows, compute_type(x), x);
   a.ignore_index = o.ignore_index;
   a.scale = o.scale;
   a.softcap = o.softcap;

@@ -4,6 +4,10 @@
 // to run one (run), how rows are summed (reduce), and where memory is (type, index).
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
 #include "losses/divergence.h"
 #include "ops/arguments.h"
 
@@ -20,13 +24,11 @@ struct RowCall {
   const int64_t outputs = kernels.traits.two_outputs ? 2 : 1;
   OptionalTensor overwritten;
 
-  RowCall(const Tensor& x, const OptionalTensor& t, const OptionalTensor& labels,
-          const OptionalTensor& class_weight, const OptionalTensor& row_weight,
-          const Options& options)
-      : x(x),
+  RowCall(const RowTensors& rows, const Options& options)
+      : x(rows.x),
         options(options),
         kernels(find(options, dtype_of(x))),
-        args(row_args(x, t, labels, class_weight, row_weight, options, kernels.traits)) {}
+        args(row_args(rows, options, kernels.traits)) {}
 
   static const typename Device::Kernels& find(const Options& o, DType dtype) {
     require(o.loss < LossId::kCount, "fastdiv: unknown loss");
@@ -123,6 +125,20 @@ struct RowCall {
     device.run(kernels.backward, args);
   }
 
+  // Write the gradient of x over x; return the value of each row.
+  Tensor forward_grad(const Tensor& grad) {
+    require(!kernels.traits.stats && options.reduction == Reduction::kNone,
+            "fastdiv: forward_grad takes an upstream gradient for each row, and no statistics");
+    device.check_labels(args);
+    const Tensor rows = make_rows(), record = make_record();
+    set_values(rows);
+    set_record(record);
+    set_upstream(grad);
+    write_over_x();
+    device.run(kernels.forward_grad, args);
+    return rows;
+  }
+
   // For each row the sums of its terms: f, u, v, q and p of TermSums.
   Tensor terms(const Tensor& record) {
     require(kernels.terms != nullptr, "fastdiv: this loss has no terms");
@@ -149,91 +165,93 @@ struct RowCall {
   }
 };
 
-#define FD_ROWS                                                                              \
-  const OptionalTensor &t, const OptionalTensor &labels, const OptionalTensor &class_weight, \
-      const OptionalTensor &row_weight
-#define FD_OPTIONS                                                                               \
-  int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index,     \
-      double scale, double softcap, double param, double confidence, double smoothing_per_class, \
-      double z_loss
-#define FD_CALL                                                                                   \
-  const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, param, \
-                        confidence, smoothing_per_class, z_loss);                                 \
-  RowCall<Device> call(x, t, labels, class_weight, row_weight, options)
+// --- the kernels of the ops, for torch's dispatcher ---------------------------------------------
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> row_forward(const Tensor& x, FD_ROWS, FD_OPTIONS) {
-  FD_CALL;
-  return call.forward();
+void row_forward(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const RowTensors rows(s);
+  const Options options(s);
+  RowCall<Device> call(rows, options);
+  const auto [value, record, divisor] = call.forward();
+  s.give(value, record, divisor);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_forward_stats(const Tensor& x, FD_ROWS,
-                                                                     FD_OPTIONS) {
-  FD_CALL;
+void row_forward_stats(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const RowTensors rows(s);
+  const Options options(s);
+  RowCall<Device> call(rows, options);
   const Tensor stats = call.make({3, call.args.rows}, call.real);
   const Tensor argmax = call.make({call.args.rows}, ScalarType::Long);
   call.args.stats = stats.data_ptr();
   call.args.argmax = static_cast<int64_t*>(argmax.data_ptr());
   const auto [value, record, divisor] = call.forward();
-  return {value, record, divisor, stats, argmax};
+  s.give(value, record, divisor, stats, argmax);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> row_backward(const Tensor& grad, const Tensor& x, FD_ROWS,
-                                        const Tensor& record, const Tensor& divisor, FD_OPTIONS,
-                                        bool need_x, bool need_t) {
-  FD_CALL;
-  const Tensor dx = call.make_gradient(x, call.args.dx, need_x);
-  const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
+void row_backward(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const Tensor grad = s.take<Tensor>();
+  const RowTensors rows(s);
+  const Tensor record = s.take<Tensor>(), divisor = s.take<Tensor>();
+  const Options options(s);
+  const bool need_x = s.take<bool>(), need_t = s.take<bool>();
+  RowCall<Device> call(rows, options);
+  const Tensor dx = call.make_gradient(rows.x, call.args.dx, need_x);
+  const Tensor dt = call.make_gradient(rows.target_or_x(), call.args.dt, need_t);
   call.backward(grad, record, divisor);
-  return {dx, dt};
+  s.give(dx, dt);
 }
 
 template <class Device>
-Tensor row_backward_in_place(const Tensor& grad, const Tensor& x, FD_ROWS, const Tensor& record,
-                             const Tensor& divisor, FD_OPTIONS, bool need_t) {
-  FD_CALL;
-  const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
+void row_backward_in_place(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const Tensor grad = s.take<Tensor>();
+  const RowTensors rows(s);
+  const Tensor record = s.take<Tensor>(), divisor = s.take<Tensor>();
+  const Options options(s);
+  const bool need_t = s.take<bool>();
+  RowCall<Device> call(rows, options);
+  const Tensor dt = call.make_gradient(rows.target_or_x(), call.args.dt, need_t);
   call.write_over_x();
   call.backward(grad, record, divisor);
-  return dt;
+  s.give(dt);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> row_forward_grad(const Tensor& grad, const Tensor& x, FD_ROWS,
-                                            FD_OPTIONS, bool need_t) {
-  FD_CALL;
-  require(!call.kernels.traits.stats && call.options.reduction == Reduction::kNone,
-          "fastdiv: forward_grad takes an upstream gradient for each row, and no statistics");
-  call.device.check_labels(call.args);
-  const Tensor rows = call.make_rows(), record = call.make_record();
-  const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
-  call.set_values(rows);
-  call.set_record(record);
-  call.set_upstream(grad);
-  call.write_over_x();
-  call.device.run(call.kernels.forward_grad, call.args);
-  return {rows, dt};
+void row_forward_grad(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const Tensor grad = s.take<Tensor>();
+  const RowTensors rows(s);
+  const Options options(s);
+  const bool need_t = s.take<bool>();
+  RowCall<Device> call(rows, options);
+  const Tensor dt = call.make_gradient(rows.target_or_x(), call.args.dt, need_t);
+  s.give(call.forward_grad(grad), dt);
 }
 
 template <class Device>
-Tensor row_terms(const Tensor& x, FD_ROWS, const Tensor& record, FD_OPTIONS) {
-  FD_CALL;
-  return call.terms(record);
+void row_terms(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const RowTensors rows(s);
+  const Tensor record = s.take<Tensor>();
+  const Options options(s);
+  RowCall<Device> call(rows, options);
+  s.give(call.terms(record));
 }
 
-#undef FD_CALL
+// Register the kernels of a device, in its STABLE_TORCH_LIBRARY_IMPL.
+template <class Device, class Library>
+void register_ops(Library& m) {
+  m.impl("_row_forward", row_forward<Device>);
+  m.impl("_row_forward_stats", row_forward_stats<Device>);
+  m.impl("_row_backward", row_backward<Device>);
+  m.impl("_row_backward_", row_backward_in_place<Device>);
+  m.impl("_row_forward_grad", row_forward_grad<Device>);
+  m.impl("_row_terms", row_terms<Device>);
+}
 
 }  // namespace fastdiv
-
-// The ops of schema.cpp for a dispatch key.
-#define FD_REGISTER(key, Device)                                                  \
-  STABLE_TORCH_LIBRARY_IMPL(fastdiv, key, m) {                                    \
-    m.impl("_row_forward", TORCH_BOX(&fastdiv::row_forward<Device>));             \
-    m.impl("_row_forward_stats", TORCH_BOX(&fastdiv::row_forward_stats<Device>)); \
-    m.impl("_row_backward", TORCH_BOX(&fastdiv::row_backward<Device>));           \
-    m.impl("_row_backward_", TORCH_BOX(&fastdiv::row_backward_in_place<Device>)); \
-    m.impl("_row_forward_grad", TORCH_BOX(&fastdiv::row_forward_grad<Device>));   \
-    m.impl("_row_terms", TORCH_BOX(&fastdiv::row_terms<Device>));                 \
-  }

@@ -95,4 +95,4 @@ struct CpuDevice {
 }  // namespace
 }  // namespace fastdiv
 
-FD_REGISTER(CPU, fastdiv::CpuDevice)
+STABLE_TORCH_LIBRARY_IMPL(fastdiv, CPU, m) { fastdiv::register_ops<fastdiv::CpuDevice>(m); }

@@ -94,4 +94,6 @@ struct CudaDevice {
 }  // namespace
 }  // namespace fastdiv
 
-FD_REGISTER(FD_CUDA_KEY, fastdiv::CudaDevice)
+STABLE_TORCH_LIBRARY_IMPL(fastdiv, FD_CUDA_KEY, m) {
+  fastdiv::register_ops<fastdiv::CudaDevice>(m);
+}

@@ -1,38 +1,41 @@
-// What every private op takes besides its tensors.
+// The options of a loss that are not tensors.
 #pragma once
 
 #include "losses/row_args.h"
-
-// What every op takes after its tensors.  `batch` is what reduction "batchmean" divides by.
-#define FD_OPTIONS_SCHEMA                                                                   \
-  "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, " \
-  "float softcap, float param, float confidence, float smoothing_per_class, float z_loss"
-#define FD_ROWS_SCHEMA "Tensor? t, Tensor? labels, Tensor? class_weight, Tensor? row_weight, "
+#include "ops/stack.h"
 
 namespace fastdiv {
 
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2, kBatchMean = 3 };
 
-// The options as they come, and what the kernels make of them.
 struct Options {
   LossId loss;
   Target target;
   Reduction reduction;
-  int64_t batch, ignore_index;
+  int64_t batch;  // what kBatchMean divides by
+  int64_t ignore_index;
   double scale, softcap;
   LossParams params;
 
-  Options(int64_t loss, int64_t target, int64_t reduction, int64_t batch, int64_t ignore_index,
-          double scale, double softcap, double param, double confidence, double smoothing_per_class,
-          double z_loss)
-      : loss(LossId(loss)),
-        target(Target(target)),
-        reduction(Reduction(reduction)),
-        batch(batch),
-        ignore_index(ignore_index),
-        scale(scale),
-        softcap(softcap),
-        params{LossId(loss), param, confidence, smoothing_per_class, z_loss, Target(target)} {}
+  // The order of the options, here and in the constructor.
+  static constexpr const char* kSchema =
+      "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, "
+      "float softcap, float param, float confidence, float smoothing_per_class, float z_loss";
+
+  explicit Options(Stack& s)
+      : loss(LossId(s.take<int64_t>())),
+        target(Target(s.take<int64_t>())),
+        reduction(Reduction(s.take<int64_t>())),
+        batch(s.take<int64_t>()),
+        ignore_index(s.take<int64_t>()),
+        scale(s.take<double>()),
+        softcap(s.take<double>()),
+        params{loss,
+               s.take<double>(),  // param
+               s.take<double>(),  // confidence
+               s.take<double>(),  // smoothing_per_class
+               s.take<double>(),  // z_loss
+               target} {}
 };
 
 }  // namespace fastdiv
