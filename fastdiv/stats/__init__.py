@@ -7,8 +7,8 @@ what they mean in SciPy.  Arrays and lists give NumPy arrays.  Tensors give tens
 and differentiable.
 
 A class without mass adds nothing (:math:`0 \log 0 = 0`).  Mass where the other vector has none
-gives infinity.  Where a probability is 0, the infinite part of its derivative is left out, so gradients
-are finite.
+gives infinity.  Where a probability is 0, the infinite part of its derivative is left out, so
+gradients are finite.
 
 Four things differ from SciPy on purpose:
 
