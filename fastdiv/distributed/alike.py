@@ -68,6 +68,6 @@ def check_alike(of_ranks: Sequence[Sequence[int]]) -> None:
         if differing := ranks_that_differ(values):
             hint = f" ({HINTS[i]})" if i in HINTS else ""
             raise RuntimeError(
-                f"{name} must be the same on every rank of the group, bit by bit, but differ between "
-                f"{differing}{hint}"
+                f"{name} must be the same on every rank of the group, bit by bit, but differ "
+                f"between {differing}{hint}"
             )
