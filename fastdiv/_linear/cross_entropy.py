@@ -121,9 +121,9 @@ def linear_cross_entropy(
         token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
             the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
             logits are not computed.
-        return_stats: Also return :class:`Stats`: ``lse``, ``entropy``, ``argmax`` and ``log_prob``
-            of every row, without gradient.  ``log_prob`` is that of the label (0 where the row does
-            not count), or :math:`\sum_c p_c \log q_c` for probabilities.
+        return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
+            ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
+            the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
 

@@ -173,9 +173,9 @@ def cross_entropy(
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
             ``torch.compile`` a fresh gradient is used instead.
-        return_stats: Also return :class:`Stats`: ``lse``, ``entropy``, ``argmax`` and ``log_prob``
-            of every row, without gradient.  ``log_prob`` is that of the label (0 where the row does
-            not count), or :math:`\sum_c p_c \log q_c` for probabilities.
+        return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
+            ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
+            the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
 
     Returns:
         The loss, float32 (float64 if input or target is); with ``return_stats`` a pair of the loss

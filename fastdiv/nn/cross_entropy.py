@@ -35,9 +35,9 @@ class CrossEntropyLoss(nn.Module):
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
             ``torch.compile`` a fresh gradient is used instead.
-        return_stats: Also return :class:`Stats`: ``lse``, ``entropy``, ``argmax`` and ``log_prob``
-            of every row, without gradient.  ``log_prob`` is that of the label (0 where the row does
-            not count), or :math:`\sum_c p_c \log q_c` for probabilities.
+        return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
+            ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
+            the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
 
     Shape:
         * ``input``: logits of any shape and strides, with the :math:`C` classes on ``dim``;

@@ -119,9 +119,9 @@ class LinearCrossEntropyLoss(_LinearLoss):
         temperature: :math:`T`, which divides the logits.
         softcap: Replace the logits by ``softcap * tanh(x / softcap)`` first; None for no cap.
         z_loss: :math:`z`, the factor of the squared log-sum-exp.
-        return_stats: Also return :class:`Stats`: ``lse``, ``entropy``, ``argmax`` and ``log_prob``
-            of every row, without gradient.  ``log_prob`` is that of the label (0 where the row does
-            not count), or :math:`\sum_c p_c \log q_c` for probabilities.
+        return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
+            ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
+            the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
 

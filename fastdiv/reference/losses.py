@@ -1,18 +1,16 @@
-r"""Every loss in plain torch operations: specification, fallback and oracle of the tests.
+r"""Every loss of rows in plain torch operations: specification, fallback and oracle of the tests.
 
-It and the formulas of the divergences, which stand in a module of their own, import torch only.  It
-works on rows: ``x`` and ``t`` are matrices ``[R, C]`` of input logits and targets, ``label`` and
-``row_weight`` have one entry for each row.  What it defines, and the kernels repeat:
+``x`` and ``t`` are matrices ``[R, C]`` of input logits and targets.  ``label`` and ``row_weight``
+have one entry per row.  The reference defines these conventions, and the kernels follow them:
 
 * A class without mass adds nothing: :math:`0 \cdot \infty = 0`, in values and gradients.
-* An infinite term (mass of one distribution where the other has none) makes the value infinite and
-  is otherwise a constant: it gives no gradient to the mass that multiplies it.  So is an infinite
-  power of the alpha divergences, whose gradients are those of the finite ones.
-* A probability target of exactly 0 receives no gradient from a divergence.
+* An infinite term (mass of one distribution where the other has none) makes the value infinite.
+  It is otherwise a constant, and gives no gradient to the mass that multiplies it.  The same holds
+  for infinite powers of the alpha divergences; the finite powers give the gradient.
+* A probability target of exactly 0 gets no gradient from a divergence.
 * A row that does not count (``ignore_index``, ``row_weight`` 0) is 0, whatever it holds.
 
-Its derivatives of any order are torch's own, so it also serves as the second derivative of the
-kernels.
+Its derivatives of any order are torch's own, so the kernels use it for second derivatives.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from .topk import TOPK, topk_kl_div
 
 
 def capped_and_scaled(spec: Spec, x: Tensor) -> Tensor:
-    """The logits that the softmax is of."""
+    """Return the logits after soft capping and division by the temperature."""
     if spec.softcap:
         x = spec.softcap * torch.tanh(x / spec.softcap)
     return x * spec.scale
@@ -36,7 +34,7 @@ def capped_and_scaled(spec: Spec, x: Tensor) -> Tensor:
 
 
 def divergence(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
-    """Divergence of the rows with log-probabilities ``lq`` from the targets, or all its terms."""
+    """Compute the divergence of rows with log-probabilities ``lq``, or all its terms."""
     if spec.target_type == "logits":
         lp = torch.log_softmax(t * spec.scale, -1)
         p = lp.exp()
@@ -55,19 +53,19 @@ def divergence(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
 
 
 def entropy(lq: Tensor) -> Tensor:
-    """H(q) = -sum q log q."""
+    """Compute H(q) = -sum q log q."""
     return -masked_product(lq.exp(), lq).sum(-1)
 
 
 def expected(r: Tensor, lq: Tensor) -> Tensor:
-    """``r log q`` for a target that is not a function of q: linear in r also at 0."""
+    """Compute ``r log q`` for a target that does not depend on q, linear in r also at 0."""
     infinite = torch.isinf(lq)
     finite = r * torch.where(infinite, 0.0, lq)
     return torch.where(infinite, masked_product(r.detach(), lq), finite)
 
 
 def of_class(v: Tensor, y: Tensor) -> Tensor:
-    """The entry of class y in every row."""
+    """Return the entry of class y in every row."""
     return v.gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
@@ -83,8 +81,8 @@ def cross_entropy(
 
     The smoothed target is ``r = class_weight (confidence p + smoothing_per_class)``.
 
-    ``p`` is ``t``, or all of it is on the class ``y``.  ``omega`` is the class weight of the label,
-    1 for soft targets.
+    ``p`` is ``t``, or 1 at the class ``y``.  ``omega`` is the class weight of the label, and 1 for
+    soft targets.
     """
     omega: Tensor | float = 1.0
     if t is not None:
@@ -106,10 +104,10 @@ def cross_entropy(
 def row_weights(
     ignore_index: int, x: Tensor, label: Tensor | None, row_weight: Tensor | None
 ) -> Tensor:
-    """Weight of every row; 0: it does not count."""
+    """Return the weight of every row, 0 where it does not count."""
     dtype = value_dtype(x.dtype)
     weight = x.new_ones(x.shape[:-1], dtype=dtype) if row_weight is None else row_weight
-    if label is None or label.dim() == x.dim():  # or the k classes that a teacher names
+    if label is None or label.dim() == x.dim():  # or label has the k classes of a teacher
         return weight
     return torch.where(label == ignore_index, 0.0, weight)
 
@@ -121,7 +119,7 @@ def mean_weights(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
 ) -> Tensor:
-    """Weight of every row in a mean: with class weights, that of its label too."""
+    """Return the weight of every row in a mean, with the class weight of its label."""
     weight = row_weights(ignore_index, x, label, row_weight)
     if label is None or class_weight is None:
         return weight
@@ -137,14 +135,15 @@ def rows(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
 ) -> Tensor:
-    """Weighted value of every row; two rows of them for log_prob_and_entropy; pointwise, all terms.
+    """Compute the weighted value of every row.
 
-    A label outside ``[0, C)`` that is not ``ignore_index`` makes its row NaN.
+    ``log_prob_and_entropy`` gives two rows of values, and ``reduction="pointwise"`` all terms.  A
+    label that is neither in ``[0, C)`` nor ``ignore_index`` makes its row NaN.
     """
     dtype = value_dtype(x.dtype)
     weight = row_weights(spec.ignore_index, x, label, row_weight)
     counts = (weight != 0).unsqueeze(-1)
-    # What a row that does not count holds must not reach its gradient, where 0 * NaN is NaN.
+    # The values of a row that does not count must not reach its gradient: 0 * NaN is NaN.
     x = torch.where(counts, x.to(dtype), 0.0)
     if t is not None:
         t = torch.where(counts, t.to(dtype), 0.0)
@@ -182,7 +181,7 @@ def loss(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
 ) -> Tensor:
-    """The reduced loss."""
+    """Compute the reduced loss."""
     value = rows(spec, x, t, label, class_weight, row_weight)
     if spec.reduction in ("none", "pointwise"):
         return value
@@ -195,9 +194,9 @@ def loss(
 def stats(
     spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None, row_weight: Tensor | None
 ) -> Stats:
-    """Log-sum-exp, entropy, argmax and log-probability of the target of every row.
+    """Compute log-sum-exp, entropy, argmax and log-probability of the target of every row.
 
-    All rows have them; only the label of a row that does not count is not looked at.
+    Rows that do not count have them, too, but for the log-probability, which is 0 for labels.
     """
     x = x.detach().to(value_dtype(x.dtype))
     x = capped_and_scaled(spec, x)
