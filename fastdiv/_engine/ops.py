@@ -1,4 +1,4 @@
-"""The private ops as torch sees them: their options, fakes for the compiler, and rules for vmap."""
+"""The private ops for torch: their options, fakes for the compiler, and rules for vmap."""
 
 from __future__ import annotations
 
@@ -93,16 +93,16 @@ def fake_gradient(of: Tensor | None, x: Tensor, needed: bool) -> Tensor:
 
 
 def _fold(v: Any, dim: int | None, batch: int) -> Any:
-    """The batch dimension and that of the rows as one."""
+    """Merge the batch dimension into the rows."""
     if v is None:
         return None
     v = v.unsqueeze(0).expand(batch, *v.shape) if dim is None else v.movedim(dim, 0)
     v = v.reshape(-1, *v.shape[2:])
-    return v.contiguous() if v.dim() == 1 else v  # of batches of one row a view may have gaps
+    return v.contiguous() if v.dim() == 1 else v  # a batch of single rows may be a view with gaps
 
 
 def _fold_rows(rows: tuple[Any, ...], dims: tuple[Any, ...], batch: int) -> list[Any]:
-    """The tensors x, t, label, class_weight, row_weight of an op."""
+    """Merge the batch dimension of x, t, label, class_weight and row_weight into the rows."""
     if dims[3] is not None:
         raise RuntimeError("vmap over class weights is not supported: give every call the same")
     folded = [_fold(v, dim, batch) for v, dim in zip(rows, dims, strict=True)]
@@ -111,7 +111,7 @@ def _fold_rows(rows: tuple[Any, ...], dims: tuple[Any, ...], batch: int) -> list
 
 
 def _unfold(v: Tensor, batch: int, dim: int = 0) -> Tensor:
-    """The batch dimension first; ``dim`` is the one that holds it, counted from the front."""
+    """Split ``dim``, counted from the front, and put the batch dimension first."""
     return v.unflatten(dim, (batch, v.shape[dim] // batch)).movedim(dim, 0)
 
 
@@ -151,7 +151,7 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     grad = grad.expand(batch, *grad.shape) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
     if spec.reduction in ("mean", "batchmean"):
         grad = grad / (divisor if in_dims[7] is None else divisor.movedim(in_dims[7], 0))
-    if grad.dim() == 1:  # of a scalar: the same for every row
+    if grad.dim() == 1:  # every row has the upstream gradient of the reduced value
         grad = grad.unsqueeze(-1).expand(batch, rows[0].shape[0] // batch)
     out = backward(
         grad.movedim(0, -2).flatten(-2).contiguous(),

@@ -1,11 +1,15 @@
-"""Losses of a linear layer's logits, which are made a tile at a time and never held whole.
+"""The loops of the linear losses, which compute the logits tile by tile and never hold them whole.
 
-There are two ways to the gradients.  ``by_rows`` takes rows in chunks, all classes at once, and has
-the gradient with the value: three matrix products, as many as autograd does of the whole.  But it
-adds up the weight's gradient over the chunks, for a weight of half precision in float32, which is
-often more than the logits; and it must know what comes from upstream.  ``by_classes`` makes the
-logits a second time in the backward, a block of classes at a time: four products, but nothing is
-kept in between, and a block's gradient is complete when the block is left.
+There are two ways to compute the gradients.
+
+``by_rows`` takes chunks of rows, with all classes at once, and computes gradients with the value.
+It takes three matrix products, as many as autograd.  But it sums the weight's gradient over the
+chunks, in float32 for a weight in half precision, which often takes more memory than the logits.
+And it needs the upstream gradient in the forward.
+
+``by_classes`` computes the logits a second time in the backward, one block of classes at a time.
+It takes four products, but keeps nothing between forward and backward, and the weight's gradient of
+a block is complete when the loop leaves the block.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}
 
 @dataclass
 class Problem:
-    """A loss with all of its tensors."""
+    """A linear loss with all of its tensors, and how large its tiles are."""
 
     student: TiledLogits
     teacher: TiledLogits | None
@@ -39,7 +43,7 @@ class Problem:
     class_weight: Tensor | None
     row_weight: Tensor | None
     spec: Spec
-    chunk_size: int  # rows; 0: by the rule
+    chunk_size: int  # rows whose logits are held at a time; 0 chooses by ``budget``
 
     def __post_init__(self) -> None:
         x = self.student
@@ -49,8 +53,8 @@ class Problem:
         self.dtype = x.dtype
         if self.teacher is not None:
             self.dtype = torch.promote_types(x.dtype, self.teacher.dtype)
-        # All that says whether a row counts in one place: tiles have labels counted from where
-        # they begin, and one of those may happen to be the ignored one.
+        # The weights alone say which rows are ignored.  Labels of a tile are relative to its first
+        # class, so one of them could equal ignore_index.
         ignored = self.spec.ignore_index
         weight = reference.row_weights(ignored, x.input, self.label, self.row_weight)
         self.weight = weight.to(value_dtype(self.dtype))
@@ -60,39 +64,39 @@ class Problem:
         self.options = ops.options(self.spec)
 
     def budget(self) -> int:
-        """Bytes that tiles of the input's logits may take."""
+        """Return how many bytes a tile of the student's logits may take."""
         logits = self.rows * self.classes * self.student.input.element_size()
         return min(logits // SHARE, LARGEST[self.device])
 
     def bytes_of_logit(self) -> int:
-        """As tiles hold it: as it is, and as it is multiplied where that is another dtype."""
+        """Return how many bytes a tile takes per logit, with a converted copy if there is one."""
         return self.dtype.itemsize + (self.student.dtype.itemsize if self.student.converts else 0)
 
     def rows_of_chunk(self, with_gradients: bool) -> int:
-        """How many rows ``by_rows`` takes at a time."""
+        """Return how many rows ``by_rows`` takes at a time."""
         if self.chunk_size:
             return self.chunk_size
         converted = 8 * CONVERTED * self.hidden if self.student.converts else 0
-        # A forward alone leaves room for what its backward adds to memory that is not given back.
+        # glibc keeps freed memory, so a forward alone leaves room for its backward.
         budget = self.budget() if with_gradients else self.budget() // 2
         rows = (budget - converted) // (self.classes * self.bytes_of_logit())
-        # Twice as many where the weight has to be converted for every chunk.
+        # Every chunk converts the whole weight, so a chunk has twice as many rows.
         return max(rows, FEWEST_ROWS[self.device] * (2 if self.student.converts else 1))
 
     def tile_of_block(self) -> tuple[int, int]:
-        """How many rows and classes ``by_classes`` takes at a time."""
+        """Return how many rows and classes ``by_classes`` takes at a time."""
         rows = min(max(self.rows // 4, 1), ROWS_OF_BLOCK[self.device])
         if self.chunk_size:
             return rows, max(1, self.chunk_size * self.classes // rows)
-        of_input = 4 * self.hidden * (rows + self.rows)  # a tile's rows, and their gradient's sum
+        of_input = 4 * self.hidden * (rows + self.rows)  # rows of a tile, sum of their gradients
         of_class = (
             self.bytes_of_logit() * rows + 8 * self.hidden
-        )  # logits; a weight, its gradient's
+        )  # logits; a weight and its gradient
         classes = (self.budget() // 2 - of_input) // of_class
         return rows, max(classes, FEWEST_CLASSES[self.device])
 
     def pieces(self, most: int, every: bool = False) -> list[RowRange]:
-        """The rows; on a CPU, where it costs nothing to look, those that count."""
+        """Return ranges of at most so many rows.  A CPU skips ignored rows unless ``every``."""
         if self.device == "cpu" and not every:
             counting = self.weight.nonzero().squeeze(1)
             if len(counting) < self.rows:
@@ -100,7 +104,7 @@ class Problem:
         return list(ranges(slice(0, self.rows), most))
 
     def tiles(self, rows: RowRange, classes: slice) -> tuple[Any, ...]:
-        """What the row ops take before their options."""
+        """Compute a tile; return the tensors that the row ops take before their options."""
         return (
             self.student.tile(rows, classes, self.dtype),
             None if self.teacher is None else self.teacher.tile(rows, classes, self.dtype),
@@ -112,7 +116,7 @@ class Problem:
 
 @dataclass
 class Results:
-    """What comes of the rows."""
+    """What ``by_rows`` computes per row."""
 
     value: Tensor
     record: Tensor
@@ -130,7 +134,7 @@ def by_rows(
     gradients: list[Gradients],
     look: Look | None = None,
 ) -> Results:
-    """Values of the rows and, if asked for, statistics; adds to gradients for an upstream one.
+    """Compute values and, if asked for, statistics of the rows, and add to the gradients.
 
     Without an upstream gradient, ``look`` is called for every chunk while its logits are held.
     """
@@ -144,7 +148,7 @@ def by_rows(
     whole = slice(0, p.classes)
     options = ops.options(p.spec, stats)
 
-    def chunk(rows: RowRange) -> None:  # a function, so that nothing of a chunk outlives it
+    def chunk(rows: RowRange) -> None:  # a function frees the tensors of a chunk at its end
         tiles = p.tiles(rows, whole)
         upstream = None if grad is None else grad[..., rows].contiguous()
         if upstream is not None and not stats:
@@ -174,7 +178,7 @@ def by_rows(
 
 
 def by_classes(p: Problem, grad: Tensor, record: Tensor, gradients: list[Gradients]) -> None:
-    """Adds to gradients, for one from upstream for every row, from the forward's records."""
+    """Add to the gradients, from an upstream gradient and the forward's record of every row."""
     most_rows, most_classes = p.tile_of_block()
     pieces, both = p.pieces(most_rows), len(gradients) > 1
     one = p.weight.new_ones(())

@@ -1,4 +1,4 @@
-"""Linear losses as private ops: Python around the loops of ``chunks``, and fakes for the compiler.
+"""Linear losses as private ops around the loops of ``chunks``, with fakes for the compiler.
 
 What happens inside is hidden from autograd, autocast and the compiler.
 """

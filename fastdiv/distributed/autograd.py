@@ -1,4 +1,4 @@
-"""The one autograd.Function of the sharded losses of whole rows.
+"""Sharded losses of whole rows as calls of their op, and as losses of gathered rows.
 
 The forward is the op of ``shard``; the backward, from the record of whole rows, is the kernels'
 own and needs no exchange.  Second derivatives, transforms of torch.func and devices without kernels
@@ -110,7 +110,7 @@ def shard_loss(call: ShardCall, *rows: Tensor | None) -> tuple[Tensor, Tensor, S
 
 
 def whole_loss(call: ShardCall, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:
-    """The same of gathered rows, or of a single rank's."""
+    """Compute the same from gathered rows, or from the rows of a single rank."""
     x, t, label, class_weight, row_weight = rows
     if call.shards.world.size > 1:
         x, t, class_weight = (

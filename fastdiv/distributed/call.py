@@ -1,4 +1,4 @@
-"""From the arguments of a public function to its loss: checked, agreed upon, computed."""
+"""The way from the arguments of a public function to its loss: check, agree, compute."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from .world import Group, Plan, Shards, World, agree, checked, nothing_is_real, 
 
 @dataclass
 class Arguments:
-    """Those of a loss, checked as far as one rank can."""
+    """The arguments of a loss, checked as far as one rank can check them."""
 
     spec: Spec
     label: Tensor | None = None  # global
     class_weight: Tensor | None = None
     row_weight: Tensor | None = None
-    smoothing: tuple[float, str] | None = None  # whose rates depend on how many classes there are
+    smoothing: tuple[float, str] | None = (
+        None  # the rates depend on the number of classes of all shards
+    )
     label_name: str = "target"
     stats: bool = False
     num_classes: int | None = None  # of all shards, if the caller says so
@@ -37,7 +39,7 @@ class Arguments:
 
 @dataclass(kw_only=True)
 class RowArguments(Arguments):
-    """Those of a loss of logits."""
+    """The arguments of a loss of logits."""
 
     input: Tensor
     dim: int
@@ -51,7 +53,7 @@ def loss_of(
     mean_group: Group = None,
     num_classes: int | None = None,
 ) -> tuple[Tensor, Stats | None]:
-    """The loss of what ``prepare`` makes of the arguments, in their shape, and statistics."""
+    """Compute the loss of the arguments that ``prepare`` checks, and statistics, in their shape."""
     world = world_of(group)
     a = arguments_of(world, prepare, num_classes)
     shards = shards_of(world, a, a.x, a.x.shape[1], {"mean over": size_of(mean_group)})
@@ -69,7 +71,7 @@ A = TypeVar("A", bound=Arguments)
 
 
 def arguments_of(world: World, prepare: Callable[[], A], num_classes: int | None) -> A:
-    """The arguments of a rank, checked; where they are refused, all ranks raise."""
+    """Check the arguments of a rank.  If one rank refuses its own, all ranks raise."""
 
     def prepared() -> A:
         if num_classes is not None and not (isinstance(num_classes, int) and num_classes > 0):
@@ -87,7 +89,7 @@ def shards_of(
     more: dict[str, Any],
     hidden: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Shards:
-    """The shards of all ranks, if these mean the same and have all classes between them."""
+    """Return the shards of all ranks, after checking that the ranks call the same loss."""
     plan = plan_of(a, x, classes, more)
     if world.size > 1:
         alike = checksums((a.label, a.row_weight, *hidden))
@@ -103,7 +105,7 @@ def shards_of(
 
 
 def _labels_in_short(a: Arguments) -> tuple[int, int, int]:
-    """The smallest and the largest label that counts, and the sum of all these."""
+    """Return the minimum, the maximum and the sum of the labels that are not ignored."""
     if a.label is None or not arguments.values_may_be_read(a.label):
         return 0, 0, 0
     counting = a.label[a.label != a.spec.ignore_index]
@@ -113,9 +115,9 @@ def _labels_in_short(a: Arguments) -> tuple[int, int, int]:
 
 
 def call_of(a: Arguments, shards: Shards, mean_group: Group) -> ShardCall:
-    """What is asked of the shards, with all that depends on how many classes there are in all."""
+    """Return the call of the op, with the options that depend on the number of all classes."""
     if a.label is not None and arguments.values_may_be_read(a.label):
-        # On all ranks or on none, for they have the same labels.
+        # All ranks have the same labels, so either all of them raise or none.
         ignored = None if a.label_name == "index" else a.spec.ignore_index
         arguments.check_labels(a.label, shards.classes, a.label_name, ignored)
     spec = a.spec
@@ -128,19 +130,19 @@ def call_of(a: Arguments, shards: Shards, mean_group: Group) -> ShardCall:
 
 
 def mean_of(a: Arguments, value: Tensor, divisor: Tensor, mean_group: Group) -> Tensor:
-    """The value, or its share in the mean over a group."""
+    """Return the value, or its share in the mean over a group."""
     if mean_group is None or a.spec.reduction != "mean":
         return value
     return token_mean(value, divisor, mean_group)
 
 
 def size_of(group: Group) -> int | None:
-    """How many ranks a group has, if there is one."""
+    """Return the number of ranks of a group, None without a group."""
     return None if group is None else world_of(group).size
 
 
 def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan:
-    """What all ranks must do alike; under the compiler, which may trace numbers, but for these."""
+    """Return what must be equal on all ranks; compiled code leaves out numbers it may trace."""
     spec, compiling = a.spec, torch.compiler.is_compiling()
     what = {
         "loss": spec.loss,
@@ -169,11 +171,11 @@ def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan
         }
     return Plan(
         tuple(f"{name}: {value}" for name, value in what.items()),
-        operator.index(classes),  # for the compiler: a constant, however dynamic the batch
+        operator.index(classes),  # a constant for the compiler, also with dynamic shapes
     )
 
 
 def global_labels(x: Tensor, dim: int, y: Tensor, name: str) -> Tensor:
-    """Class indices as an int64 vector; their range is known once all ranks have been heard."""
+    """Return class indices as an int64 vector; their range is checked when all ranks agree."""
     arguments.check_label_type(y, name)
     return arguments.row_vector(x, dim, y, name).to(torch.int64)

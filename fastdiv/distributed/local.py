@@ -1,4 +1,4 @@
-"""What a rank makes of its shard, by the kernels of whole rows, and what it tells the others."""
+"""What a rank computes of its shard, with the kernels of whole rows, and sends to the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .infinite_rows import RECORD, TERMS, Odd, ShardForward, finite_part, odd_ro
 
 
 class Kernels(Protocol):
-    """What computes on the logits of a shard, however these are held."""
+    """The kernels on the logits of a shard, which are in memory or computed tile by tile."""
 
     def forward(
         self,
@@ -25,15 +25,15 @@ class Kernels(Protocol):
         stats: bool,
         odd: Odd | None = None,
     ) -> ShardForward:
-        """Every row, with or without statistics, and with sums of the terms of odd ones."""
+        """Compute every row, statistics if asked for, and sums of terms of odd rows."""
 
     def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
-        """Sums of a divergence's terms from a given record, ``[R, 5]``; of rows of weight 1."""
+        """Sum the terms of a divergence from a given record, ``[R, 5]``, in rows of weight 1."""
 
 
 @dataclass
 class Dense:
-    """Logits, and a target, in memory."""
+    """Logits and target in memory."""
 
     x: Tensor
     t: Tensor | None
@@ -66,19 +66,19 @@ class Dense:
 
 @dataclass
 class LocalRows:
-    """A shard's rows, but for the logits."""
+    """The rows of a shard without their logits."""
 
     spec: Spec
-    label: Tensor | None  # counted from the shard's first class; 0 where it is another shard's
+    label: Tensor | None  # relative to the shard's first class; 0 if another shard has it
     class_weight: Tensor | None
-    weight: Tensor | None  # of the rows; 0: does not count
+    weight: Tensor | None  # of the rows; rows of weight 0 are ignored
     first: int  # class of the shard
     need_t: bool = False  # whether the target gets a gradient
     mass: Tensor | None = None  # of a soft target, if there are to be statistics
 
     @property
     def smoothed(self) -> bool:
-        """Whether a cross entropy is of every class."""
+        """Return whether every class has a part in the cross entropy."""
         return bool(self.spec.smoothing_per_class) or self.spec.target_type == "probs"
 
     @property
@@ -95,10 +95,10 @@ class LocalRows:
 
     @property
     def of_shard(self) -> Spec:
-        """What a shard computes for itself.
+        """Return the loss that a shard computes by itself.
 
-        The squared log-sum-exp is that of whole rows, and what a smoothed label takes off is known
-        where all weights of labels are; before its mixture, js_div wants what kl_div does.
+        Whole rows add the squared log-sum-exp and what a smoothed label takes off.  js_div first
+        needs the same numbers as kl_div.
         """
         spec = self.spec
         confidence = spec.confidence
@@ -115,14 +115,14 @@ class LocalRows:
 
 
 def columns(rows: LocalRows, kernels: Kernels, stats: bool) -> dict[str, Tensor]:
-    """The fewest numbers a row that whole rows can be merged from."""
+    """Compute the fewest numbers per row from which whole rows can be merged."""
     spec, label = rows.of_shard, rows.label
     counts = None if rows.weight is None else (rows.weight != 0).to(rows.weight.dtype)
     local = kernels.forward(
         spec,
         label,
         rows.class_weight if rows.smoothed else None,
-        None if stats else counts,  # which are of all rows
+        None if stats else counts,  # statistics are of all rows
         stats or (rows.smoothed and label is not None),  # for the label's log-probability
         odd_rows(rows.needs_mass_of_empty, rows.needs_finite_share),
     )
@@ -142,7 +142,7 @@ def columns(rows: LocalRows, kernels: Kernels, stats: bool) -> dict[str, Tensor]
             out["weight"] = rows.class_weight[label]
     if stats:
         assert local.stats is not None and local.argmax is not None
-        # In float64, which can count all classes.
+        # float64 holds every class index exactly.
         out |= {"entropy": local.stats[1], "argmax": local.argmax.double() + rows.first}
         if rows.mass is not None:
             out |= {"log_prob": local.stats[2], "p": rows.mass}

@@ -1,4 +1,4 @@
-"""The forward of a sharded loss: every rank's own rows, one exchange, whole rows.
+"""The forward of a sharded loss: rows of every shard, one exchange, whole rows.
 
 The op is opaque to autograd and the compiler, as those of the linear losses are.
 """
@@ -23,19 +23,19 @@ from .world import Shards, World, gather
 
 @dataclass
 class ShardedRows:
-    """The tensors of a sharded loss, but for the logits, and which shard this is."""
+    """The tensors of a sharded loss without its logits, and which shard this is."""
 
     spec: Spec
     shards: Shards
     label: Tensor | None  # counted from the shard's first class
     class_weight: Tensor | None
-    weight: Tensor | None  # of the rows; 0: does not count
+    weight: Tensor | None  # of the rows; rows of weight 0 are ignored
     stats: bool
     need_t: bool
     mass: Tensor | None = None  # of a soft target, if there are to be statistics
 
     def whole(self, kernels: Kernels, dtype: torch.dtype) -> Whole:
-        """Value and record of the whole rows, in float64."""
+        """Compute value and record of whole rows, in float64."""
         label, first = self.label, self.shards.first
         if label is not None:
             own = self.shards.sizes[self.shards.world.rank]
@@ -47,7 +47,7 @@ class ShardedRows:
         return whole if self.spec.loss != "js_div" else self._mixed(kernels, whole, dtype)
 
     def _merged(self, of_shard: Spec, own: dict[str, Tensor]) -> Whole:
-        """From the columns of all ranks, in one exchange."""
+        """Merge the columns of all ranks, in one exchange."""
         dtype = functools.reduce(torch.promote_types, (c.dtype for c in own.values()))
         packed = torch.stack([c.to(dtype) for c in own.values()])
         of_all = gather(self.shards.world, packed).double().unbind(1)
@@ -64,7 +64,7 @@ class ShardedRows:
         return merge.cross_entropy(spec, parts, self.owner() if self.label is not None else None)
 
     def _mixed(self, kernels: Kernels, whole: Whole, dtype: torch.dtype) -> Whole:
-        """The loss of a mixture, of which the shards' terms are known once rows are normalised."""
+        """Compute the loss of a mixture.  Its terms need the log-sum-exps of whole rows."""
         spec, record = self.spec, whole.record
         record["c"] = merge.well_separated(min(spec.param, 1 - spec.param) * whole.value)
         weight = torch.ones_like(whole.value) if self.weight is None else self.weight != 0
@@ -73,14 +73,14 @@ class ShardedRows:
         return merge.of_terms(spec, record, dict(zip(TERMS, sums.unbind(1), strict=True)))
 
     def owner(self) -> Tensor:
-        """The rank that has the label of each row."""
+        """Return the rank that has the label of each row."""
         assert self.label is not None
         ends = torch.tensor(self.shards.sizes, device=self.label.device).cumsum(0)
         owner = torch.bucketize(self.label + self.shards.first, ends, right=True)
         return owner.clamp(max=len(self.shards.sizes) - 1)
 
     def valid(self) -> Tensor | None:
-        """Where a label is a class."""
+        """Return which labels are in range."""
         if self.label is None:
             return None
         everywhere = self.label + self.shards.first
@@ -88,15 +88,15 @@ class ShardedRows:
 
 
 def packed_record(record: dict[str, Tensor]) -> Tensor:
-    """As the kernels have it."""
+    """Return the record as the kernels read it."""
     nothing = torch.zeros_like(record["x_max"])
     return torch.stack([record.get(name, nothing) for name in RECORD], 1)
 
 
 def results(rows: ShardedRows, whole: Whole, dtype: torch.dtype) -> list[Tensor]:
-    """Value, record, divisor, and statistics, as the ops of whole rows return them."""
+    """Return value, record, divisor and statistics, as the ops of whole rows do."""
     value, record, valid = whole.value, whole.record, rows.valid()
-    if valid is not None:  # a label that is no class makes its row NaN
+    if valid is not None:  # a label out of range makes its row NaN
         value = torch.where(valid, value, torch.nan)
         for name in {"x_logz", "a", "b"} & record.keys():
             record[name] = torch.where(valid, record[name], torch.nan)
@@ -137,7 +137,7 @@ def forward(
     stats: bool,
     need_t: bool,
 ) -> list[Tensor]:
-    """Of whole rows: value, record, divisor, statistics and argmax."""
+    """Compute value, record, divisor, statistics and argmax of whole rows."""
     shards = Shards(World(group, rank, len(sizes)), tuple(sizes))
     dtype, spec = value_dtype(x.dtype), ops.unpacked(ints, floats, symbolic)
     rows = ShardedRows(spec, shards, label, class_weight, weight, stats, need_t)
@@ -152,7 +152,7 @@ def _(x, t, label, cw, weight, ints, floats, symbolic, sizes, rank, group, stats
 
 
 def fake_results(x: Tensor, ints: Sequence[int], dtype: torch.dtype, stats: bool) -> list[Tensor]:
-    """Tensors like those of ``results``."""
+    """Make tensors like those of ``results``."""
     with_rows = x.shape[0] if stats else 0
     return [
         x.new_empty(ops.value_shape(ops.spec_of(ints), x.shape[0]), dtype=dtype),

@@ -1,4 +1,4 @@
-"""Sharded losses of a linear layer's logits, as torch sees them: ops, and their autograd.Function.
+"""Sharded linear losses as calls of their ops, and as losses of gathered logits.
 
 Every rank has the rows of the weight that belong to its classes; hidden states are the same on all.
 The logits of a shard are made tile by tile, in the forward and once more in the backward, and all
@@ -37,7 +37,7 @@ from .world import Shards, World, sum_over
 
 @dataclass
 class Tiles:
-    """The logits of a shard's layer, and of a teacher's, of which a tile is held at a time."""
+    """The logits of a shard, and of a teacher, computed tile by tile; see ``Kernels``."""
 
     tensors: Tensors
     chunk_size: int
