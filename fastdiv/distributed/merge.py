@@ -1,7 +1,7 @@
 r"""Whole rows from their shards, by the chain rule over groups of classes.
 
 A shard :math:`s` computes its rows as if they were whole: log-sum-exps, and a value that is
-accurate near zero.  With :math:`P_s, Q_s` the shares of :math:`p` and :math:`q` that the shard holds,
+accurate near zero.  With :math:`P_s, Q_s` its shares of :math:`p` and :math:`q`,
 
 .. math::
     -\sum_c r_c \log q_c &= \sum_s \bigl(\mathrm{CE}_s - r_s \log Q_s\bigr) \\
