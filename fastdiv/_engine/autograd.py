@@ -16,7 +16,7 @@ from ..reference import Spec, Stats
 from . import ops
 from .backend import use_kernel
 from .inference import savable
-from .op_loss import Tensors, overwritten, refuse_second_derivative, run
+from .loss_call import Tensors, overwritten, refuse_second_derivative, run
 from .second_derivative import BackwardCall, RowLossBackward
 from .symbolic_ops import SymbolicCall
 from .torch_private import is_transformed, light_apply, unwrap_if_dead

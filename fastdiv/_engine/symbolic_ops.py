@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import Spec
 from . import ops
-from .op_loss import Forward, Tensors
+from .loss_call import Forward, Tensors
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .._engine import ops as row_ops
 from .._engine.autograd import row_loss, row_loss_and_stats
 from .._engine.backend import use_kernel
 from .._engine.inference import savable
-from .._engine.op_loss import Forward, run
+from .._engine.loss_call import Forward, run
 from .._engine.torch_private import is_transformed
 from ..reference import Spec, Stats
 from . import flops, ops

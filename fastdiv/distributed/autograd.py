@@ -20,7 +20,7 @@ from .._engine.arguments import NO_LABEL_IGNORED
 from .._engine.autograd import row_loss, row_loss_and_stats
 from .._engine.backend import use_kernel
 from .._engine.inference import savable
-from .._engine.op_loss import Forward, Tensors, overwritten, run
+from .._engine.loss_call import Forward, Tensors, overwritten, run
 from .._engine.symbolic_ops import SymbolicCall
 from .._engine.torch_private import is_transformed
 from ..reference import Spec, Stats

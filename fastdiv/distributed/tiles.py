@@ -19,7 +19,7 @@ from .. import reference
 from .._engine import ops
 from .._engine.backend import use_kernel
 from .._engine.inference import savable
-from .._engine.op_loss import Forward, Tensors, run
+from .._engine.loss_call import Forward, Tensors, run
 from .._engine.torch_private import is_transformed
 from .._linear import flops
 from .._linear import ops as linear_ops
