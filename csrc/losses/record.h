@@ -1,5 +1,5 @@
 // The record: eight numbers per row that the forward keeps for the backward.  The first four are
-// those of Row; each kind of loss names the others here.
+// those of Row; the others depend on the kind of loss.
 #pragma once
 
 #include "common/row_state.h"
