@@ -57,7 +57,7 @@ FD_FN real mass_times(real p, real v) {
   return p == real(0) ? real(0) : p * v;
 }
 
-// Return the rounding error of a - b (Knuth), or 0 where that is NaN.
+// Return the exact a - b minus the rounded one (Knuth); 0 where that is NaN.
 template <class real>
 FD_FN real rounding_of(real a, real b) {
   const real difference = a - b, virtual_b = difference - a;

@@ -17,7 +17,7 @@ __device__ __forceinline__ void set(Pack<T>& pack, int k, real v) {
 }
 
 // Write dL/dx and dL/dt of columns [begin, end) of a row.  Packs are aligned where they are
-// written. A pack at the edge shares its 16 bytes with the neighbouring stretch.
+// written.  A pack at the edge shares its 16 bytes with the neighbouring stretch.
 template <class P, class T, bool kCapped>
 __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCapped>& reader,
                                                       int64_t r, typename P::Record row, int begin,
@@ -103,10 +103,9 @@ constexpr bool has_moment() {
   if constexpr (P::kDivergence) return P::kMoment != P::Moment::kNone;
   return true;
 }
-// How many blocks of 256 threads share the 65536 registers of a multiprocessor.  Each thread then
-// has:
+// How many blocks of 256 threads share the 65536 registers of a multiprocessor:
 //   blocks      4    3    2    1
-//   registers  64   80  128  255
+//   registers  64   80  128  255   per thread
 // Kernels that would spill get fewer blocks: fewer threads with more loads in flight each.
 template <class P, bool kCapped, bool kGradient>
 constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1

@@ -21,7 +21,7 @@ struct CrossEntropyOf : Loss<real, target> {
         smoothing_per_class(real(p.smoothing_per_class)),
         z_loss(real(p.z_loss)) {}
 
-  // Return r_c without the part of the label, which the skeleton adds at its column.
+  // Return r_c without the part of the label, which the kernels add at its column.
   FD_FN real rate(real p, real weight) const {
     if constexpr (!smoothed) return real(0);
     return kReadsLabel ? weight * smoothing_per_class

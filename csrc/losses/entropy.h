@@ -56,8 +56,7 @@ struct LogProbAndEntropy : Entropy<real> {
   FD_FN real grad_label(const Record&, Outputs<real> g) const { return g.value; }
 };
 
-// A cross entropy that also sums the entropy of its rows (c) and, for a soft target, p (x - max)
-// (d).
+// A cross entropy with statistics: c = entropy_moment, d = sum p (x - max) of a soft target.
 template <class P>
 struct WithStats : P {
   using typename P::real;

@@ -9,8 +9,7 @@
 
 namespace fastdiv {
 
-// Return Kernels::of<policy>() for a loss in `real`, or null if the loss does not take such a
-// target.
+// Return Kernels::of<policy>() for a loss in `real`, or null if it does not take such a target.
 template <class real, class Kernels>
 auto find_kernels(LossId loss, Target target) -> decltype(Kernels::template of<Entropy<real>>()) {
   switch (loss) {

@@ -5,7 +5,7 @@
 
 namespace fastdiv {
 
-// Return dL/dx without P::grad_label, which the skeletons add at the label.  g is the upstream
+// Return dL/dx without P::grad_label, which the kernels add at the label.  g is the upstream
 // gradient times the scale.  PairOf is DirectPair where the record says so, else StablePair.
 template <class PairOf, class P, class real>
 FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const typename P::Record& row,

@@ -1,5 +1,5 @@
-// The losses and their policies.  All kernel tables are made from these lists; a new loss is one
-// line. Losses may share a policy, which finds in LossParams::loss which of them it computes.
+// The losses and their policies.  All kernel tables are made from these lists, to which a new loss
+// adds one line.  Losses may share a policy, which reads in LossParams::loss which one to compute.
 #pragma once
 
 // Name, policy.
