@@ -33,7 +33,7 @@ from helpers.programs import (
 )
 
 pytestmark = [needs_fibers, pytest.mark.slow, pytest.mark.cpu_only("no GPU is used")]
-PROGRAM = ROOT / "tests/sanitize_rows.cpp"
+PROGRAM = ROOT / "tests/sanitize_rows/main.cpp"
 NO_CLUSTERS = {"FASTDIV_SHIM_ARCHITECTURE": "80"}
 LITTLE_SHARED_MEMORY = {"FASTDIV_SHIM_SHARED_KB": "32"}
 

@@ -1,5 +1,5 @@
-// The three skeletons over the rows of a matrix, for any policy of csrc/losses.
-// Included once per instruction set, by rows_*.cpp, as namespace FD_ISA.
+// The kernels over rows, for any policy of csrc/losses.  Included once per instruction set, by
+// rows_*.cpp, as namespace FD_ISA.
 
 namespace fastdiv {
 namespace FD_ISA {
@@ -28,7 +28,7 @@ RowState<P> first_pass(const RowSource<P>& source, int64_t r, real scale) {
       [&](RowState<P>& total, const RowState<P>& part) { total.merge(source.loss, part, scale); });
 }
 
-// TermSums, of every kLanes-th column: a vector each, which stays in a register.
+// TermSums for every kLanes-th column.  Each is a vector that stays in a register.
 template <class real>
 struct LaneSums {
   real f[kLanes] = {}, u[kLanes] = {}, v[kLanes] = {}, q[kLanes] = {}, p[kLanes] = {};
@@ -51,7 +51,7 @@ struct LaneSums {
   }
 };
 
-// The terms of a divergence: the second pass, over a row which is in the cache.
+// The second pass: sum the terms of a divergence over a row that is in the cache.
 template <class PairOf, class P, class L, class real>
 TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r,
                             const PairRecord<real>& row) {
@@ -62,11 +62,11 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
         source.for_tiles(begin, end, [&](int64_t i, int n) {
           const real* x = source.input(r).whole_tile(i, n, bx);
           const real* t = source.target(r).whole_tile(i, n, bt);
-          // Copies, which the compiler can keep in registers.
+          // The compiler can keep copies in registers.
           const PairRecord<real> k = row;
           const L policy = loss;
           const real scale = source.scale;
-          // In short runs, for the rounding errors of a sum grow with the number of its terms.
+          // Sum in short runs, because rounding errors grow with the number of terms.
           constexpr int kRun = 64;
           for (int left = whole_vectors(n); left > 0; left -= kRun) {
             LaneSums<real> run;
@@ -96,7 +96,7 @@ auto sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
   return sum_terms_of<StablePair<real>>(source, loss, r, row);
 }
 
-// The first column that holds the maximum, or NaN.
+// Return the first column that holds the maximum or NaN.
 template <class P, class real>
 int64_t first_maximum(const RowSource<P>& source, int64_t r, real max) {
   Buffer<real> b;
@@ -137,7 +137,7 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   const real* x = source.input(r).tile(i, n, bx);
   const real* t = source.kTeacher ? source.target(r).tile(i, n, bt) : nullptr;
   const real* w = P::kWeights ? source.weights(i) : nullptr;
-  // Copies, which the compiler can keep in registers.
+  // The compiler can keep copies in registers.
   const typename P::Record row = source.row(r).record();
   const P loss = source.loss;
   const real scale = source.scale;
@@ -171,7 +171,8 @@ void grad_t(const RowSource<P>& source, int64_t r, int64_t i, int n, real g, rea
     dt[j] = grad_of_target<PairOf>(loss, x[j], t[j], P::kWeights ? w[j] : real(1), row, g, scale);
 }
 
-// Zeros where the row does not count or nothing comes from upstream, whatever the row holds.
+// Write the gradients of a row.  They are 0 if the row is ignored or its upstream gradient is 0,
+// whatever the row holds.
 template <class PairOf, class P>
 void backward_row_of(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
@@ -189,7 +190,7 @@ void backward_row_of(const RowSource<P>& source, int64_t r) {
   };
   source.for_segments([&](int64_t, int64_t begin, int64_t end) {
     source.for_tiles(begin, end, [&](int64_t i, int n) {
-      // First the target's, since the input's may be written over the input.
+      // The target comes first, because the gradient of the input may overwrite the input.
       if constexpr (P::kTarget != Target::kNone)
         if (a.dt.data)
           write(source.output(a.dt, r, true), i, n,

@@ -1,5 +1,5 @@
-// The row kernels for any machine, and the double precision ones, which call libm element by
-// element and so gain nothing from a wider instruction set.
+// The row kernels for any machine, and those in double precision.  These call libm element by
+// element, so a wider instruction set would not make them faster.
 #include "cpu/isa.h"
 
 #define FD_ISA baseline

@@ -1,4 +1,4 @@
-// The k classes of a row that its teacher names (topk.h).  Part of rows.inl: compiled once per
+// The k classes of a row with a top-k teacher (topk.h).  Part of rows.inl: compiled once per
 // instruction set.
 
 template <class P>
@@ -23,7 +23,7 @@ class TopKClasses {
   TopKSums<real> sum(const Term& term_of) const {
     TopKSums<real> total;
     for_tiles([&](int64_t, int n, const real* x, const real* v) {
-      const Term term = term_of;  // a copy, which the compiler can keep in registers
+      const Term term = term_of;  // the compiler can keep a copy in registers
       real f = 0, slopes = 0;
       double mass = 0;
       FD_SIMD(reduction(+ : f, slopes, mass))
@@ -54,7 +54,7 @@ class TopKClasses {
         [](FiniteSum& total, const FiniteSum& part) { total.add(part); });
   }
 
-  // The gradients of the values, and into dx those of the logits.
+  // Write the gradients of the values to a.dt, and those of the k logits to dx.
   template <class Class>
   void gradients(const Class& class_of, real g, real* dx) const {
     const RowWriter<real> out{row_of(a.dt), convert, convert.same};
@@ -75,7 +75,7 @@ class TopKClasses {
     char* const dt = static_cast<char*>(row_of(a.dt));
     for (int64_t i = 0; i < a.k * size_of(a.t_dtype); ++i) dt[i] = 0;
   }
-  // Over what the gradient of all classes has at these.
+  // Write the gradients of the k logits over those that all classes got.
   void put(const real* dx) const {
     source.convert.scatter(source.row_of(a.dx, r), a.classes, indices, int(a.k), dx);
   }
@@ -86,7 +86,7 @@ class TopKClasses {
   const int64_t r;
   const int64_t* const indices;
   const Converters<real> convert;  // of the values
-  // The tile that was read last; mostly there is but one.
+  // The tile that was read last.  Mostly there is only one.
   mutable int64_t held = -1;
   mutable Buffer<real> x, values;
   mutable const real* v = nullptr;
@@ -95,7 +95,7 @@ class TopKClasses {
     return static_cast<char*>(m.data) + r * m.stride * size_of(a.t_dtype);
   }
 
-  // body(i, n, logits, values) for every tile of the k.
+  // Call body(i, n, logits, values) for every tile of the k classes.
   template <class Body>
   void for_tiles(Body body) const {
     source.for_tiles(0, a.k, [&](int64_t i, int n) {
@@ -120,8 +120,8 @@ class TopKClasses {
   }
 };
 
-// The gradient of all classes, as `dense` writes it, with that of the k in its place.  What the k
-// get comes first, since the logits may be overwritten.
+// Write the gradient: `dense` writes that of all classes, then the k get theirs.  Those are
+// computed first, because the logits may be overwritten.
 template <class P, class Dense>
 void backward_topk(const RowSource<P>& source, int64_t r, Dense dense) {
   using real = typename P::real;

@@ -1,5 +1,5 @@
-// The sum of a loss over its rows, and what a mean is divided by: one block, in an order that
-// depends on nothing but the number of rows.
+// Sums the values of the rows, and the weights that a mean is divided by.  One block does it, in an
+// order that depends only on the number of rows.
 #include "cuda/launch.cuh"
 #include "cuda/team.cuh"
 #include "losses/row.h"

@@ -1,4 +1,4 @@
-// The three skeletons on a GPU, for any policy of csrc/losses.
+// The kernels over rows on a GPU, for any policy of csrc/losses.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -16,8 +16,8 @@ __device__ __forceinline__ void set(Pack<T>& pack, int k, real v) {
   pack.set(k, narrowed);
 }
 
-// dL/dx and dL/dt of columns [begin, end) of a row, in packs that are aligned where they are
-// written; a pack at the edge shares its 16 bytes with the neighbouring stretch.
+// Write dL/dx and dL/dt of columns [begin, end) of a row.  Packs are aligned where they are
+// written.  A pack at the edge shares its 16 bytes with the neighbouring stretch.
 template <class P, class T, bool kCapped>
 __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCapped>& reader,
                                                       int64_t r, typename P::Record row, int begin,
@@ -98,14 +98,15 @@ __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& 
     dense();
 }
 
-// Blocks of 256 threads that share the 65536 registers of a multiprocessor: four leave each thread
-// 64, three 80, two 128, one 255.  Where fewer would spill, fewer threads with more in flight each
-// are the better bargain.
 template <class P>
 constexpr bool has_moment() {
   if constexpr (P::kDivergence) return P::kMoment != P::Moment::kNone;
   return true;
 }
+// How many blocks of 256 threads share the 65536 registers of a multiprocessor:
+//   blocks      4    3    2    1
+//   registers  64   80  128  255   per thread
+// Kernels that would spill get fewer blocks: fewer threads with more loads in flight each.
 template <class P, bool kCapped, bool kGradient>
 constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1
                         : kCapped || P::kStats || P::kTilted ? 2
@@ -114,7 +115,7 @@ constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1
                         : P::kDivergence || P::kWeights      ? 3
                                                              : 4;
 
-// The terms of a divergence: the second pass, over what the cache has of the row, or memory.
+// The second pass: sum the terms of a divergence, from the cache where it has the row.
 template <class Reader, class L, class real>
 __device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& team, const L& loss,
                                                     const PairRecord<real>& row) {
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, kGradient>)
       if constexpr (P::kStats)
         reader.for_columns([&](int c, int u, int k) { largest.push(tile.x[c], i + u * step + k); });
     });
-    // The row is near now, and nothing is written over it before all have met.
+    // The row is in a cache now.  Nothing overwrites it before all threads have passed team.all.
     const real x_label = self.reads_label() ? reader.logit(a.labels[r]) : real(0);
     state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
     const auto second_pass = [&](const auto& loss, const auto& row) {
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, false>)
   const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + int(threadIdx.x) / kWarp
                           : blockIdx.x / shape.pieces;
   if (r >= a.rows) return;
-  // Pieces begin where the gradient is aligned.
+  // Each piece begins where the gradient is aligned.
   const int classes = int(a.classes);
   using Reader = RowReader<P, T, kCapped>;
   T* const gradient = a.dx.data ? Reader::row_of(a.dx, r) : Reader::row_of(a.dt, r);
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, false>)
                   warps ? kWarp : shape.threads);
 }
 
-// From a record that is given: of a shard, that of the whole row.
+// Sum the terms with a given record.  For a shard of a row it is the record of the whole row.
 template <class P, class T>
 __global__ void __launch_bounds__(kBlock, kBlocks<P, false, false>)
     terms_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
@@ -240,7 +241,7 @@ Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
   static_assert(exchanged_bytes<P>() <= kStaticShared, "kStaticShared is too small");
   constexpr int kRows = P::kTarget == Target::kNone ? 1 : 2;
   constexpr int kCachedRows = kGradient || P::kDivergence ? kRows : 0;
-  // A second pass that is rare, near zero, must not cost the occupancy of the first.
+  // A second pass that is rare (only near zero) must not reduce the occupancy of the first.
   const int64_t max_shared = gpu.shared_memory - kStaticShared;
   const int64_t cache_bytes = kGradient || !has_moment<P>() ? max_shared : max_shared / 3;
   const ForwardShape shape =

@@ -1,4 +1,4 @@
-// The k classes of a row that its teacher names (topk.h), shared out over the threads of a team.
+// The k classes of a row with a top-k teacher (topk.h), divided among the threads of a team.
 #pragma once
 
 #include "cuda/row_reader.cuh"
@@ -30,7 +30,7 @@ struct MergeFinite {
   }
 };
 
-// The k classes of one row, where Reader reads the row.
+// The indices, logits and values of a row that Reader reads.
 template <class Reader>
 struct TopKEntries {
   using real = typename Reader::real;
@@ -69,7 +69,7 @@ struct TopKEntries {
   }
 };
 
-// What the forward asks of them; every thread of the team gets the same bits.
+// The sums that the forward needs.  Every thread of the team gets the same bits.
 template <class Reader>
 struct TopKClasses {
   using real = typename Reader::real;
@@ -109,14 +109,14 @@ struct TopKClasses {
     const int first = team.block * team.threads + team.thread;
     for (int64_t j = first; j < entries.reader.a.k; j += team.threads * team.blocks) body(j);
   }
-  // (A column outside of the row is at -inf.)
+  // A column outside of the row is at -inf, and so is not counted.
   static __device__ __forceinline__ void add_finite(FiniteSum& total, real x) {
     if (!is_infinite(x)) total.add({double(x), 1});
   }
 };
 
-// The gradient of columns [begin, end), as `dense` writes it, with that of the k classes among
-// them in its place.
+// Write the gradient of columns [begin, end): `dense` writes that of all columns, then those of the
+// k classes among them are overwritten.
 template <class Reader, class Dense>
 __device__ __forceinline__ void write_topk_gradients(const Reader& reader, int64_t r,
                                                      const TopKRecord<typename Reader::real>& row,
@@ -126,7 +126,7 @@ __device__ __forceinline__ void write_topk_gradients(const Reader& reader, int64
   const RowArgs& a = reader.a;
   const TopKEntries<Reader> entries{reader, r};
   real* const overwritten = a.overwritten ? static_cast<real*>(a.overwritten) + r * a.k : nullptr;
-  // Each is one thread's, which owns an index that is no class as if it were the first.
+  // Call body for the entries of this thread.  An index out of range belongs to column 0.
   const auto for_own = [&](auto body) {
     for (int64_t j = thread; j < a.k; j += threads) {
       const int64_t y = entries.index(j), column = entries.is_class(y) ? y : 0;

@@ -1,6 +1,5 @@
-// Cross entropy, sum_c r_c (lse - x_c) + z omega lse^2, for targets r that are a label, a label
-// smoothed over the classes, or a distribution p: r_c = weight_c * (confidence * p_c +
-// smoothing_per_class).
+// Cross entropy, sum_c r_c (lse - x_c) + z omega lse^2.  The target r is a label, a label smoothed
+// over the classes, or a distribution p: r_c = weight_c (confidence p_c + smoothing_per_class).
 #pragma once
 
 #include "losses/loss.h"
@@ -22,7 +21,7 @@ struct CrossEntropyOf : Loss<real, target> {
         smoothing_per_class(real(p.smoothing_per_class)),
         z_loss(real(p.z_loss)) {}
 
-  // r_c, but for the label: the skeleton adds that at its column.
+  // Return r_c without the part of the label, which the kernels add at its column.
   FD_FN real rate(real p, real weight) const {
     if constexpr (!smoothed) return real(0);
     return kReadsLabel ? weight * smoothing_per_class
@@ -55,7 +54,7 @@ struct CrossEntropyOf : Loss<real, target> {
   FD_FN real grad_label(const Record& row, Outputs<real> g) const {
     return -g.value * row.label_mass;
   }
-  // An infinite term is a constant: it gives its target no gradient.
+  // An infinite term is a constant, so its target gets no gradient.
   FD_FN real grad_t(real lq, real weight, real g) const {
     return is_infinite(lq) ? real(0) : -g * weight * confidence * lq;
   }

@@ -1,6 +1,6 @@
-// The divergence of two rows: what the moments of the first pass give where they are sound, else a
-// second pass over the row, which is still near.  `second_pass(loss, row)` returns the TermSums of
-// a loss.
+// The value of a divergence.  The moments of the first pass give it where they are sound; else a
+// second pass over the row does, which is still in the cache.  `second_pass(loss, row)` returns the
+// TermSums of a loss.
 #pragma once
 
 #include "losses/alpha_div.h"
@@ -8,8 +8,8 @@
 
 namespace fastdiv {
 
-// A divergence from the logs of sums and a mean, and whether cancellation leaves it six digits: the
-// logs of sums are uncertain by some ulps of 1, however small they are.
+// A divergence as mean + logs, and whether cancellation leaves it six digits.  The logs of sums are
+// uncertain by some ulps of 1, however small they are.
 template <class real>
 struct Difference {
   real value;
@@ -29,9 +29,9 @@ FD_FN real well_separated(real kl) {
   return kl > real(0.25) && !is_infinite(kl) ? real(1) : real(0);
 }
 
-// KL(p || q) of two rows of logits, and row.log_z_ratio.  Where the rows are so close that the
-// moments cancel, with d = log q~ - log p~, c about sum p d, and o = sum p (d - c), which the first
-// pass's rounding has left off: KL = log(1 + o + sum p (e^(d-c) - 1 - (d - c))) - o.
+// Return KL(p || q) of two rows of logits, and set row.log_z_ratio.  Where the rows are so close
+// that the moments cancel, let d = log q~ - log p~ and c about sum p d.  The rounding of the first
+// pass left off o = sum p (d - c).  Then KL = log(1 + o + sum p (e^(d-c) - 1 - (d - c))) - o.
 template <class P, class SecondPass>
 FD_FN typename P::real anchor(const RowState<P>& s, typename P::Record& row, SecondPass second_pass,
                               const LossParams& params) {
@@ -50,8 +50,8 @@ FD_FN typename P::real anchor(const RowState<P>& s, typename P::Record& row, Sec
   return excess;
 }
 
-// The value of a loss of order alpha.  Where E is small, of rows that are close or of an order
-// close to 0 or 1, it comes from the terms of a second pass.
+// Return the value of a loss of order alpha.  E is small if the rows are close, or if alpha is
+// close to 0 or 1.  Then it comes from the terms of a second pass.
 template <class P, class SecondPass>
 FD_FN typename P::real tilted_value(const P& loss, const RowState<P>& s, typename P::Record& row,
                                     SecondPass second_pass) {
@@ -68,14 +68,15 @@ FD_FN typename P::real tilted_value(const P& loss, const RowState<P>& s, typenam
                      row);
 }
 
-// A divergence whose terms f~, u and v add up to the value and its gradients; `kl` is KL(p || q).
+// Return the value of a divergence that is a sum of terms, and fill in its record.  `kl` is
+// KL(p || q).
 template <class P, class SecondPass>
 FD_FN typename P::real terms_value(const P& loss, const RowState<P>& s, typename P::Record& row,
                                    SecondPass second_pass, typename P::real kl) {
   using real = typename P::real;
   using Moment = typename P::Moment;
   constexpr bool kLogits = P::kTarget == Target::kLogits;
-  // u + v = f~ and one of them is q - p or its negative, so the value gives both sums.
+  // u + v = f~, and one of them is q - p or p - q.  So the value gives both sums.
   if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
     row.sum_u = kl != kl ? kl : real(1) - s.mass();
     row.sum_v = kl;
@@ -99,7 +100,7 @@ FD_FN typename P::real terms_value(const P& loss, const RowState<P>& s, typename
   return sum.f - loss.kappa() * (real(1) - s.mass());
 }
 
-// The value of a divergence; fills in its record.
+// Return the value of any divergence, and fill in its record.
 template <class P, class SecondPass>
 FD_FN typename P::real divergence_value(const P& loss, const RowState<P>& s,
                                         typename P::Record& row, SecondPass second_pass,

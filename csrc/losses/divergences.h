@@ -1,4 +1,4 @@
-// The divergences, each as its terms f~, u and v (see divergence.h).
+// The divergences, each by its terms f~, u and v (see divergence.h).
 #pragma once
 
 #include "losses/divergence.h"
@@ -24,7 +24,7 @@ struct KlDiv : Divergence<real, target> {
   }
 };
 
-// KL(q || p): the same with the rows exchanged; so is the sum b.
+// KL(q || p): KL with the rows exchanged.  The sum b is a with the rows exchanged.
 template <class real, Target target>
 struct ReverseKlDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
@@ -52,7 +52,7 @@ struct ReverseKlDiv : Divergence<real, target> {
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
-// With w the share in m of the smaller of p and q, m = larger * (1 + w (e^z - 1)).
+// Let w be the weight in m of the smaller of p and q.  Then m = larger * (1 + w (e^z - 1)).
 template <class real, Target target>
 struct JsDiv : Divergence<real, target> {
   real beta, rest;
@@ -79,13 +79,13 @@ struct JsDiv : Divergence<real, target> {
   }
 };
 
-// KL(p || m), m = skew p + (1 - skew) q; reversed, with the rows exchanged.
-// With r = p/m - 1, f~ = m ((1 + r) log(1 + r) - r): a function of r where p is the smaller, of
-// m/p - 1 where it is the larger, so that the argument is in [-1, 0].
+// KL(p || m), m = skew p + (1 - skew) q; reversed, p and q are exchanged.
+// With r = p/m - 1, f~ = m ((1 + r) log(1 + r) - r).  It is computed from r if p is the smaller,
+// else from m/p - 1, so that the argument is in [-1, 0].
 template <class real, Target target>
 struct SkewKlDiv : Divergence<real, target> {
   real skew, rest;
-  real sign;  // -1: reversed.  (As a bool it would keep GCC from vectorising the loops.)
+  real sign;  // -1: reversed.  With a bool GCC does not vectorise the loops.
   FD_FN explicit SkewKlDiv(const LossParams& p)
       : Divergence<real, target>(p),
         skew(real(p.param)),
@@ -100,9 +100,9 @@ struct SkewKlDiv : Divergence<real, target> {
     const real p = reversed ? c.q : c.p;
     const real offset = rest * c.gap.em1;                                      // -|p - m| / larger
     const real m = p_smaller ? rest + skew * c.gap.e : skew + rest * c.gap.e;  // m / larger
-    // Only with a skew of 1 can m be without mass, where there is nothing to add.
+    // m can be 0 only with a skew of 1, where the class adds nothing.
     const real inverse = m > real(0) ? real(1) / m : real(0);
-    // Of p/m, or of m/p.
+    // log(p / m) if p is the smaller, else log(m / p).
     const Log1p<real> log =
         log1p_gap(p_smaller ? offset * inverse : offset, p_smaller ? c.gap.e * inverse : m);
     const real r = p_smaller ? offset * inverse : -offset * inverse;

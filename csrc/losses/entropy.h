@@ -1,11 +1,11 @@
-// Entropy of softmax(x), alone, beside the log-probability of a label, or as a statistic.
+// Entropy of softmax(x): alone, with the log-probability of a label, or as a statistic.
 #pragma once
 
 #include "losses/loss.h"
 
 namespace fastdiv {
 
-// sum e^lx lx: the entropy is log(sum e^lx) less its mean.
+// The moment is sum e^lx lx.  The entropy is log(sum e^lx) minus moment / sum e^lx.
 template <class real>
 FD_FN real entropy_moment(const Column<real>& c) {
   return mass_times(c.ex, c.lx);
@@ -56,7 +56,7 @@ struct LogProbAndEntropy : Entropy<real> {
   FD_FN real grad_label(const Record&, Outputs<real> g) const { return g.value; }
 };
 
-// A cross entropy that keeps the entropy of its rows, and sum p (x - max) of a soft target.
+// A cross entropy with statistics: c = entropy_moment, d = sum p (x - max) of a soft target.
 template <class P>
 struct WithStats : P {
   using typename P::real;

@@ -1,13 +1,12 @@
-// The gradients of one class, from its logit, target and class weight and what the forward left of
-// its row.
+// The gradients of one class, from its logit, target and class weight and the record of its row.
 #pragma once
 
 #include "losses/divergence.h"
 
 namespace fastdiv {
 
-// dL/dx, but for the label, which adds P::grad_label at its class.  g comes times the scale.
-// PairOf: a DirectPair where the row says that it will do.
+// Return dL/dx without P::grad_label, which the kernels add at the label.  g is the upstream
+// gradient times the scale.  PairOf is DirectPair where the record says so, else StablePair.
 template <class PairOf, class P, class real>
 FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const typename P::Record& row,
                          Outputs<real> g, real scale) {
@@ -22,7 +21,7 @@ FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const typen
   }
 }
 
-// dL/dt.  g comes as it is: the scale is of the target's only where that is logits.
+// Return dL/dt.  g is the upstream gradient; only a target of logits has a scale.
 template <class PairOf, class P, class real>
 FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const typename P::Record& row,
                           real g, real scale) {

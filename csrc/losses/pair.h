@@ -1,4 +1,4 @@
-// One class seen from both rows.
+// The probabilities of one class in both rows.
 #pragma once
 
 #include "losses/record.h"
@@ -9,7 +9,7 @@ template <class real>
 struct LogPair {
   real lx, lt;  // before normalisation
   real lq, lp;
-  real log_ratio;  // log q - log p; NaN of a class without mass on either side
+  real log_ratio;  // log q - log p; NaN if the class has no mass on either side
 };
 
 template <Target kTarget, class real>
@@ -23,12 +23,12 @@ FD_FN LogPair<real> log_pair(real x, real t, real scale, const PairRecord<real>&
   return {lx, lt, lq, lp, log_ratio};
 }
 
-// As the divergences need it where rows are close: from their log ratio, without cancellation.
+// For rows that may be close: everything follows from the log ratio, and nothing cancels.
 template <class real>
 struct StablePair {
-  real lq, lp, log_ratio;  // as above, but a log ratio of 0 where there is no mass
+  real lq, lp, log_ratio;  // as above, but the log ratio is 0 where there is no mass
   real q, p, larger;       // larger = max(p, q)
-  ExpGap<real> gap;        // of z = -|log_ratio|: min(p, q) = larger * gap.e
+  ExpGap<real> gap;        // for z = -|log_ratio|: min(p, q) = larger * gap.e
 
   FD_FN bool q_larger() const { return log_ratio > real(0); }
   FD_FN real q_minus_p() const { return q_larger() ? -larger * gap.em1 : larger * gap.em1; }
@@ -38,9 +38,8 @@ struct StablePair {
     const LogPair<real> logs = log_pair<kTarget>(x, t, scale, row);
     StablePair c;
     c.lq = logs.lq, c.lp = logs.lp;
-    // A class without mass on either side (-inf less -inf) adds nothing; other NaNs stay.  (To be
-    // seen from the logs: waiting for e^log_larger, the second exponential could not run beside
-    // it.)
+    // A class without mass on either side (-inf minus -inf) adds nothing; other NaNs stay.  The
+    // logs show it, so that the second exponential does not wait for e^log_larger.
     const real log_larger = c.lq > c.lp ? c.lq : c.lp;
     const real most = kTarget == Target::kProbs && t > real(0) ? real(0) : log_larger;
     c.log_ratio = most < Limits<real>::log_smallest ? real(0) : logs.log_ratio;
@@ -49,14 +48,14 @@ struct StablePair {
     c.gap = exp_gap(c.log_ratio > real(0) ? -c.log_ratio : c.log_ratio);
     const real smaller = c.larger * c.gap.e;
     c.q = c.q_larger() ? c.larger : smaller;
-    // A given probability is itself: the one found from its logarithm lacks the last digits.
+    // A given probability is used as it is: one computed from its log lacks the last digits.
     c.p = kTarget == Target::kProbs ? t : (c.q_larger() ? smaller : c.larger);
     return c;
   }
 };
 
-// As it is good enough for well-separated rows, at half the price.  Without mass, lq or lp may be
-// -inf: mass_times what they are part of.
+// For well-separated rows: accurate enough there, at half the cost.  Without mass, lq or lp is
+// -inf, so multiply with mass_times.
 template <class real>
 struct DirectPair {
   real lq, lp, log_ratio, q, p;

@@ -1,5 +1,5 @@
 // The record: eight numbers per row that the forward keeps for the backward.  The first four are
-// those of Row; each kind of loss names the others here.
+// those of Row; the others depend on the kind of loss.
 #pragma once
 
 #include "common/row_state.h"
@@ -10,15 +10,15 @@ constexpr int kRecordSize = 8;
 
 template <class real>
 struct CrossEntropyRecord : Row<real> {
-  real unused[1];
+  real unused;
   real q_factor;    // factor of q in the gradient: sum r + 2 z omega lse
   real label_mass;  // what the gradient subtracts at the label
-  real unused_too[1];
+  real unused_too;
 };
 
 template <class real>
 struct EntropyRecord : Row<real> {
-  real unused[1];
+  real unused;
   real entropy;
   real unused_too[2];
 };
@@ -26,7 +26,7 @@ struct EntropyRecord : Row<real> {
 // A row with a target row beside it.
 template <class real>
 struct PairRecord : Row<real> {
-  // Of logits: log q - log p = ((x - t) - (x_max - t_max)) * scale - log_z_ratio.
+  // For logits: log q - log p = ((x - t) - (x_max - t_max)) * scale - log_z_ratio.
   real log_z_ratio;
 };
 

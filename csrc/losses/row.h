@@ -1,4 +1,4 @@
-// One row of a call: whether it counts, what its sums come to, where its results go.
+// One row of a call: whether it counts, what its sums give, and where its results go.
 #pragma once
 
 #include "losses/divergence_value.h"
@@ -8,8 +8,8 @@
 
 namespace fastdiv {
 
-// Zero: the row does not count.  A label that is no class counts, and makes its row NaN; on a CPU
-// it has raised before.
+// Return the weight of a row; 0: the row is ignored.  A row whose label is out of range counts and
+// becomes NaN; on a CPU such a label has raised before.
 template <class real>
 FD_FN real weight_of_row(const RowArgs& a, int64_t r) {
   if (a.labels && a.labels[r] == a.ignore_index) return real(0);
@@ -19,7 +19,7 @@ FD_FN bool has_class(const RowArgs& a, int64_t r) {
   return !a.labels || (a.labels[r] >= 0 && a.labels[r] < a.classes);
 }
 
-// What a row adds to the divisor of a mean: with class weights, that of its label too.
+// Return what a row adds to the divisor of a mean; class weights count by the label.
 template <class real>
 FD_FN real weight_in_mean(const RowArgs& a, int64_t r) {
   const real weight = weight_of_row<real>(a, r);
@@ -42,14 +42,15 @@ struct RowIO {
   }
   FD_FN Record& record() const { return static_cast<Record*>(a.record)[r]; }
 
-  // All that the row's sums come to.  `x_label` is the logit of the label, where that is read;
-  // `second_pass(loss, row)` walks the row again for the terms of a divergence; for a teacher of k
-  // classes it is what walks these.
+  // What the forward finds of a row.
   struct Result {
     Record row;
     Outputs<real> out;
     real log_prob;
   };
+  // Return value and record from the sums of a row.  `x_label` is the logit of the label if it is
+  // read.  `second_pass(loss, row)` reads the row again for the terms of a divergence; with a top-k
+  // teacher it is the TopKClasses.
   template <class SecondPass>
   FD_FN Result finish(const P& loss, const RowState<P>& s, real x_label, real scale,
                       const SecondPass& second_pass) const {
@@ -82,7 +83,7 @@ struct RowIO {
     return result;
   }
 
-  // Zeros where the row does not count.
+  // Write value and record; zeros if the row is ignored.
   FD_FN void store(const Result& result) const {
     const real w = weight();
     const bool counts = w != real(0);
@@ -104,7 +105,7 @@ struct RowIO {
     static_cast<TermSums<real>*>(a.terms)[r] = sum;
   }
 
-  // What comes from upstream, over what a mean was divided by.
+  // Return the upstream gradients, divided by the divisor of a mean.
   FD_FN Outputs<real> upstream() const { return {upstream(a.grad), upstream(a.grad_entropy)}; }
 
  private:

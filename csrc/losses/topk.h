@@ -1,14 +1,13 @@
-// KL(p || q) from a teacher that is known at k classes (topk_kl_div).  Where its mass on the others
-// is spread over these, log q enters there as a mean: so the gradient of a class that has no name
-// is a q - b with one a and one b a row, and that of the k is a q - p.
+// KL(p || q) from a teacher p that is known at k classes (topk_kl_div).  The gradient of a logit is
+// mass q - p for those k and mass q - mass_per_other for all others.  mass_per_other is 0 unless
+// missing="uniform", which spreads the rest of p evenly over the others.
 #pragma once
 
 #include "losses/divergence.h"
 
 namespace fastdiv {
 
-// log p = (v - t_max) * scale - t_logz of a value that is a log, p = v / topk_mass of one that is a
-// probability.
+// If the values are logs, log p = (v - t_max) * scale - t_logz; else p = v / topk_mass.
 template <class real>
 struct TopKKlDiv : Loss<real> {
   using Record = TopKRecord<real>;
@@ -17,7 +16,7 @@ struct TopKKlDiv : Loss<real> {
 
   const Target target;
   const bool normalised;  // p adds up to 1 over the k
-  const bool uniform;     // what p lacks of 1 the other classes share evenly
+  const bool uniform;     // the other classes share 1 - sum p evenly
 
   FD_FN explicit TopKKlDiv(const LossParams& p)
       : Loss<real>(p),
@@ -30,7 +29,7 @@ struct TopKKlDiv : Loss<real> {
   }
 };
 
-// One of the k classes, from its logit x and its value v.
+// The formulas for one of the k classes, with logit x and value v.
 template <Target kTarget, class real>
 struct TopKClass {
   TopKRecord<real> row;
@@ -40,7 +39,7 @@ struct TopKClass {
   FD_FN real p(real v) const {
     return kTarget == Target::kProbs ? v / row.topk_mass : exp_neg(log_value(v) - row.t_logz);
   }
-  // The value as a logarithm, the maximum of a softmax taken off; of that p is the exponential.
+  // Return a value that is a log, minus the maximum if it is a logit.
   FD_FN real log_value(real v) const {
     return (v - row.t_max) * (kTarget == Target::kLogits ? scale : real(1));
   }
@@ -48,7 +47,7 @@ struct TopKClass {
     const real lp = kTarget == Target::kProbs ? log_of(p(v)) : log_value(v) - row.t_logz;
     return lp - log_q(x);
   }
-  // df/dp of f = p log(p / q).  Of an infinite term the mass is a constant.
+  // Return df/dp of f = p log(p / q).  In an infinite term p is a constant.
   FD_FN real slope(real x, real v) const {
     return is_infinite(log_q(x)) ? real(0) : log_p_over_q(x, v) + real(1);
   }
@@ -68,7 +67,7 @@ struct TopKClass {
   }
 };
 
-// body(TopKClass) with what the values are as a constant.
+// Call body(TopKClass) with the kind of the values as a template argument.
 template <class real, class Body>
 FD_FN void with_topk_class(Target target, const TopKRecord<real>& row, real scale, Body body) {
   if (target == Target::kLogits) body(TopKClass<Target::kLogits, real>{row, scale});
@@ -76,7 +75,7 @@ FD_FN void with_topk_class(Target target, const TopKRecord<real>& row, real scal
   if (target == Target::kProbs) body(TopKClass<Target::kProbs, real>{row, scale});
 }
 
-// Of terms whose u is -p.  The mass in double, for what it lacks of 1 counts too.
+// Sums over the k classes.  The mass is in double, because 1 - mass counts too.
 template <class real>
 struct TopKSums {
   real f = 0, v = 0;
@@ -85,22 +84,22 @@ struct TopKSums {
   FD_FN void add(const TopKSums& o) { f += o.f, v += o.v, mass += o.mass; }
 };
 
-// The mass that a value stands for, before it is divided by the sum of all k.
+// The probability of a value before it is divided by the sum of all k, as a term: u = -p.
 template <Target kTarget, class real>
 struct TopKMass {
   TopKClass<kTarget, real> of;
   FD_FN Terms<real> operator()(real, real v) const { return {0, -of.p(v), 0}; }
 };
 
-// Of logits, those at -inf left out.  In double, that a few others may be told from all and the k.
+// The sum of the finite logits.  It is in double, because the sum over few others is the difference
+// of the sum over all and that over the k.
 struct FiniteSum {
   double sum = 0, count = 0;
 
   FD_FN void add(const FiniteSum& o) { sum += o.sum, count += o.count; }
 };
 
-// The value, and the record for the backward.  `topk` walks the k classes and, for their
-// plain sum, all of them.
+// Return the value, and fill in the record.  `topk` sums over the k classes and over all logits.
 template <Target kTarget, class real, class Classes>
 FD_FN real topk_value(const TopKKlDiv<real>& loss, TopKClass<kTarget, real> one,
                       TopKRecord<real>& row, const Classes& topk, int64_t others) {

@@ -1,7 +1,7 @@
-// The private ops, for either device: what their arguments come to, and the tensors they make.
+// The private ops, for either device: each reads its arguments, runs a kernel and returns tensors.
 //
-// A Device is made for the tensors of a call and says where kernels come from (find), what it takes
-// to run one (run), how rows are summed (reduce), and where memory is (type, index).
+// A Device is made for each call.  It finds kernels (find), runs them (run), sums rows (reduce),
+// and says where memory is (type, index).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -48,7 +48,7 @@ struct RowCall {
     return outputs == 2 ? make({2, args.rows}, real) : make({args.rows}, real);
   }
   Tensor make_record() const { return make({args.rows, kRecordSize}, real); }
-  // Of x or t.
+  // Return the gradient of x or t, and set d to it; an empty tensor if it is not needed.
   Tensor make_gradient(const Tensor& of, Matrix& d, bool needed) const {
     if (!needed) return make({0}, of.scalar_type());
     Tensor gradient = make({of.size(0), of.size(1)}, of.scalar_type());
@@ -64,7 +64,7 @@ struct RowCall {
     args.overwritten = overwritten->data_ptr();
   }
 
-  // Of rows [outputs, rows], where the second output begins.
+  // Return where the second output begins, or null if there is only one.
   void* second(void* rows) const {
     const int64_t bytes = real == ScalarType::Double ? 8 : 4;
     return outputs == 2 ? static_cast<char*>(rows) + args.rows * bytes : nullptr;
@@ -80,7 +80,7 @@ struct RowCall {
             "fastdiv: the record is not one of this input's forward");
     args.record = record.data_ptr();
   }
-  // One number, or one for each row and output.
+  // The upstream gradient is one number, or one per row and output.
   void set_upstream(const Tensor& grad) {
     require_same_device(grad, x);
     require(grad.scalar_type() == real && grad.is_contiguous() &&
@@ -91,11 +91,11 @@ struct RowCall {
     args.grad_stride = grad.dim() == 0 ? 0 : 1;
   }
 
-  // Value, reduced; record; what the sum of the rows was divided by, 0 where there is no sum.
+  // Return the reduced value, the record, and the divisor (0 without a reduction).
   std::tuple<Tensor, Tensor, Tensor> forward() {
     const bool none = options.reduction == Reduction::kNone;
     require(none || outputs == 1, "fastdiv: a loss of two outputs has no reduction");
-    // An empty tensor has no address.
+    // An empty tensor has no address, so a call without rows is not checked.
     require(args.rows == 0 || kernels.traits.stats == (args.stats != nullptr),
             "fastdiv: statistics of a loss without");
     device.check_labels(args);
@@ -139,7 +139,7 @@ struct RowCall {
     return rows;
   }
 
-  // For each row the sums of its terms: f, u, v, q and p of TermSums.
+  // Return the TermSums of each row: f, u, v, q and p.
   Tensor terms(const Tensor& record) {
     require(kernels.terms != nullptr, "fastdiv: this loss has no terms");
     constexpr int64_t kSums = sizeof(TermSums<float>) / sizeof(float);
@@ -150,8 +150,8 @@ struct RowCall {
     return sums;
   }
 
-  // Straight through the C interface: torch::stable::new_empty goes through the dispatcher, which
-  // takes three times as long, and on tiny inputs that is what there is to save.
+  // Make a tensor through the C interface.  torch::stable::new_empty goes through the dispatcher
+  // and takes three times as long, which matters for tiny inputs.
   Tensor make(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType type) const {
     const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
                           : type == ScalarType::Double   ? aoti_torch_dtype_float64()

@@ -1,4 +1,4 @@
-// fastdiv._C of a build whose CPU ops are the CUDA kernels, run on the CPU.
+// The module fastdiv._C of a build whose CPU ops are the CUDA kernels, which run on the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
