@@ -25,12 +25,12 @@ _formulas: dict[Any, Callable[..., int]] = {}
 
 
 def register(op: Any, formula: Callable[..., int]) -> None:
-    """Keeps a formula, a function of an op's arguments, until a counter may need it."""
+    """Keep a formula, a function of the arguments of an op, until a counter may need it."""
     _formulas[op] = formula
 
 
 def tell_counters() -> None:
-    """Registers the formulas, if torch's counter is there; comes before a call of an op."""
+    """Register the formulas if torch's counter is there; call it before an op."""
     if torch.compiler.is_compiling():
         return
     counter = sys.modules.get("torch.utils.flop_counter")
@@ -47,7 +47,7 @@ def tell_counters() -> None:
 
 
 def of_products(heads: Sequence[Tensor | None], needed: Sequence[bool]) -> int:
-    """Floating-point operations for both layers' logits, and the gradients that are needed."""
+    """Count the operations for the logits of both layers, and for the gradients that are needed."""
     total = 0
     for first in (0, 3):
         x, weight = heads[first : first + 2]
