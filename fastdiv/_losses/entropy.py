@@ -130,7 +130,7 @@ def log_prob_and_entropy(
         >>> fastdiv.log_prob_and_entropy(torch.zeros(1, 4), torch.tensor([2]))
         (tensor([-1.3863]), tensor([1.3863]))
 
-    Source: :func:`log_prob` and :func:`entropy`.
+    Source: :func:`fastdiv.log_prob` and :func:`fastdiv.entropy`.
     """
     both = _of_index("log_prob_and_entropy", input, index, dim, temperature)
     return both[0], both[1]  # not unbind: autograd forbids writing to one of its results in place

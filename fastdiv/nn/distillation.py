@@ -31,8 +31,9 @@ class DistillationLoss(nn.Module):
     There is no ``inplace_backward``, since both parts need the logits.
 
     Args:
-        divergence: Name of the function :math:`D`: ``"kl_div"``, ``"reverse_kl_div"``, ``"js_div"``
-            or another divergence of :mod:`fastdiv`.
+        divergence: Name of the function :math:`D`: ``"kl_div"``, ``"reverse_kl_div"``,
+            ``"js_div"``, ``"skew_kl_div"``, ``"alpha_div"``, ``"renyi_div"``, ``"tv_distance"`` or
+            ``"hellinger_distance"``.
         alpha: :math:`\alpha` in [0, 1], the weight of the divergence.
         temperature: :math:`T` of student and teacher in the divergence.
         scale_by_temperature: Multiply the divergence by :math:`T^2`, which keeps the size of its
