@@ -78,12 +78,12 @@ def log_powers(
 
     Where ``w`` is infinite or 0, both logarithms are -inf and have no gradient.
     """
-    apart = torch.isinf(lq + lp)  # one side has no mass; a NaN stays one
-    log_ratio = torch.where(apart, 0.0, lp) - torch.where(apart, 0.0, lq)
-    above_q = torch.where(apart, -torch.inf, alpha * log_ratio)
-    log_w = torch.where(apart, -torch.inf, alpha * log_ratio + torch.where(apart, 0.0, lq))
+    one_sided = torch.isinf(lq + lp)  # one side has no mass; a NaN stays NaN
+    log_ratio = torch.where(one_sided, 0.0, lp) - torch.where(one_sided, 0.0, lq)
+    above_q = torch.where(one_sided, -torch.inf, alpha * log_ratio)
+    log_w = torch.where(one_sided, -torch.inf, alpha * log_ratio + torch.where(one_sided, 0.0, lq))
     mass = q if alpha < 0 else p
-    infinite = apart & (mass != 0)
+    infinite = one_sided & (mass != 0)
     if 0 <= alpha <= 1:
         infinite = torch.zeros_like(infinite)
     return log_w, above_q, infinite

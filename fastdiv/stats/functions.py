@@ -382,8 +382,8 @@ def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:
     empty, lost = p == 0, q == 0
     near = (p - q).abs() < q / 2
     some_p, some_q = torch.where(empty, 1.0, p), torch.where(lost, 1.0, q)
-    apart = torch.where(near, (p - q) / some_q, 0.0)
-    log_ratio = torch.where(near, torch.log1p(apart), some_p.log() - some_q.log())
+    excess = torch.where(near, (p - q) / some_q, 0.0)
+    log_ratio = torch.where(near, torch.log1p(excess), some_p.log() - some_q.log())
     terms = torch.where(empty, 0.0, p * log_ratio) + (q - p)
     return torch.where(lost & ~empty, torch.inf, terms)
 
