@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 
+import fastdiv
 import fastdiv._C as native
 from fastdiv._bench.machine import give_each_isa_a_compiler_cache
 from helpers.ranks import Ranks
@@ -74,10 +76,28 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_cpu_isa(before)
 
 
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Compute with the kernels, and again with the reference.
+
+    A module names others by parametrize("backend", [...], indirect=True).
+    """
+    with fastdiv.backend(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def checked_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels out of range raise on a GPU, too, as they always do on the CPU."""
     monkeypatch.setenv("FASTDIV_CHECK", "1")
+
+
+@pytest.fixture(scope="module")
+def gloo() -> Iterator[None]:
+    """Make a group of this process alone, for what asks for one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

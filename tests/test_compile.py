@@ -13,10 +13,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiv
 from helpers.cases import KERNELS, LOSSES, Case, make_inputs
+from helpers.values import uneven, value_and_gradients
 
 EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
 WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
+gradients = partial(value_and_gradients, upstream=uneven)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
@@ -25,21 +27,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def with_gradients(function: Callable[..., Any], *args: Tensor | None) -> list[Tensor]:
-    """Outputs of the function, and gradients of the first for the floating arguments."""
-    leaves = []
-    given = []
-    for a in args:
-        if a is not None and a.is_floating_point():
-            a = a.detach().clone().requires_grad_()
-            leaves.append(a)
-        given.append(a)
-    out = function(*given)
-    out = list(out) if isinstance(out, tuple) else [out]
-    upstream = torch.linspace(1, 2, out[0].numel(), dtype=out[0].dtype).view_as(out[0])
-    return [*out, *torch.autograd.grad(out[0], leaves, upstream)]
 
 
 def problem(case: Case, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -57,7 +44,7 @@ def test_every_loss_in_one_graph(case: Case) -> None:
     function = caller(case)
     args = problem(case, (4, 5, 17) if case.name == "entropy" else (4, 17))
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    same(with_gradients(compiled, *args), with_gradients(function, *args))
+    same(gradients(compiled, *args), gradients(function, *args))
 
 
 @pytest.mark.parametrize("case", [c for c in LOSSES if not c.options], ids=str)
@@ -87,7 +74,7 @@ def test_inductor() -> None:
     compiled = torch.compile(everything, backend="inductor", fullgraph=True, dynamic=True)
     for rows in (6, 3):  # one compilation, which takes half a minute
         x, t = make_inputs((rows, 19), torch.float32)
-        close(with_gradients(compiled, x, t), with_gradients(everything, x, t))
+        close(gradients(compiled, x, t), gradients(everything, x, t))
 
 
 @EVERY_CASE
@@ -101,7 +88,7 @@ def test_dynamic_batch(case: Case) -> None:
         graphs = []
         for shape in ((6, 17), (3, 17)):
             args = problem(case, shape)
-            same(with_gradients(compiled, *args), with_gradients(function, *args))
+            same(gradients(compiled, *args), gradients(function, *args))
             graphs.append(counter.frame_count)
         assert graphs[0] == graphs[1], f"recompiled: {graphs}"
 
@@ -133,7 +120,7 @@ def test_options_of_cross_entropy(target: str) -> None:
         return loss, *stats
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    same(with_gradients(compiled, x, t), with_gradients(function, x, t))
+    same(gradients(compiled, x, t), gradients(function, x, t))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +140,7 @@ def test_in_place_backward(case: Case) -> None:
 
     args = problem(case, (4, 17))
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    close(with_gradients(compiled, *args), with_gradients(plain, *args))
+    close(gradients(compiled, *args), gradients(plain, *args))
 
 
 def test_graph_that_changes_the_logits() -> None:
@@ -166,7 +153,7 @@ def test_graph_that_changes_the_logits() -> None:
 
     x = torch.randn(3, 9)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    close(with_gradients(compiled, x), with_gradients(function, x))
+    close(gradients(compiled, x), gradients(function, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -175,7 +162,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
         torch._dynamo.reset()
         args = problem(case, (3, 17), dtype)
         compiled = torch.compile(caller(case), backend="aot_eager", fullgraph=True)
-        same(with_gradients(compiled, *args), with_gradients(caller(case), *args))
+        same(gradients(compiled, *args), gradients(caller(case), *args))
 
 
 def test_func_transforms_inside() -> None:

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiv
 from helpers.cases import make_inputs
+from helpers.values import value_and_gradients
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 VALUES = (0.5, 0.4, 0.3, 0.7)
@@ -31,12 +32,10 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def with_gradients(function: Callable[..., Any], x: Tensor, t: Tensor, *args: Any) -> list[Tensor]:
-    own = [v.detach().clone().requires_grad_() for v in (x, t)]
-    out = function(*own, *args)
-    value = out.sum()
-    found = torch.autograd.grad(value, own, allow_unused=True)
-    return [out, *(g for g in found if g is not None)]
+def found(function: Callable[..., Any], step: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return value and gradients; a call may have no use for the teacher."""
+    x, t, *others = step
+    return value_and_gradients(lambda x, t: function(x, t, *others), x, t, unused=True)
 
 
 def count(
@@ -46,7 +45,7 @@ def count(
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for step in steps:
-        close(with_gradients(compiled, *step), with_gradients(function, *step))
+        close(found(compiled, step), found(function, step))
     return counter.frame_count
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 
 import fastdiv
+from helpers.checkout import ROOT
 from helpers.programs import (
     CUDA_FLAGS,
     CUDA_SOURCES,
     FEW_LOSSES,
-    ROOT,
     SHIM,
     build,
     build_extension,
@@ -86,7 +86,16 @@ def test_races(tmp_path: Path) -> None:
 
 # What a kernel has to do with: values, all gradients, every alignment, rows that do not count.
 # (Not those about threads and many rows, of which a fiber has nothing to tell, nor the reference.)
-SUITE = ["accuracy", "edge_rows", "dead_rows", "layout", "determinism", "ops", "terms", "regressions"]
+SUITE = [
+    "accuracy",
+    "edge_rows",
+    "dead_rows",
+    "layout",
+    "determinism",
+    "ops",
+    "terms",
+    "regressions",
+]
 ELSEWHERE = "not scalar_reductions and not test_threads and not split_columns and not reference"
 # By a small factor above eager torch's error: a thread's maxima change often, and alpha magnifies
 # what their rounding costs.

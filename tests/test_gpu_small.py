@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.bits import backward_call, bits, evaluate, inputs, moved, statistics
 from helpers.cases import LOSSES, Case
-from test_determinism import backward_call, bits, evaluate, inputs, moved, statistics
 
 pytestmark = pytest.mark.skipif(
     torch.get_default_device().type == "cpu" and not os.environ.get("FASTDIV_DRY_RUN"),

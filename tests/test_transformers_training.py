@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -169,16 +168,6 @@ def test_an_adapter_that_needs_the_logits() -> None:
     theirs = step(model, batch)
     with apply(), pytest.warns(UserWarning, match="of its logits"):
         agree(step(model, batch), theirs, 5e-6)
-
-
-@pytest.fixture
-def gloo(tmp_path: Path) -> Iterator[None]:
-    """A group of this process."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}])

@@ -39,6 +39,16 @@ class Case:
         dense = self.name not in ("cross_entropy", "topk_kl_div")
         return dense and self.target in ("logits", "log_probs", "probs")
 
+    @property
+    def per_row(self) -> dict[str, str]:
+        """The options for one value a row."""
+        return {} if self.name.startswith("log_prob") else {"reduction": "none"}
+
+    @property
+    def soft(self) -> bool:
+        """Whether the target is a matrix of numbers, which may have a gradient."""
+        return self.target not in ("labels", "none")
+
     def call(self, x: Tensor, t: Tensor | None, **options: Any) -> Tensor:
         """The public function; ``t`` is the target as ``make_target`` made it."""
         options = {**self.options, **options}
@@ -286,6 +296,18 @@ SHAPES = [
     (1, 128256),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+TARGET_TYPES = ["logits", "log_probs", "probs"]
+
+
+def as_type(logits: Tensor, target_type: str) -> Tensor:
+    """Return teacher logits as a target of this type, in their dtype."""
+    return {
+        "logits": lambda: logits,
+        "log_probs": lambda: logits.log_softmax(-1),
+        "probs": lambda: logits.softmax(-1),
+    }[target_type]()
 
 
 def make_inputs(
