@@ -117,7 +117,8 @@ def test_another_dimension_and_label_of_padding() -> None:
     same(module(x.mT, t.mT, labels), DistillationLoss()(x, t, Y))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("name", ["kl_div", "js_div"])
 def test_in_one_graph(name: str) -> None:
     x, t = make_inputs((2, 3, 9), torch.float32)
     module = DistillationLoss(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +9,7 @@ from torch import Tensor
 from helpers.bits import backward_call, bits, evaluate, inputs, moved, statistics
 from helpers.cases import LOSSES, Case
 
-pytestmark = pytest.mark.skipif(
-    torch.get_default_device().type == "cpu" and not os.environ.get("FASTDIV_DRY_RUN"),
-    reason="compares --device with the CPU",
-)
+pytestmark = pytest.mark.beside_cpu
 
 # Rows for a warp, for blocks of either size, for clusters of two and of eight.
 CLASSES = [37, 1021, 2500, 9001, 40009]

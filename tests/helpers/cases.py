@@ -280,6 +280,20 @@ def _kernel(case: Case) -> tuple[str, str]:
 # One case of each kernel, for what does not depend on the formula: strides, threads, dead rows.
 KERNELS: list[Case] = list({_kernel(case): case for case in reversed(LOSSES)}.values())[::-1]
 
+# One case of each kind, for a compiler, to which a loss is a number: a label, one that is smoothed,
+# a soft target, two rows, two outputs, a teacher of k classes.
+KINDS: list[Case] = [
+    next(case for case in LOSSES if str(case) == name)
+    for name in (
+        "cross_entropy-labels",
+        "cross_entropy-labels[label_smoothing=0.1]",
+        "cross_entropy-probs",
+        "kl_div-logits",
+        "log_prob_and_entropy-labels",
+        "topk_kl_div-logits",
+    )
+]
+
 # 1 and 7: less than a vector; 511, 512, 513: the tile; 4099: prime; 8191, 8192, 8193: the segment;
 # 32000 and 128256: vocabularies.  Rows: 1, 3 (split by columns), more than threads.
 SHAPES = [
