@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastdiv
 from helpers.cases import rand, randn
-from helpers.values import uneven, value_and_gradients
+from helpers.values import value_and_gradients
 
 DIVERGENCES = ("kl_div", "reverse_kl_div", "js_div")
 NAMES = ("cross_entropy", *DIVERGENCES, "log_prob_and_entropy")
@@ -72,11 +72,19 @@ class LinearCase:
 def named_gradients(
     function: Any, leaves: Mapping[str, Tensor], upstream: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the value of a function of named tensors, and the gradient of each by its name."""
+    """Return the value of a function of named tensors, and the gradient of each by its name.
+
+    The upstream gradient goes from 1 to 2 if none is given.
+    """
+
+    def upstream_of(value: Tensor) -> Tensor:
+        given = torch.linspace(1, 2, value.numel()) if upstream is None else upstream
+        return given.to(value).view_as(value)
+
     value, *found = value_and_gradients(
         lambda *tensors: function(dict(zip(leaves, tensors, strict=True))),
         *leaves.values(),
-        upstream=lambda v: uneven(v) if upstream is None else upstream.to(v),
+        upstream=upstream_of,
     )
     return value, dict(zip(leaves, found, strict=True))
 

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 
 
-def nightly_but(kept: Collection[str], names: Iterable[str]) -> list[Any]:
-    """Return all names as parameters; those that are not kept run with ``make test-all`` only."""
-    names = list(names)
-    assert set(kept) <= set(names), set(kept) - set(names)
-    return [n if n in kept else pytest.param(n, marks=pytest.mark.nightly) for n in names]
+def nightly_but(kept: Collection[Any], every: Iterable[Any]) -> list[Any]:
+    """Return all parameters; those that are not kept run with ``make test-all`` only.
+
+    A tuple is the values of several parameters.
+    """
+    every = list(every)
+    assert set(kept) <= set(every), set(kept) - set(every)
+    return [v if v in kept else pytest.param(*_values(v), marks=pytest.mark.nightly) for v in every]
+
+
+def _values(parameter: Any) -> tuple[Any, ...]:
+    return parameter if isinstance(parameter, tuple) else (parameter,)
