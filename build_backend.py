@@ -28,7 +28,7 @@ def torch_is_installed() -> bool:
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """What pip installs before it builds."""
+    """Return what pip installs before it builds."""
     requirements = build_meta.get_requires_for_build_wheel(config_settings)
     if not torch_is_installed():
         requirements += ["torch>={}.{}".format(*TORCH), "numpy"]

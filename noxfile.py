@@ -58,7 +58,7 @@ nox.options.reuse_venv = "yes"
 
 
 def pinned(without: tuple[str, ...]) -> list[str]:
-    """The requirements of the development environment but some packages."""
+    """Return the requirements of the development environment without some packages."""
     lines = Path("requirements-dev.txt").read_text().splitlines()
     names = (re.match(r"[\w.-]+", line) for line in lines)
     return [
@@ -95,7 +95,7 @@ def test(session: nox.Session, torch: str) -> None:
 
 
 def add(python: str, torch: str) -> None:
-    """Adds the session of one pair."""
+    """Add the session of one pair."""
     name = f"py{python}-torch{torch}"
 
     def session(session: nox.Session) -> None:

@@ -48,7 +48,7 @@ def find_nvcc() -> str | None:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """What to compile for, as "90" or, with PTX for newer GPUs, "90+PTX"; nothing older than 80."""
+    """Return what to compile for: "90", or with PTX for newer GPUs "90+PTX"; at least 80."""
     if wanted := os.environ.get("FASTDIV_CUDA_ARCHS"):
         return [a.replace(".", "") for a in re.split("[;, ]+", wanted.strip(";, "))]
     codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
@@ -117,7 +117,7 @@ class CudaObjects:
 
 
 def extension(cuda: bool):
-    """The one extension module: CPU kernels, ops and the pybind11 module; CUDA kernels as well."""
+    """Return the extension module: CPU kernels, ops and the pybind11 module, and CUDA kernels."""
     from torch.utils.cpp_extension import CppExtension
 
     sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp"))
@@ -125,7 +125,7 @@ def extension(cuda: bool):
     if cuda:
         macros.append(("FD_WITH_CUDA", "1"))
     else:
-        sources.remove("csrc/bind_cuda.cpp")
+        sources.remove("csrc/ops/cuda.cpp")
     flags = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # The build contract of the kernels, which tests/test_build_contract.py holds to account: scalar
     # loops under `omp simd` become vector code only with these.  Never -ffast-math: it breaks rows

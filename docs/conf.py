@@ -1,10 +1,19 @@
-"""How Sphinx builds these pages; `make docs` runs it."""
+"""Tell Sphinx how to build these pages; `make docs` runs it."""
 
 from __future__ import annotations
 
+import sys
 from importlib.resources import files
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
 import fastdiv
+
+sys.path.insert(0, str(Path(__file__).parent))
+import losses  # docs/losses.py
 
 project = "fastdiv"
 copyright = "the fastdiv authors"
@@ -34,3 +43,20 @@ html_static_path = ["_static", str(MATHJAX)]
 mathjax_path = MATHJAX.name
 html_css_files = ["fastdiv.css"]
 html_copy_source = False
+
+
+class Losses(SphinxDirective):
+    """``.. losses::`` is the table of all losses; with a kind, it documents those of the kind."""
+
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Parse what docs/losses.py makes."""
+        self.env.note_dependency(losses.__file__)
+        text = losses.entries(*self.arguments) if self.arguments else losses.table()
+        return self.parse_text_to_nodes(text)
+
+
+def setup(app: Sphinx) -> None:
+    """Register the directive."""
+    app.add_directive("losses", Losses)

@@ -1,7 +1,12 @@
-"""Draws the pictures of these pages, from what fastdiv computes: `python docs/pictures.py`."""
+"""Draw the pictures of these pages: `python docs/pictures.py`.
+
+The first picture shows measurements that are committed in benchmarks/results.  The others show
+what fastdiv computes.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +23,7 @@ from torch import Tensor
 import fastdiv
 
 HERE = Path(__file__).parent / "pictures"
+MEASURED = Path(__file__).parent.parent / "benchmarks/results/amd-epyc-avx2-2-threads.json"
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 STYLE = {
@@ -49,6 +55,91 @@ FAMILY = {
     "tv_distance": of_rows(fastdiv.tv_distance),
     "hellinger_distance": of_rows(fastdiv.hellinger_distance),
 }
+
+
+# Only the light picture has a background: it also serves where a page cannot choose.
+LIGHT = {
+    "text": "#1f2328",
+    "faint": "#6e7781",
+    "fused": "#1a8f4c",
+    "compile": "#8c7bd6",
+    "eager": "#b4bac1",
+}
+DARK = {
+    "text": "#e6edf3",
+    "faint": "#8b949e",
+    "fused": "#3fc27a",
+    "compile": "#a293ea",
+    "eager": "#6e7681",
+}
+VARIANTS = {"fused": "fastdiv", "compile": "torch.compile", "eager": "eager torch"}
+FOUR_LOSSES = {
+    "cross_entropy": "cross entropy",
+    "kl_div": "KL divergence",
+    "js_div": "JS divergence",
+    "entropy": "entropy",
+}
+
+
+def bars(
+    axis: plt.Axes, values: list[dict[str, float]], unit: str, title: str, colors: dict[str, str]
+) -> None:
+    """Draw a group of labelled horizontal bars for each loss; the first group names the bars."""
+    for row, by_variant in enumerate(values):
+        shown = [variant for variant in VARIANTS if variant in by_variant]
+        for i, variant in enumerate(shown):
+            value, ours = by_variant[variant], variant == "fused"
+            y = row + 0.26 * (i - (len(shown) - 1) / 2)
+            axis.barh(y, value, height=0.22, color=colors[variant])
+            label = f"{value:.0f} {unit}" if value > 2 else f"{value:.1f} {unit}"
+            axis.annotate(
+                label if row else f"{label}  {VARIANTS[variant]}",
+                (value, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                verticalalignment="center",
+                fontsize=9,
+                fontweight="bold" if ours else "normal",
+                color=colors["fused" if ours else "text"],
+            )
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=colors["text"], pad=10)
+    axis.set(xlim=(0, 1.2 * max(max(v.values()) for v in values)), xticks=[])
+    axis.grid(False)
+    axis.spines["bottom"].set_visible(False)
+    axis.spines["left"].set_color(colors["faint"])
+    axis.tick_params(axis="y", length=0, pad=8, labelcolor=colors["text"], labelsize=10)
+
+
+def time_and_memory(colors: dict[str, str] = LIGHT) -> plt.Figure:
+    """Draw the measured time and memory of four losses beside eager torch and torch.compile."""
+    of_shape = {
+        r["loss"]: r
+        for r in json.loads(MEASURED.read_text())["results"]
+        if (r["dtype"], r["rows"], r["classes"]) == ("f32", 512, 32000)
+    }
+    results = [of_shape[loss] for loss in FOUR_LOSSES]
+    times = [{k: v["median"] for k, v in r["training_ms"].items()} for r in results]
+    memory = [{k: v / 1e6 for k, v in r["extra_bytes"].items()} for r in results]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.3), sharey=True)
+    figure.patch.set_alpha(0 if colors is DARK else 1)
+    bars(left, times, "ms", "Time, forward and backward", colors)
+    bars(right, memory, "MB", "Extra memory", colors)
+    for axis in (left, right):
+        axis.patch.set_alpha(0)
+    left.set_yticks(range(len(results)), FOUR_LOSSES.values())
+    left.invert_yaxis()
+    figure.supxlabel(
+        "512 × 32000 logits in float32; two AVX2 cores of an AMD EPYC, torch 2.13. Extra memory:\n"
+        "beyond logits, target and gradient; that of torch.compile was not measured.",
+        fontsize=8,
+        color=colors["faint"],
+    )
+    return figure
+
+
+def time_and_memory_dark() -> plt.Figure:
+    """Draw the same for pages with a dark background."""
+    return time_and_memory(DARK)
 
 
 def two_classes() -> plt.Figure:
@@ -143,13 +234,16 @@ def near_zero() -> plt.Figure:
 
 
 def main(folder: Path = HERE) -> None:
-    """Writes every picture as SVG into ``folder``."""
+    """Write every picture as SVG into ``folder``."""
     with plt.rc_context(STYLE):
-        for draw in (two_classes, fit, near_zero):
+        for draw in (time_and_memory, time_and_memory_dark, two_classes, fit, near_zero):
             figure = draw()
             figure.set_layout_engine("constrained")
-            figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
+            file = folder / f"{draw.__name__}.svg"
+            figure.savefig(file, metadata={"Date": None})
             plt.close(figure)
+            # A browser takes its own font.  Matplotlib's, which is wider, has set the layout.
+            file.write_text(file.read_text().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Divergence and cross-entropy losses straight from logits, fused into one pass over them.
 
-*div* is divergence.  Every function takes logits; where a kernel fits it runs, elsewhere the same
-function runs on reference torch operations (see :func:`backend`).
+*div* stands for divergence.  Every function takes logits.  It runs a kernel where one fits, and
+reference torch operations elsewhere (see :func:`backend`).
 """
 
 from importlib.metadata import version as _version

@@ -1,9 +1,9 @@
-// Included before everything else, leaves few kernels: one loss of each kind that differs in what
-// it reads, writes and shares.  Those are a label, weights of classes, statistics; k classes of a
-// row; a target of each type; a second sweep, rare or certain.
+// Reduces the registry to few losses, if it is included first: one of each kind that differs in
+// what it reads, writes and shares.  The kinds are: a label, class weights, statistics, a top-k
+// teacher, each type of target, a second pass that is rare and one that is certain.
 #pragma once
 
-#include "common/registry.h"
+#include "losses/registry.h"
 
 #undef FD_ROW_LOSSES
 #undef FD_DIVERGENCES

@@ -33,7 +33,7 @@ from helpers.programs import (
 )
 
 pytestmark = [needs_fibers, pytest.mark.slow, pytest.mark.cpu_only("no GPU is used")]
-PROGRAM = ROOT / "tests/sanitize_rows.cpp"
+PROGRAM = ROOT / "tests/sanitize_rows/main.cpp"
 NO_CLUSTERS = {"FASTDIV_SHIM_ARCHITECTURE": "80"}
 LITTLE_SHARED_MEMORY = {"FASTDIV_SHIM_SHARED_KB": "32"}
 
@@ -106,11 +106,11 @@ def test_suite(tmp_path: Path, kernels: list[Path]) -> None:
     """The tests of the library, with the CUDA ops in place of the CPU's."""
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copytree(ROOT / "csrc/common", tmp_path / "csrc/common")  # the registry
+    shutil.copytree(ROOT / "csrc/losses", tmp_path / "csrc/losses")  # the registry
     package = tmp_path / "fastdiv"
     installed = Path(fastdiv.__file__).parent
     shutil.copytree(installed, package, ignore=shutil.ignore_patterns("*.so"))
-    torch_side = [ROOT / "csrc/bind_cuda.cpp", ROOT / "csrc/row_ops.cpp", SHIM / "module.cpp"]
+    torch_side = [ROOT / "csrc/ops/cuda.cpp", ROOT / "csrc/ops/schema.cpp", SHIM / "module.cpp"]
     module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     build_extension(package / module, torch_side, kernels)
     tests = [f"tests/test_{name}.py" for name in SUITE]

@@ -288,7 +288,7 @@ def test_bad_options() -> None:
         with pytest.raises(ValueError, match=says):
             rows(name, x, t, **options)
     for alpha in (0.5, 1.0):
-        with pytest.raises(ValueError, match="'pointwise': renyi_div is no sum over the classes"):
+        with pytest.raises(ValueError, match="'pointwise': renyi_div is not a sum"):
             fastdiv.renyi_div(x, t, target_type="logits", alpha=alpha, reduction="pointwise")
     with pytest.raises(TypeError, match="temprature"):
         fastdiv.nn.AlphaDivLoss(target_type="logits", alpha=2, temprature=2.0)

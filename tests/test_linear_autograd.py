@@ -253,21 +253,21 @@ def test_autocast(reduction: str) -> None:
 
 def test_opcheck() -> None:
     """Schemas, fakes and tracing of the two ops."""
-    from fastdiv._linear import ops as ops
+    from fastdiv._engine.ops import packed
+    from fastdiv._linear import ops
     from fastdiv.reference import Spec
 
     h, w = torch.randn(4, 3), torch.randn(7, 3)
     y = torch.randint(7, (4,))
     tensors = (h, w, None, None, None, None, y, None, None)
-    call = ops.LinearCall(Spec("cross_entropy", reduction="mean"), stats=True)
+    options = packed(Spec("cross_entropy", reduction="mean"))
     needed = [True, True, False, False, False, False]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for need in (needed, [False] * 6):
-        arguments = (*tensors, *call.options(), need)
+        arguments = (*tensors, *options, True, 0, need)
         torch.library.opcheck(torch.ops.fastdiv._linear_forward, arguments, test_utils=tests)
-    value, divisor, record, *_ = ops.forward(*tensors, *call.options(), [False] * 6)
-    ints, floats, _, chunk = call.options()
-    arguments = (torch.ones_like(value), divisor, record, *tensors, ints, floats, chunk, needed)
+    value, divisor, record, *_ = ops.forward(*tensors, *options, True, 0, [False] * 6)
+    arguments = (torch.ones_like(value), divisor, record, *tensors, *options, 0, needed)
     torch.library.opcheck(torch.ops.fastdiv._linear_backward, arguments, test_utils=tests)
 
 

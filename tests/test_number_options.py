@@ -138,7 +138,7 @@ def test_every_option_is_looked_at() -> None:
 def test_what_requires_a_gradient_is_refused(name: str, option: str) -> None:
     call = PROGRAMS[name][1]
     value = NUMBERS[option]
-    says = rf"{option} gets no gradient: give {option}\.detach\(\)"
+    says = rf"{option} gets no gradient: pass {option}\.detach\(\)"
     for tensor in (torch.nn.Parameter(torch.tensor(value)), torch.tensor([value]).requires_grad_()):
         with pytest.raises(ValueError, match=says):
             call(**{option: tensor})

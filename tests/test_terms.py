@@ -21,7 +21,7 @@ CUTS = {7: (2, 5), 600: (1, 599), 8200: (512, 513, 7175), 20000: (20000,)}
 @pytest.mark.parametrize("loss", LOSSES)
 def test_parts_add_up(loss: str, target_type: str, dtype: torch.dtype, isa: str) -> None:
     """To the value of the row, and to what its gradients subtract."""
-    spec = Spec(loss, target_type, shape=0.3)
+    spec = Spec(loss, target_type, param=0.3)
     for classes, sizes in CUTS.items():
         x, logits = make_inputs((5, classes), dtype)
         t = Case(loss, target_type, lambda x, t: x).make_target(x, logits)
@@ -45,7 +45,7 @@ def test_parts_add_up(loss: str, target_type: str, dtype: torch.dtype, isa: str)
 def test_rows_of_no_weight_are_not_read(isa: str) -> None:
     x, t = make_inputs((4, 300), torch.float32)
     x[1], x[3] = math.nan, math.inf
-    options = ops.options(Spec("js_div", "logits", shape=0.5))
+    options = ops.options(Spec("js_div", "logits", param=0.5))
     record = ops.forward(x, t, None, None, None, *options)[1]
     weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
     sums = ops.terms(x, t, None, None, weight, record, *options)
@@ -54,7 +54,7 @@ def test_rows_of_no_weight_are_not_read(isa: str) -> None:
 
 def test_losses_without_terms_are_refused() -> None:
     x, t = make_inputs((2, 5), torch.float32)
-    for spec in (Spec("alpha_div", "logits", shape=0.5), Spec("entropy")):
+    for spec in (Spec("alpha_div", "logits", param=0.5), Spec("entropy")):
         target = t if spec.target_type == "logits" else None
         options = ops.options(spec)
         record = ops.forward(x, target, None, None, None, *options)[1]
@@ -65,6 +65,6 @@ def test_losses_without_terms_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, t = make_inputs((4, 5), dtype)
-    options = ops.options(Spec("js_div", "logits", shape=0.5))
+    options = ops.options(Spec("js_div", "logits", param=0.5))
     record = ops.forward(x, t, None, None, None, *options)[1]
     torch.library.opcheck(ops.terms, (x, t, None, None, None, record, *options))

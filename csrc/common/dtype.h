@@ -1,6 +1,6 @@
-// 16-bit floats <-> float: on a GPU its instructions, on a CPU integer arithmetic, which every
-// instruction set vectorises (GCC 12 does not vectorise stores of _Float16; where there is F16C,
-// cpu/tiles.inl has its instructions).  Half conversion after M. Dukhan's FP16 (MIT).
+// Conversion between 16-bit floats and float.  A GPU has instructions for it.  A CPU uses integer
+// arithmetic, which every instruction set vectorises; GCC 12 does not vectorise stores of _Float16.
+// With F16C, cpu/tiles.inl uses its instructions.  Half conversion follows M. Dukhan's FP16 (MIT).
 #pragma once
 
 #include "common/math.h"
@@ -53,7 +53,7 @@ FD_FN void narrow(float v, Half* out) {
   out->bits = uint16_t((sign >> 16) | (twice > 0xff000000u ? 0x7e00u : magnitude));
 #endif
 }
-// Of the types that are what we compute in.
+// No conversion: the kernels compute in these types.
 FD_FN float widen(float v) { return v; }
 FD_FN double widen(double v) { return v; }
 FD_FN void narrow(float v, float* out) { *out = v; }

@@ -1,8 +1,8 @@
-// Scalar mathematics for host and device, float and double.
+// Scalar mathematics for host and device, in float and double.
 //
-// The float versions are branch-free so that a plain loop over them vectorises; every argument a
-// log-softmax can produce is covered (e^z for z <= 0, log of a positive number), nothing more.
-// Polynomials: Cephes (S. Moshier), single precision exp and log.
+// The float versions have no branches, so that a loop over them vectorises.  They cover what a
+// log-softmax can produce (e^z for z <= 0, log of a positive number) and no more.  The polynomials
+// are those of Cephes (S. Moshier), single precision exp and log.
 #pragma once
 
 #include <math.h>
@@ -29,7 +29,7 @@ template <>
 struct Limits<float> {
   static constexpr float lowest = -3.40282347e38f, highest = 3.40282347e38f;
   static constexpr float log_largest = 88;
-  static constexpr float log_smallest = -87.3f;  // e^z is subnormal below: 0 here
+  static constexpr float log_smallest = -87.3f;  // below it e^z is subnormal and taken as 0
   static constexpr float infinity = __builtin_huge_valf(), nan = __builtin_nanf("");
 };
 template <>
@@ -47,24 +47,26 @@ FD_FN real abs_of(real v) {
   return v < real(0) ? -v : v;
 }
 template <class real>
-FD_FN bool is_infinite(real v) {  // not NaN
+FD_FN bool is_infinite(real v) {  // false for NaN
   return abs_of(v) > Limits<real>::highest;
 }
 
-// p * v where 0 * inf = 0: a class without mass adds nothing.  A NaN mass stays NaN.
+// Return p * v with 0 * inf = 0: a class without mass adds nothing.  A NaN mass gives NaN.
 template <class real>
 FD_FN real mass_times(real p, real v) {
   return p == real(0) ? real(0) : p * v;
 }
 
-// (a - b) - (c - d), where neither difference need be exact: of logits that are far from their
-// maximum but close to each other, or the other way round.  An infinite a or b decides alone.
+// Return the exact a - b minus the rounded one (Knuth); 0 where that is NaN.
 template <class real>
-FD_FN real rounding_of(real a, real b) {  // a - b less what the subtraction makes of it (Knuth)
+FD_FN real rounding_of(real a, real b) {
   const real difference = a - b, virtual_b = difference - a;
   const real error = (a - (difference - virtual_b)) - (b + virtual_b);
   return error == error ? error : real(0);
 }
+// Return (a - b) - (c - d) with the rounding errors of both differences.  Logits can be far from
+// their maximum but close to each other, or the other way round.  If a or b is infinite, so is the
+// result.
 template <class real>
 FD_FN real difference_of_differences(real a, real b, real c, real d) {
   return ((a - b) - (c - d)) + (rounding_of(a, b) - rounding_of(c, d));
@@ -72,7 +74,7 @@ FD_FN real difference_of_differences(real a, real b, real c, real d) {
 
 // --- exponentials of z <= 0 -------------------------------------------------------------------
 
-// e^z = scale * (1 + r + tail), tail = O(r^2); scale is 2^n exactly and n = 0 for z > -0.34.
+// e^z = scale * (1 + r + tail) with tail = O(r^2).  scale is 2^n exactly; n = 0 for z > -0.34.
 struct ExpParts {
   float scale, r, tail;
 };
@@ -90,9 +92,10 @@ FD_FN ExpParts exp_parts(float z) {
   return {scale, r, p * (r * r)};
 }
 
-FD_FN float exp_neg(float z) {  // right for positive numbers, too, up to log_largest
+// Return e^z for z <= 0.  It is right for positive z too, up to log_largest.
+FD_FN float exp_neg(float z) {
 #if defined(__CUDA_ARCH__)
-  return expf(z);  // seven instructions, and exact to two ulps
+  return expf(z);  // seven instructions, at most two ulps off
 #else
   const ExpParts e = exp_parts(z < Limits<float>::log_smallest ? Limits<float>::log_smallest : z);
   const float value = e.scale * (e.tail + e.r) + e.scale;
@@ -101,8 +104,8 @@ FD_FN float exp_neg(float z) {  // right for positive numbers, too, up to log_la
 }
 FD_FN double exp_neg(double z) { return exp(z); }
 
-// The functions of z = -|log q - log p| from which every divergence is built, each accurate to its
-// last digits also as z -> 0, where the textbook forms cancel.
+// The functions of z = -|log q - log p| from which every divergence is built.  All are accurate to
+// the last digits, also as z -> 0, where the textbook forms cancel.
 template <class real>
 struct ExpGap {
   real z;    // clamped to where e^z is a normal number
@@ -120,7 +123,7 @@ FD_FN ExpGap<float> exp_gap(float z) {
   g.z = c;
   g.e = gone ? 0.f : x.scale * (x.tail + x.r + 1.f);
   g.em1 = x.scale * (x.r + x.tail) + (x.scale - 1.f);
-  // For n = 0 the bracket is exactly 0 and chi is the polynomial's tail.
+  // For n = 0 the bracket is exactly 0, and chi is the tail of the polynomial.
   const float chi = x.scale * x.tail + ((x.scale * x.r - c) + (x.scale - 1.f));
   g.chi = gone ? -1.f - z : chi;
   g.phi = c > -0.5f ? c * g.em1 - chi : c * g.e - g.em1;
@@ -154,11 +157,11 @@ FD_FN float log_tail(float m) {
   p = p * m + 2.0000714765e-1f;
   p = p * m - 2.4999993993e-1f;
   p = p * m + 3.3333331174e-1f;
-  const float y = m * m;
-  return m * y * p - 0.5f * y;
+  const float square = m * m;
+  return m * square * p - 0.5f * square;
 }
 
-// v = 2^k (1 + m), 1 + m in [sqrt(1/2), sqrt(2)), for normal v > 0.
+// v = 2^k (1 + m) with 1 + m in [sqrt(1/2), sqrt(2)), for normal v > 0.
 struct LogParts {
   float k, m;
 };
@@ -171,14 +174,15 @@ FD_FN float log_of_parts(float k, float m) {
   return m + (log_tail(m) + k * -2.12194440e-4f) + k * 0.693359375f;
 }
 
-// Of a normal positive number; of 0 anything finite, or -inf.
+// Return log v of a normal positive number.  For 0 the result is finite or -inf.
 FD_FN float log_positive(float v) {
   const LogParts l = log_parts(v);
   return log_of_parts(l.k, l.m);
 }
 FD_FN double log_positive(double v) { return log(v); }
 
-FD_FN float log_of(float v) {  // any v: log 0 = -inf, NaN below 0
+// Return log v of any number: -inf for 0, NaN below 0.
+FD_FN float log_of(float v) {
   const bool tiny = v < 1.17549435e-38f;
   const LogParts l = log_parts(tiny ? v * 16777216.f : v);
   const float value = log_of_parts(tiny ? l.k - 24.f : l.k, l.m);
@@ -188,18 +192,19 @@ FD_FN float log_of(float v) {  // any v: log 0 = -inf, NaN below 0
 }
 FD_FN double log_of(double v) { return log(v); }
 
-// log(1 + u) and (1 + u) log(1 + u) - u = u^2/2 + ..., for u in [-1, 0].  v = 1 + u, as accurately
-// as the caller has it: near u = -1 it has digits that u has lost.
+// log(1 + u) and psi = (1 + u) log(1 + u) - u = u^2/2 + ..., for u in [-1, 0].
 template <class real>
 struct Log1p {
   real value, psi;
 };
+// v is 1 + u, as accurate as the caller has it.  Near u = -1 it has digits that u has lost; near
+// u = 0 it is the other way round.
 FD_FN Log1p<float> log1p_gap(float u, float v) {
   const LogParts l = log_parts(v);
-  const bool near = l.k == 0.f;  // there 1 + m is v, and u has digits that v has lost
+  const bool near = l.k == 0.f;  // of 0, where 1 + m is v
   const float m = near ? u : l.m;
   const float tail = log_tail(m) + l.k * -2.12194440e-4f;
-  const float value = m + tail + l.k * 0.693359375f + (u - u);  // the bits of a NaN look finite
+  const float value = m + tail + l.k * 0.693359375f + (u - u);  // u - u keeps a NaN
   return {value, near ? u * u + v * tail : v * value - u};
 }
 FD_FN Log1p<double> log1p_gap(double u, double v) {
@@ -213,7 +218,7 @@ FD_FN Log1p<double> log1p_gap(double u, double v) {
 
 // --- maxima -----------------------------------------------------------------------------------
 
-// b where a is NaN.
+// Return the larger number; b if a is NaN.
 template <class real>
 FD_FN real larger_of(real a, real b) {
 #if defined(__CUDA_ARCH__)
@@ -229,8 +234,8 @@ FD_FN real max_of(const real* x, int n, real m) {
   for (int i = 0; i < n; ++i) m = larger_of(x[i], m);
   return m;
 #else
-  // Independent lanes, for a plain maximum loop needs -ffast-math; each array of them a vector,
-  // which stays in a register.  (x[i + j] would be gathered, by vectors of i + j.)
+  // The lanes are independent because a plain loop over a maximum vectorises only with -ffast-math.
+  // Each array is a vector that stays in a register.  (GCC would gather x[i + j].)
   constexpr int kLanes = 8;
   real a[kLanes], b[kLanes];
   for (int j = 0; j < kLanes; ++j) a[j] = b[j] = m;
@@ -249,7 +254,7 @@ FD_FN real max_of(const real* x, int n, real m) {
 
 // --- softcap ----------------------------------------------------------------------------------
 
-// cap * tanh(x / cap), and its derivative with respect to x.
+// cap * tanh(x / cap) and its derivative with respect to x.
 template <class real>
 struct Softcap {
   real cap;

@@ -1,54 +1,53 @@
-// The online softmax: what has been seen of a row so far, and how two such parts become one.
+// The online softmax: the state of a row that was read in part, and how two such states merge.
 #pragma once
 
 #include "common/math.h"
 
 namespace fastdiv {
 
-// What the kernels read `target` as.  (kNone: class indices, or no target at all.)
+// What the target holds.  kNone: class indices, or there is no target.
 enum class Target : int { kNone = 0, kLogits = 1, kLogProbs = 2, kProbs = 3 };
 
-// A stretch of columns.  On a CPU a tile in the L1 cache, on a GPU one thread's registers.
+// Some columns of a row: on a CPU a tile in the L1 cache, on a GPU the registers of a thread.
 template <class real>
 struct Tile {
   const real* x;        // input logits, softcapped
   const real* t;        // target row, or null
   const real* weights;  // class weights, or null
   int n;
-  real* tilted = nullptr;  // room for n numbers, where the loss is kTilted
+  real* tilted = nullptr;  // space for n numbers where the loss is kTilted
 };
 
-// One column, as the policies see it in the first sweep.
+// One column in the first pass.
 template <class real>
 struct Column {
-  real lx, ex;  // scaled logit less the running maximum, and its exponential
-  real et;      // the same exponential of the target row, or the probability itself
+  real lx, ex;  // scaled logit minus the running maximum, and its exponential
+  real et;      // this exponential for the target row, or the given probability
   real ratio;   // log of et / ex
   real weight;  // class weight
 };
 
-// What the backward needs to know of a row.
+// What the backward needs of any row.  Each loss adds numbers of its own: losses/record.h.
 template <class real>
 struct Row {
   real x_max, x_logz;  // log q = (x - x_max) * scale - x_logz
-  real t_max, t_logz;  // log p likewise where the target is logits; else 0
-  real gap;            // log q - log p = ((x - t) - (x_max - t_max)) * scale - gap, for logits
-  real a, b, c;        // the loss's own, see the policies
+  real t_max, t_logz;  // the same for log p if the target is logits; else 0
 };
 
-// Of a change of the running maximum: e^d, d = old maximum - new maximum, and the old sum.
+// A change of the running maximum: delta = old maximum - new maximum, ratio = e^delta, and the sum
+// under the old maximum.
 template <class real>
 struct Shift {
   real ratio, delta, old_sum;
 
-  // Sum of e^l l, l = shifted logit, under the new maximum.
+  // Return the sum of e^l l, l = logit - maximum, under the new maximum.
   FD_FN real of_moment(real sum) const {
     return mass_times(ratio, sum + mass_times(old_sum, delta));
   }
 };
 
-// Running log-sum-exp.  The maximum starts at the lowest finite number, so that e^(-inf - max) is
-// 0 and not NaN: rows that are masked with -inf, or with finfo.min, need no branch.
+// A running log-sum-exp.  The maximum starts at the lowest finite number, so that e^(-inf - max) is
+// 0 and not NaN.  So rows masked with -inf or with finfo.min need no branch.
 template <class real>
 struct LogSumExp {
   real max = Limits<real>::lowest, sum = 0;
@@ -62,7 +61,7 @@ struct LogSumExp {
   }
 };
 
-// The sums that a loss keeps beside the two log-sum-exps; each loss names what it puts there.
+// The sums that a loss keeps beside the log-sum-exps.  Each loss says what they are.
 template <class real>
 struct Sums {
   real a = 0, b = 0, c = 0, d = 0;
@@ -77,9 +76,9 @@ FD_FN real log_target(real t, real t_max, real t_logz, real scale) {
   return t;
 }
 
-// P is a policy of csrc/losses.  It says which rows it reads (kTarget, kWeights), what it sums of
-// each column (partial, the first kSums of Sums) and how these sums follow new maxima (rebase). One
-// that is kTilted mixes the logs of both rows (tilt), and gets a log-sum-exp of that too.
+// P is a policy of csrc/losses.  It says which rows it reads (kTarget, kWeights), what it sums over
+// the columns (partial: the first kSums of Sums) and how the sums change with the maxima (rebase).
+// A kTilted policy mixes the logs of both rows (tilt); the state has a log-sum-exp of that too.
 template <class P>
 struct RowState {
   using real = typename P::real;
@@ -89,15 +88,15 @@ struct RowState {
   LogSumExp<real> x, t, tilted;
   Sums<real> sums;
 
-  // To new maxima, of which none is smaller.
+  // Change to new maxima, which are at least as large.
   FD_FN void rebase(const P& loss, real x_max, real t_max, real scale) {
-    if (x_max == x.max && t_max == t.max) return;  // would change no bit
+    if (x_max == x.max && t_max == t.max) return;  // no bit would change
     const Shift<real> dx = x.rebase(x_max, scale);
     const Shift<real> dt = kNormalise ? t.rebase(t_max, scale) : Shift<real>{1, 0, t.sum};
     loss.rebase(sums, dx, dt);
     if constexpr (P::kTilted)
       if (tilted.sum != real(0)) {
-        // What rounding takes off the maximum, of which a GPU has many in a row, the sum keeps.
+        // The sum takes the rounding error of the maximum.  A GPU has many maxima per row.
         const real shift = loss.tilt(dx.delta, dt.delta),
                    rounding = rounding_of(tilted.max, -shift);
         tilted.max += shift;
@@ -105,8 +104,8 @@ struct RowState {
       }
   }
 
-  // With kRun, sums whose last digits are those of the value are added up in runs of so many
-  // columns, for the rounding errors of a sum grow with the number of its terms.
+  // Add a tile.  With kRun > 0, sums that decide the last digits of the value are added up in runs
+  // of kRun columns, because rounding errors grow with the number of terms.
   template <int kRun = 0>
   FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
     rebase(loss, max_of(tile.x, tile.n, x.max), kNormalise ? max_of(tile.t, tile.n, t.max) : t.max,
@@ -137,14 +136,14 @@ struct RowState {
     }
   }
 
-  // What is known of the row after the first sweep.
+  // Return what the first pass found.
   FD_FN Row<real> row() const {
     Row<real> r{};
     r.x_max = x.max, r.x_logz = log_of(x.sum);
     if constexpr (kNormalise) r.t_max = t.max, r.t_logz = log_of(t.sum);
     return r;
   }
-  // Sum of p: 1, unless the target is given as probabilities.
+  // Return the sum of p: 1 unless the target is probabilities.
   FD_FN real mass() const { return kNormalise || kTarget == Target::kNone ? real(1) : t.sum; }
 
  private:
@@ -154,7 +153,7 @@ struct RowState {
 
     FD_FN void add(const Parts& o) { x += o.x, t += o.t, sums.add(o.sums); }
   };
-  // What columns [begin, end) of a tile add to the sums, under the maxima as they are.
+  // Return what columns [begin, end) of a tile add to the sums, with the current maxima.
   FD_FN Parts parts_of(const P& loss, const Tile<real>& tile, real scale, int begin,
                        int end) const {
     const real x_max = x.max, t_max = kNormalise ? t.max : real(0);
@@ -168,8 +167,8 @@ struct RowState {
       if constexpr (kTarget != Target::kNone) {
         const real lt = log_target<kTarget>(tile.t[i], t_max, real(0), scale);
         col.et = kTarget == Target::kProbs ? tile.t[i] : exp_neg(lt);
-        // From the logits themselves, where that counts: of two shifted and rounded ones the
-        // difference is worth less.
+        // Where the last digits count, take the difference of the logits themselves: those minus
+        // their maxima are rounded.
         col.ratio = kNormalise && P::kExactRatio
                         ? -difference_of_differences(tile.x[i], tile.t[i], x_max, t_max) * scale
                         : lt - col.lx;
@@ -191,12 +190,12 @@ struct RowState {
       const real lx = (tile.x[i] - x_max) * scale;
       const real lt = log_target<kTarget>(tile.t[i], kNormalise ? t_max : real(0), real(0), scale);
       const real v = loss.tilt(lx, lt);
-      // Of a class that only one side has; without mass there, too, it adds nothing.
-      const real larger = lx > lt ? lx : lt;
-      const real once = larger > Limits<real>::log_smallest ? real(1) : real(0);
+      // An infinite v is a class with mass on one side only.  It counts if that mass is not 0.
+      const real log_larger = lx > lt ? lx : lt;
+      const real once = log_larger > Limits<real>::log_smallest ? real(1) : real(0);
       infinite += v == inf ? once : real(0);
       const real finite = v == inf ? -inf : v;
-      tile.tilted[i] = larger == -inf ? -inf : finite;
+      tile.tilted[i] = log_larger == -inf ? -inf : finite;
     }
     tilted.rebase(max_of(tile.tilted, tile.n, tilted.max), real(1));
     const real max = tilted.max;

@@ -1,4 +1,4 @@
-// Picks the instruction set once, at first use.
+// Chooses the instruction set at first use.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>

@@ -1,7 +1,7 @@
-// A region of code compiled for another instruction set than the rest of the file.
+// A region of a file that is compiled for another instruction set than the rest.
 //
-// Everything that the region uses from a header is included before it is opened: a header's
-// function compiled inside could be chosen by the linker for code that runs on a lesser machine.
+// Include all headers that the region uses before it begins.  The linker could choose a header's
+// function compiled inside for code that runs on a machine without these instructions.
 #pragma once
 
 #include <type_traits>

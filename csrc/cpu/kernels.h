@@ -1,24 +1,24 @@
-// The kernel tables of the instruction sets, and the choice among them.
+// The kernels of each instruction set, and the choice of one.
 #pragma once
 
-#include "common/registry.h"
+#include "losses/registry.h"
 #include "losses/row_args.h"
 
 namespace fastdiv {
 
 using RowKernel = void (*)(const RowArgs& args, int64_t begin, int64_t end);
 
-// The skeletons, over rows [begin, end).
+// The kernels of a loss, each over rows [begin, end).
 struct RowKernels {
-  RowKernel forward;       // value and record
+  RowKernel forward;  // value and record
+  // Both are null for a loss with statistics, whose gradients are those of the loss without.
   RowKernel backward;      // gradients from the record
-  RowKernel forward_grad;  // both, while the row is in the cache
-  // These two are null for a loss with statistics: its gradients are those of the plain one.
-  RowKernel terms;  // sums of a divergence's terms from a given record, of what is part of a row
+  RowKernel forward_grad;  // value and gradients, while the row is in the cache
+  RowKernel terms;         // sums of a divergence's terms from a given record, for a part of a row
   LossTraits traits;
 };
 
-// Kernels of a loss; null where the loss does not take such a target.
+// Returns the kernels of a loss, or null if the loss does not take such a target.
 using FindKernels = const RowKernels* (*)(LossId loss, Target target, bool f64);
 
 struct InstructionSet {
@@ -30,9 +30,10 @@ struct InstructionSet {
 extern const InstructionSet kInstructionSets[];  // best first
 extern const int kInstructionSetCount;
 
-// Chosen at first use: the best supported, or what FASTDIV_CPU_ISA or ATEN_CPU_CAPABILITY names.
+// Return the one in use.  It is chosen at first use: what FASTDIV_CPU_ISA or ATEN_CPU_CAPABILITY
+// names, else the best that is supported.
 const InstructionSet& instruction_set();
-// False, and nothing changes, where the name is unknown or the machine lacks it.
+// Choose by name; return false if the name is unknown or the machine does not support it.
 bool set_instruction_set(const char* name);
 
 namespace baseline {
@@ -47,7 +48,7 @@ const RowKernels* find_kernels(LossId loss, Target target, bool f64);
 }
 #endif
 
-// Asks for huge pages under memory that is about to be written for the first time.
+// Ask for huge pages for memory that is about to be written for the first time.
 void advise_huge_pages(void* data, int64_t bytes);
 
 }  // namespace fastdiv

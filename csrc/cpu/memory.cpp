@@ -1,5 +1,5 @@
-// A fresh gradient costs more in page faults than in arithmetic: the first touch of 64 MiB in 4 KiB
-// pages takes about five times as long as in huge ones.
+// Huge pages for new gradients, which cost more in page faults than in arithmetic: the first write
+// of 64 MiB takes about five times as long in 4 KiB pages.
 #include <cstdint>
 
 #include "cpu/kernels.h"

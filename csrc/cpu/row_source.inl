@@ -1,5 +1,5 @@
-// A row as the skeletons see it: where its data, weights and label are, and its column segments.
-// Part of rows.inl: compiled once per instruction set.
+// Access to the rows of a call: data, weights, labels and column segments.  Part of rows.inl:
+// compiled once per instruction set.
 
 template <class P>
 struct RowSource {
@@ -39,21 +39,21 @@ struct RowSource {
     return fill_up(weights(i), n, real(0), b);
   }
 
-  RowOf<P> row(int64_t r) const { return {a, r}; }
+  RowIO<P> row(int64_t r) const { return {a, r}; }
 
-  // The logit of the label of a row that reads one.
+  // Return the logit of the label if the row reads it, else 0.
   real label_logit(int64_t r) const {
     Buffer<real> b;
-    return row(r).label_is_read() ? *input(r).tile(a.label[r], 1, b) : real(0);
+    return row(r).reads_label() ? *input(r).tile(a.labels[r], 1, b) : real(0);
   }
 
-  // body(i, n) for every tile of columns [begin, end).
+  // Call body(i, n) for every tile of columns [begin, end).
   template <class Body>
   void for_tiles(int64_t begin, int64_t end, Body body) const {
     for (int64_t i = begin; i < end; i += kTile) body(i, int(end - i < kTile ? end - i : kTile));
   }
 
-  // body(s, begin, end) for every column segment: in order, or shared out over the threads.
+  // Call body(s, begin, end) for every column segment, in order or on several threads.
   template <class Body>
   void for_segments(Body body) const {
     const auto segment = [&](int64_t s) {
@@ -73,7 +73,7 @@ struct RowSource {
     }
   }
 
-  // What part(begin, end) gives for each segment, merged in order whoever computed it.
+  // Merge what part(begin, end) returns for each segment, in order whichever thread computed it.
   template <class Part, class Merge>
   auto over_segments(Part part, Merge merge) const {
     using Result = decltype(part(int64_t(), int64_t()));

@@ -1,17 +1,17 @@
-// The three skeletons over the rows of a matrix, for any policy of csrc/losses.
-// Included once per instruction set, by rows_*.cpp, as namespace FD_ISA.
+// The kernels over rows, for any policy of csrc/losses.  Included once per instruction set, by
+// rows_*.cpp, as namespace FD_ISA.
 
 namespace fastdiv {
 namespace FD_ISA {
 
 #include "cpu/tiles.inl"
 #include "cpu/row_source.inl"
-#include "cpu/named_classes.inl"
+#include "cpu/topk.inl"
 
 // --- forward ----------------------------------------------------------------------------------
 
 template <class P, class real>
-RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
+RowState<P> first_pass(const RowSource<P>& source, int64_t r, real scale) {
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
         RowState<P> s;
@@ -21,14 +21,14 @@ RowState<P> first_sweep(const RowSource<P>& source, int64_t r, real scale) {
                                 source.kTeacher ? source.target(r).whole_tile(i, n, bt) : nullptr,
                                 P::kWeights ? source.whole_weights(i, n, bw) : nullptr,
                                 whole_vectors(n), tilted.data};
-          s.template push<kFirstSweepRun>(source.loss, tile, scale);
+          s.template push<kFirstPassRun>(source.loss, tile, scale);
         });
         return s;
       },
       [&](RowState<P>& total, const RowState<P>& part) { total.merge(source.loss, part, scale); });
 }
 
-// TermSums, of every kLanes-th column: a vector each, which stays in a register.
+// TermSums for every kLanes-th column.  Each is a vector that stays in a register.
 template <class real>
 struct LaneSums {
   real f[kLanes] = {}, u[kLanes] = {}, v[kLanes] = {}, q[kLanes] = {}, p[kLanes] = {};
@@ -51,10 +51,10 @@ struct LaneSums {
   }
 };
 
-// The terms of a divergence: the second sweep, over a row which is in the cache.
+// The second pass: sum the terms of a divergence over a row that is in the cache.
 template <class PairOf, class P, class L, class real>
 TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r,
-                            const Row<real>& row) {
+                            const PairRecord<real>& row) {
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
         LaneSums<real> total;
@@ -62,11 +62,11 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
         source.for_tiles(begin, end, [&](int64_t i, int n) {
           const real* x = source.input(r).whole_tile(i, n, bx);
           const real* t = source.target(r).whole_tile(i, n, bt);
-          // Copies, which the compiler can keep in registers.
-          const Row<real> k = row;
+          // The compiler can keep copies in registers.
+          const PairRecord<real> k = row;
           const L policy = loss;
           const real scale = source.scale;
-          // In short runs, for the rounding errors of a sum grow with the number of its terms.
+          // Sum in short runs, because rounding errors grow with the number of terms.
           constexpr int kRun = 64;
           for (int left = whole_vectors(n); left > 0; left -= kRun) {
             LaneSums<real> run;
@@ -87,15 +87,16 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
       },
       [](TermSums<real>& total, const TermSums<real>& part) { total.add(part); });
 }
-template <class P, class L, class real>
-TermSums<real> sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
-                         const Row<real>& row) {
-  if constexpr (P::kPlain && std::is_same<P, L>::value)
-    if (row.c != real(0)) return sum_terms_of<PlainPair<real>>(source, loss, r, row);
-  return sum_terms_of<Pair<real>>(source, loss, r, row);
+template <class P, class L>
+auto sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
+               const typename P::Record& row) {
+  using real = typename P::real;
+  if constexpr (P::kDirectTerms && std::is_same<P, L>::value)
+    if (row.use_direct != real(0)) return sum_terms_of<DirectPair<real>>(source, loss, r, row);
+  return sum_terms_of<StablePair<real>>(source, loss, r, row);
 }
 
-// The first column that holds the maximum, or NaN.
+// Return the first column that holds the maximum or NaN.
 template <class P, class real>
 int64_t first_maximum(const RowSource<P>& source, int64_t r, real max) {
   Buffer<real> b;
@@ -111,19 +112,18 @@ int64_t first_maximum(const RowSource<P>& source, int64_t r, real max) {
 template <class P>
 void forward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
-  const RowOf<P> row = source.row(r);
+  const RowIO<P> row = source.row(r);
   if (row.weight() == real(0) && !P::kStats) return row.store({});
-  const RowState<P> s = first_sweep(source, r, source.scale);
-  const auto finish = [&](const auto& sweep) {
-    return row.finish(source.loss, s, source.label_logit(r), source.scale, sweep);
+  const RowState<P> s = first_pass(source, r, source.scale);
+  const auto finish = [&](const auto& second_pass) {
+    return row.finish(source.loss, s, source.label_logit(r), source.scale, second_pass);
   };
-  typename RowOf<P>::Result result;
+  typename RowIO<P>::Result result;
   if constexpr (P::kTopK)
-    result = finish(NamedClasses<P>(source, r));
+    result = finish(TopKClasses<P>(source, r));
   else
-    result = finish([&](const auto& loss, const Row<real>& record) {
-      return sum_terms(source, loss, r, record);
-    });
+    result = finish(
+        [&](const auto& loss, const auto& record) { return sum_terms(source, loss, r, record); });
   row.store(result);
   if constexpr (P::kStats)
     row.store_stats(result, s, source.scale, first_maximum(source, r, s.x.max));
@@ -137,8 +137,8 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   const real* x = source.input(r).tile(i, n, bx);
   const real* t = source.kTeacher ? source.target(r).tile(i, n, bt) : nullptr;
   const real* w = P::kWeights ? source.weights(i) : nullptr;
-  // Copies, which the compiler can keep in registers.
-  const Row<real> row = source.row(r).record();
+  // The compiler can keep copies in registers.
+  const typename P::Record row = source.row(r).record();
   const P loss = source.loss;
   const real scale = source.scale;
   const Outputs<real> gx{g.value * scale, g.entropy * scale};
@@ -146,9 +146,9 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   for (int j = 0; j < n; ++j)
     dx[j] = grad_of_input<PairOf>(loss, x[j], source.kTeacher ? t[j] : real(0),
                                   P::kWeights ? w[j] : real(1), row, gx, scale);
-  if constexpr (P::kLabel) {
-    const int64_t y = source.a.label[r] - i;
-    if (y >= 0 && y < n) dx[y] += loss.grad_label(row, gx);
+  if constexpr (P::kReadsLabel) {
+    const int64_t at = source.a.labels[r] - i;
+    if (at >= 0 && at < n) dx[at] += loss.grad_label(row, gx);
   }
   if (P::kSoftcap && source.a.softcap != 0) {
     const Softcap<real> cap = source.input(r).softcap;
@@ -163,7 +163,7 @@ void grad_t(const RowSource<P>& source, int64_t r, int64_t i, int n, real g, rea
   Buffer<real> bx, bt;
   const real *x = source.input(r).tile(i, n, bx), *t = source.target(r).tile(i, n, bt);
   const real* w = P::kWeights ? source.weights(i) : nullptr;
-  const Row<real> row = source.row(r).record();
+  const typename P::Record row = source.row(r).record();
   const P loss = source.loss;
   const real scale = source.scale;
   FD_SIMD()
@@ -171,7 +171,8 @@ void grad_t(const RowSource<P>& source, int64_t r, int64_t i, int n, real g, rea
     dt[j] = grad_of_target<PairOf>(loss, x[j], t[j], P::kWeights ? w[j] : real(1), row, g, scale);
 }
 
-// Zeros where the row does not count or nothing comes from upstream, whatever the row holds.
+// Write the gradients of a row.  They are 0 if the row is ignored or its upstream gradient is 0,
+// whatever the row holds.
 template <class PairOf, class P>
 void backward_row_of(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
@@ -189,7 +190,7 @@ void backward_row_of(const RowSource<P>& source, int64_t r) {
   };
   source.for_segments([&](int64_t, int64_t begin, int64_t end) {
     source.for_tiles(begin, end, [&](int64_t i, int n) {
-      // First the target's, since the input's may be written over the input.
+      // The target comes first, because the gradient of the input may overwrite the input.
       if constexpr (P::kTarget != Target::kNone)
         if (a.dt.data)
           write(source.output(a.dt, r, true), i, n,
@@ -204,10 +205,11 @@ template <class P>
 void backward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
   if constexpr (P::kTopK)
-    return backward_named(source, r, [&] { backward_row_of<Pair<real>>(source, r); });
-  if constexpr (P::kPlain)
-    if (source.row(r).record().c != real(0)) return backward_row_of<PlainPair<real>>(source, r);
-  backward_row_of<Pair<real>>(source, r);
+    return backward_topk(source, r, [&] { backward_row_of<StablePair<real>>(source, r); });
+  if constexpr (P::kDirectTerms)
+    if (source.row(r).record().use_direct != real(0))
+      return backward_row_of<DirectPair<real>>(source, r);
+  backward_row_of<StablePair<real>>(source, r);
 }
 
 // --- kernels ----------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ void terms_rows(const RowArgs& a, int64_t begin, int64_t end) {
   using real = typename P::real;
   const RowSource<P> source(a);
   for (int64_t r = begin; r < end; ++r) {
-    const RowOf<P> row = source.row(r);
+    const RowIO<P> row = source.row(r);
     TermSums<real> sum;
     if (row.weight() != real(0)) sum = sum_terms(source, source.loss, r, row.record());
     row.store_terms(sum);

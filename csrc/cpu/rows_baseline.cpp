@@ -1,10 +1,10 @@
-// The row kernels for any machine, and the double precision ones, which call libm element by
-// element and so gain nothing from a wider instruction set.
+// The row kernels for any machine, and those in double precision.  These call libm element by
+// element, so a wider instruction set would not make them faster.
 #include "cpu/isa.h"
 
 #define FD_ISA baseline
 #define FD_LANES 8
-#define FD_FIRST_SWEEP_RUN 128
+#define FD_FIRST_PASS_RUN 128
 #include "cpu/rows.inl"
 
 const fastdiv::RowKernels* fastdiv::baseline::find_kernels(LossId loss, Target target, bool f64) {

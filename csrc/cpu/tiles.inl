@@ -1,15 +1,15 @@
-// How a row comes into the L1 cache tile by tile in the type we compute in, and goes out again.
-// Part of rows.inl: compiled once per instruction set.
+// Reads and writes rows tile by tile, converted to the type that is computed in.  A tile fits the
+// L1 cache.  Part of rows.inl: compiled once per instruction set.
 
 constexpr int kTile = 512;
-constexpr int kLanes = FD_LANES;  // of a vector of floats, or eight
-// Columns that the first sweep of KL adds up at a time; 0: all of a tile.  Vectors of four floats
-// make long sums: in a tile each lane has 128 terms, and twice the error of eager torch.
-constexpr int kFirstSweepRun = FD_FIRST_SWEEP_RUN;
+constexpr int kLanes = FD_LANES;  // floats in a vector, at least eight
+// How many columns the first pass of KL adds up at a time; 0: a whole tile.  With vectors of four
+// floats each lane would have 128 terms per tile, and twice the error of eager torch.
+constexpr int kFirstPassRun = FD_FIRST_PASS_RUN;
 static_assert(kTile % kLanes == 0 && kLanes % 8 == 0, "tiles are whole vectors");
 
-// Loops that sum go over whole vectors, for GCC has only scalar code for columns left over: behind
-// the last of a row come some without mass, which add nothing.
+// Loops that sum go over whole vectors, because GCC makes scalar code for the remaining columns.
+// After the last column of a row come some without mass, which add nothing.
 inline int whole_vectors(int n) { return (n + kLanes - 1) & -kLanes; }
 
 template <class real>
@@ -35,7 +35,7 @@ void store_narrowed(void* row, int64_t i, int n, const float* __restrict tile) {
   for (int j = 0; j < n; ++j) narrow(tile[j], to + j);
 }
 #if defined(FD_F16C)
-// One instruction where widen() of eight halves takes fourteen, and narrow() twenty.
+// Each takes one instruction for eight halves; widen() takes fourteen and narrow() twenty.
 template <>
 inline const float* load_widened<Half>(const void* row, int64_t i, int n, float* __restrict to) {
   const Half* from = static_cast<const Half*>(row) + i;
@@ -65,7 +65,7 @@ void store_same(void* row, int64_t i, int n, const real* __restrict tile) {
   for (int j = 0; j < n; ++j) to[j] = tile[j];
 }
 
-// Of some classes of a row.  An index that is no class reads NaN and writes nothing.
+// Read or write some classes of a row.  An index out of range reads NaN and writes nothing.
 template <class real>
 using GatherTile = void (*)(const void* row, int64_t classes, const int64_t* indices, int n,
                             real* tile);
@@ -93,7 +93,7 @@ struct Converters {
   StoreTile<real> store;
   GatherTile<real> gather;
   ScatterTile<real> scatter;
-  bool same;  // the tensor is of the type we compute in
+  bool same;  // the tensor has the type that is computed in
 };
 template <class T>
 Converters<float> converters_of_halves() {
@@ -115,7 +115,7 @@ struct Buffer {
   alignas(64) real data[kTile];
 };
 
-// A tile in whole vectors: itself, or a copy with columns of `nothing` behind it.
+// Return a tile of whole vectors: the tile itself, or a copy followed by columns of `nothing`.
 template <class real>
 const real* fill_up(const real* x, int n, real nothing, Buffer<real>& b) {
   const int whole = whole_vectors(n);
@@ -125,13 +125,13 @@ const real* fill_up(const real* x, int n, real nothing, Buffer<real>& b) {
   return b.data;
 }
 
-// One row of a matrix, read in tiles; softcapped where a cap is given.
+// Reads one row of a matrix in tiles, softcapped if there is a cap.
 template <class real>
 struct RowReader {
   const void* row;
   LoadTile<real> load;
   Softcap<real> softcap;
-  real nothing;  // what a column without mass holds
+  real nothing;  // the value of a column without mass
 
   const real* raw(int64_t i, int n, Buffer<real>& b) const { return load(row, i, n, b.data); }
   const real* tile(int64_t i, int n, Buffer<real>& b) const {
@@ -147,7 +147,7 @@ struct RowReader {
   }
 };
 
-// One row of a gradient, written in tiles: in place where nothing has to be converted.
+// Writes one row of a gradient in tiles, without a buffer if nothing has to be converted.
 template <class real>
 struct RowWriter {
   void* row;

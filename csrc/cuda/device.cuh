@@ -1,4 +1,4 @@
-// What the kernels need of CUDA.  Without nvcc, tests/cuda_on_cpu runs them on a CPU.
+// What the kernels use of CUDA.  Without nvcc, tests/cuda_on_cpu runs them on a CPU.
 #pragma once
 
 #include "common/math.h"
@@ -8,7 +8,7 @@
 #include <cuda_runtime.h>
 
 #define FD_UNROLL _Pragma("unroll")
-// Shared memory as bytes: types with initial values may not be __shared__.
+// Shared memory is declared as bytes, because types with initial values cannot be __shared__.
 #define FD_SHARED(T, name, n)                                           \
   __shared__ __align__(16) unsigned char name##_bytes[sizeof(T) * (n)]; \
   T* const name = reinterpret_cast<T*>(name##_bytes)
@@ -25,7 +25,7 @@ __device__ __forceinline__ void cluster_sync() {
   __cluster_barrier_wait();
 #endif
 }
-// The same place in the shared memory of the cluster's block of that rank.
+// Return the same place in the shared memory of the cluster's block of that rank.
 template <class T>
 __device__ __forceinline__ T* cluster_peer(T* p, unsigned rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -35,8 +35,7 @@ __device__ __forceinline__ T* cluster_peer(T* p, unsigned rank) {
 #endif
 }
 
-// No block leaves while another one may read its shared memory; of other memory nothing is
-// promised.
+// Wait until no other block reads this block's shared memory.  Other memory is not ordered.
 __device__ __forceinline__ void cluster_leave() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive_relaxed();
@@ -44,17 +43,17 @@ __device__ __forceinline__ void cluster_leave() {
 #endif
 }
 
-// In a register, and not computed again from kernel arguments wherever it is used.
-__device__ __forceinline__ float kept(float v) {
+// Keep a number in a register, so that it is not computed again from kernel arguments at each use.
+__device__ __forceinline__ float pin_in_register(float v) {
   asm volatile("" : "+f"(v));
   return v;
 }
-__device__ __forceinline__ double kept(double v) {
+__device__ __forceinline__ double pin_in_register(double v) {
   asm volatile("" : "+d"(v));
   return v;
 }
 
-// Never contracted: two lanes that add the same two numbers must get the same bits.
+// Add without contraction: two lanes that add the same two numbers must get the same bits.
 __device__ __forceinline__ float sum_of_two(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double sum_of_two(double a, double b) { return __dadd_rn(a, b); }
 
@@ -69,7 +68,7 @@ __device__ __forceinline__ double sum_of_two(double a, double b) { return __dadd
 namespace fastdiv {
 inline void cluster_leave() { cluster_sync(); }
 template <class real>
-real kept(real v) {
+real pin_in_register(real v) {
   return v;
 }
 template <class real>

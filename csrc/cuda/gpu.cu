@@ -1,4 +1,4 @@
-// Which GPU it is, and the table of kernels.
+// Describes the GPU, and finds the kernels of a dtype.
 #include <utility>
 
 #include "cuda/launch.cuh"
@@ -12,8 +12,8 @@ namespace {
 __global__ void probe() {}
 }  // namespace
 
-// The architecture is that of the code which runs, not of the GPU: PTX for Ampere has no clusters
-// on a Hopper either.
+// The architecture is that of the code that runs, not of the GPU: PTX for Ampere has no clusters on
+// a Hopper.
 Status describe(int device, Gpu* gpu) {
   cudaFuncAttributes code{};
   if (const Status error = status_of(cudaFuncGetAttributes(&code, probe))) return error;

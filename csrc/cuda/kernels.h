@@ -1,21 +1,21 @@
-// The kernels as the torch side sees them: no torch header below, no CUDA header above.
+// The interface of the CUDA kernels.  It includes no header of torch and none of CUDA.
 #pragma once
 
-#include "common/registry.h"
+#include "losses/registry.h"
 #include "losses/row_args.h"
 
 namespace fastdiv {
 namespace cuda {
 
-constexpr int64_t kMaxClasses = int64_t(1) << 30;  // columns are counted in 32 bits
+constexpr int64_t kMaxClasses = int64_t(1) << 30;  // column indices have 32 bits
 
-// What the launch shapes depend on.
+// The properties of a GPU that launch shapes depend on.
 struct Gpu {
   int architecture = 0;       // 90: compute capability 9.0
-  int64_t shared_memory = 0;  // bytes that a block may have
+  int64_t shared_memory = 0;  // the most bytes of a block
 };
 
-// Null: all is well, or the driver's message.
+// Null for success, else the message of the driver.
 using Status = const char*;
 using RowKernel = Status (*)(const RowArgs& args, const Gpu& gpu, void* stream);
 
@@ -24,21 +24,21 @@ struct RowKernels {
   LossTraits traits;
 };
 
-// Null where the loss does not take such a target.
+// Return the kernels of a loss, or null if the loss does not take such a target.
 const RowKernels* find_kernels(LossId loss, Target target, DType dtype);
 
-// *value = sum of the rows' values over *total; *total = the weights of the rows for a mean, else
-// divisor.  Both are one `real` on the GPU.
-Status reduce_rows(const RowArgs& args, bool mean, double divisor, void* value, void* total,
+// Write both on the GPU, as one `real` each: *divisor, the sum of the rows' weights for a mean,
+// else `batch`; and *value, the sum of the rows' values divided by it.
+Status reduce_rows(const RowArgs& args, bool mean, double batch, void* value, void* divisor,
                    void* stream);
 
-// Of the current device, whose index this is; the message says why no kernel runs there.
+// Describe the current device, whose index this is.  The message says why no kernel runs there.
 Status describe(int device, Gpu* gpu);
 
 const char* built_architectures();  // "80 90 100+PTX"
 const char* toolkit();              // "13.0"
 
-// One table for each dtype, compiled apart.
+// Each dtype is compiled separately.
 const RowKernels* find_f32(LossId loss, Target target);
 const RowKernels* find_f64(LossId loss, Target target);
 const RowKernels* find_f16(LossId loss, Target target);

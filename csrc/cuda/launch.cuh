@@ -1,4 +1,4 @@
-// Launches of kernels, on a GPU or on the tests' CPU.
+// Launches kernels: on a GPU, or in the tests on a CPU.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -10,10 +10,10 @@ namespace cuda {
 struct Grid {
   int64_t blocks;
   int threads, cluster;
-  int64_t shared;       // bytes of dynamic shared memory
-  int64_t most_shared;  // that a launch of this kernel may ask for
+  int64_t shared;      // bytes of dynamic shared memory
+  int64_t max_shared;  // the most that a launch of this kernel may ask for
 
-  // Null, or why there can be no such grid.
+  // Return why there can be no such grid, or null.
   Status trouble() const {
     return blocks > INT32_MAX ? "more rows than one launch takes" : nullptr;
   }
@@ -21,12 +21,12 @@ struct Grid {
 
 #if defined(__CUDACC__)
 
-// Null where it is success.
+// Return the message of an error; null for success.
 inline Status status_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Lets launches of the kernel ask for this many bytes of dynamic shared memory.
+// Let launches of the kernel ask for this many bytes of dynamic shared memory.
 template <class... Args>
 Status allow_shared(void (*kernel)(Args...), int64_t bytes) {
   return status_of(
@@ -68,10 +68,10 @@ Status start(void (*kernel)(Args...), const Grid& grid, void*, Args... args) {
 template <class... Args>
 Status launch(void (*kernel)(Args...), const Grid& grid, void* stream, Args... args) {
   if (grid.blocks == 0 || grid.trouble()) return grid.trouble();
-  // Without this call a block gets 48 KiB in all, and the kernel's static arrays count towards it.
-  // The value is the same for every launch of a kernel, because threads share the setting.
+  // Without this call a block gets 48 KiB, static arrays included.  All launches of a kernel ask
+  // for the same value, because threads share the setting.
   if (grid.shared > 0)
-    if (const Status error = allow_shared(kernel, grid.most_shared)) return error;
+    if (const Status error = allow_shared(kernel, grid.max_shared)) return error;
   return start(kernel, grid, stream, args...);
 }
 

@@ -1,4 +1,4 @@
-// Rows in memory, 16 bytes at a time, whatever their alignment.
+// Reads and writes rows 16 bytes at a time, whatever their alignment.
 #pragma once
 
 #include <string.h>
@@ -8,8 +8,8 @@
 
 namespace fastdiv {
 
-// As words: of eight 16-bit elements each would take a register of its own, and have to be unpacked
-// before the next load is issued.
+// 16 bytes, held as words.  Eight 16-bit elements would take a register each, and would have to be
+// unpacked before the next load is issued.
 template <class T>
 struct alignas(16) Pack {
   static constexpr int kSize = 16 / sizeof(T);
@@ -33,7 +33,7 @@ struct alignas(16) Pack {
   }
 };
 
-// Bytes [shift, shift + 16) of two neighbours.
+// Return bytes [shift, shift + 16) of two neighbours.
 template <class T>
 __device__ __forceinline__ Pack<T> join(const Pack<T>& lo, const Pack<T>& hi, unsigned shift) {
   uint32_t w[8] = {lo.words[0], lo.words[1], lo.words[2], lo.words[3],
@@ -49,7 +49,7 @@ __device__ __forceinline__ Pack<T> join(const Pack<T>& lo, const Pack<T>& hi, un
   return out;
 }
 
-// Elements [begin, end) of a row; nothing outside of them is touched.
+// Elements [begin, end) of a row.  Nothing outside of them is read or written.
 template <class T>
 struct Stretch {
   static constexpr int kSize = Pack<T>::kSize;
@@ -59,7 +59,7 @@ struct Stretch {
   __device__ __forceinline__ bool holds(int i, int size) const {
     return i >= begin && i + size <= end;
   }
-  // How many elements i lies after a 16-byte boundary.
+  // Return how many elements i lies after a 16-byte boundary.
   __device__ __forceinline__ int misalignment(int i) const {
     return int(reinterpret_cast<uintptr_t>(row + i) % 16 / sizeof(T));
   }
@@ -67,11 +67,11 @@ struct Stretch {
     return *reinterpret_cast<Pack<T>*>(row + i);
   }
 
-  // Elements [i, i + kSize) of a row that is not aligned there, zeros for those outside.
+  // Load elements [i, i + kSize), which are not aligned; elements outside are 0.
   __device__ __forceinline__ Pack<T> load_unaligned(int i) const {
     const int shift = misalignment(i);
     if (shift != 0 && holds(i - shift, 2 * kSize)) {
-      // Two aligned loads, of which the second is a neighbouring thread's first.
+      // Two aligned loads.  The second is also the first load of the next thread.
       const Pack<T> lo = at(i - shift), hi = at(i - shift + kSize);
       return join(lo, hi, unsigned(shift * sizeof(T)));
     }
@@ -82,7 +82,7 @@ struct Stretch {
     return pack;
   }
 
-  // packs[u] = elements from i + u * step; where nothing is special, all loads at once.
+  // Load packs[u] from i + u * step.  If all are aligned and inside, the loads are issued at once.
   template <int n>
   __device__ __forceinline__ void load(int i, int step, Pack<T> (&packs)[n]) const {
     if (misalignment(i) == 0 && holds(i, (n - 1) * step + kSize)) {

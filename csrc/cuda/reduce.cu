@@ -1,5 +1,5 @@
-// The sum of a loss over its rows, and what a mean is divided by: one block, in an order that
-// depends on nothing but the number of rows.
+// Sums the values of the rows, and the weights that a mean is divided by.  One block does it, in an
+// order that depends only on the number of rows.
 #include "cuda/launch.cuh"
 #include "cuda/team.cuh"
 #include "losses/row.h"
@@ -23,7 +23,7 @@ constexpr int kThreads = 1024;
 
 template <class real>
 __global__ void __launch_bounds__(kThreads)
-    reduce(const __grid_constant__ RowArgs a, bool mean, double divisor, real* value, real* total) {
+    reduce(const __grid_constant__ RowArgs a, bool mean, double batch, real* value, real* divisor) {
   Team team{kThreads, 1, int(threadIdx.x), 0};
   Totals sum{0, 0};
   for (int64_t r = threadIdx.x; r < a.rows; r += kThreads) {
@@ -32,21 +32,21 @@ __global__ void __launch_bounds__(kThreads)
   }
   sum = team.all(sum, MergeTotals());
   if (!team.leads()) return;
-  if (mean) divisor = sum.weight;
-  *value = real(sum.value / divisor);
-  *total = real(divisor);
+  const double over = mean ? sum.weight : batch;
+  *value = real(sum.value / over);
+  *divisor = real(over);
 }
 
 }  // namespace
 
-Status reduce_rows(const RowArgs& a, bool mean, double divisor, void* value, void* total,
+Status reduce_rows(const RowArgs& a, bool mean, double batch, void* value, void* divisor,
                    void* stream) {
   const Grid grid{1, kThreads, 1, 0, 0};
   if (a.dtype == DType::kF64)
-    return launch(reduce<double>, grid, stream, a, mean, divisor, static_cast<double*>(value),
-                  static_cast<double*>(total));
-  return launch(reduce<float>, grid, stream, a, mean, divisor, static_cast<float*>(value),
-                static_cast<float*>(total));
+    return launch(reduce<double>, grid, stream, a, mean, batch, static_cast<double*>(value),
+                  static_cast<double*>(divisor));
+  return launch(reduce<float>, grid, stream, a, mean, batch, static_cast<float*>(value),
+                static_cast<float*>(divisor));
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// A row as a team's block sees it: its slice of the columns, of which the first `cached` stay in
-// shared memory from the first sweep on.
+// Reads one block's slice of a row.  The first `cached` columns stay in shared memory after the
+// first pass.
 #pragma once
 
 #include "cuda/pack.cuh"
@@ -10,11 +10,11 @@
 
 namespace fastdiv {
 
-// Columns that a thread holds at a time, in registers.
+// How many columns a thread holds in registers at a time.
 template <class P>
 constexpr int kColumns = sizeof(typename P::real) == 8 ? 2 : 8;
 
-// kCapped: logits are softcapped.  That takes so many registers that it is a kernel of its own.
+// kCapped: logits are softcapped.  That takes so many registers that it has kernels of its own.
 template <class P, class T, bool kCapped>
 struct RowReader {
   using real = typename P::real;
@@ -32,10 +32,13 @@ struct RowReader {
 
   __device__ __forceinline__ RowReader(const RowArgs& args, int64_t r, int begin, int end,
                                        unsigned char* cache, int cached)
-      : a(args), loss(args.params), scale(kept(real(args.scale))), cap{real(args.softcap)} {
+      : a(args),
+        loss(args.params),
+        scale(pin_in_register(real(args.scale))),
+        cap{real(args.softcap)} {
     x = {row_of(a.x, r), begin, end};
     t = {kTeacher ? row_of(a.t, r) : nullptr, begin, end};
-    // Columns of the cache are counted as those of the row.
+    // The cache has the column indices of the row.
     T* const first = reinterpret_cast<T*>(cache);
     cached_x = {first - begin, begin, begin + cached};
     cached_t = {first + cached - begin, begin, begin + cached};
@@ -45,8 +48,8 @@ struct RowReader {
     return static_cast<T*>(m.data) + r * m.stride;
   }
 
-  // What the policies read of the columns of a thread's packs, from column i on and `step` apart.
-  // Columns outside of the row have no mass on either side, and so add nothing.
+  // The columns of a thread's packs, unpacked.  The packs begin at column i + u * step.  Columns
+  // outside of the row have no mass on either side, so they add nothing.
   struct Tile {
     real x[kColumns<P>], t[kColumns<P>], weights[kColumns<P>];
   };
@@ -74,14 +77,14 @@ struct RowReader {
     return tile;
   }
 
-  // body(c, u, k) for every column of a tile: element k of pack u.
+  // Call body(c, u, k) for every column of a tile: column c is element k of pack u.
   template <class Body>
   static __device__ __forceinline__ void for_columns(Body body) {
     FD_UNROLL
     for (int c = 0; c < kColumns<P>; ++c) body(c, c / kSize, c % kSize);
   }
 
-  // A thread's packs of the columns from i on, `step` apart.
+  // Load a thread's packs, which begin at columns i + u * step.
   __device__ __forceinline__ void load(int i, int step, Packs& px, Packs& pt) const {
     if (cached_x.holds(i, (kPacks - 1) * step + kSize)) {
       cached_x.load(i, step, px);
@@ -92,14 +95,15 @@ struct RowReader {
     }
   }
 
-  // body(tile, column, step) for all that a thread has of the slice.  The first sweep leaves in the
-  // cache what fits, where later ones find it.
+  // Call body(tile, column, step) for all tiles of a thread.  The first pass fills the cache, which
+  // later passes read.
   template <bool kFirst, class Body>
-  __device__ __forceinline__ void sweep(const Team& team, Body body) const {
+  __device__ __forceinline__ void pass(const Team& team, Body body) const {
     const int step = team.threads * kSize;
     for (int i = x.begin + team.thread * kSize; i < x.end; i += kPacks * step) {
       Packs px, pt;
-      const bool cached = i < cached_x.end;  // the same for all threads: the cache ends with a tile
+      // The cache ends with a tile, so this is the same for all threads.
+      const bool cached = i < cached_x.end;
       if (!kFirst && cached) {
         FD_UNROLL
         for (int u = 0; u < kPacks; ++u) {
@@ -121,7 +125,7 @@ struct RowReader {
     }
   }
 
-  // The logit of a class, softcapped.
+  // Return the logit of a class, softcapped.
   __device__ __forceinline__ real logit(int64_t i) const {
     const real v = widen(x.row[i]);
     return kCapped ? cap.value(v) : v;

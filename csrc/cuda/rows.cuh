@@ -1,8 +1,8 @@
-// The three skeletons on a GPU, for any policy of csrc/losses.
+// The kernels over rows on a GPU, for any policy of csrc/losses.
 #pragma once
 
 #include "cuda/launch.cuh"
-#include "cuda/named_classes.cuh"
+#include "cuda/topk.cuh"
 #include "cuda/row_reader.cuh"
 #include "losses/find_kernels.h"
 
@@ -16,24 +16,24 @@ __device__ __forceinline__ void set(Pack<T>& pack, int k, real v) {
   pack.set(k, narrowed);
 }
 
-// dL/dx and dL/dt of columns [begin, end) of a row, in packs that are aligned where they are
-// written; a pack at the edge shares its 16 bytes with the neighbouring stretch.
+// Write dL/dx and dL/dt of columns [begin, end) of a row.  Packs are aligned where they are
+// written.  A pack at the edge shares its 16 bytes with the neighbouring stretch.
 template <class P, class T, bool kCapped>
 __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCapped>& reader,
-                                                      int64_t r, Row<typename P::real> row,
-                                                      int begin, int end, int thread, int threads) {
+                                                      int64_t r, typename P::Record row, int begin,
+                                                      int end, int thread, int threads) {
   using real = typename P::real;
   using Reader = RowReader<P, T, kCapped>;
   constexpr int kSize = Reader::kSize, kPacks = Reader::kPacks;
   const RowArgs& a = reader.a;
   const real scale = reader.scale;
-  const Outputs<real> g = RowOf<P>{a, r}.upstream();
+  const Outputs<real> g = RowIO<P>{a, r}.upstream();
   const bool zero = g.value == real(0) && g.entropy == real(0);
   const Outputs<real> gx{g.value * scale, g.entropy * scale};
   const bool need_x = a.dx.data, need_t = Reader::kTeacher && a.dt.data;
   const Stretch<T> dx{need_x ? Reader::row_of(a.dx, r) : nullptr, begin, end};
   const Stretch<T> dt{need_t ? Reader::row_of(a.dt, r) : nullptr, begin, end};
-  const int label = P::kLabel ? int(a.label[r]) : -1;
+  const int label = P::kReadsLabel ? int(a.labels[r]) : -1;
   const Stretch<T> aligned{need_x ? dx.row : dt.row, begin, end};
   const int first = begin - aligned.misalignment(begin);
   const int step = threads * kSize;
@@ -56,17 +56,18 @@ __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCap
       if constexpr (Reader::kTeacher)
         Reader::for_columns([&](int c, int u, int k) {
           set(out[u], k,
-              grad_of_target<Pair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, g.value,
-                                         scale));
+              grad_of_target<StablePair<real>>(reader.loss, tile.x[c], t(c), weight(c), row,
+                                               g.value, scale));
         });
       store(dt);
     }
     if (need_x) {
       real d[kColumns<P>];
       Reader::for_columns([&](int c, int, int) {
-        d[c] = grad_of_input<Pair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, gx, scale);
+        d[c] = grad_of_input<StablePair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, gx,
+                                               scale);
       });
-      if constexpr (P::kLabel) {
+      if constexpr (P::kReadsLabel) {
         FD_UNROLL
         for (int u = 0; u < kPacks; ++u) {
           const unsigned at = unsigned(label - (i + u * step));
@@ -87,24 +88,25 @@ __device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCap
 
 template <class P, class T, bool kCapped>
 __device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& reader, int64_t r,
-                                                const Row<typename P::real>& row, int begin,
-                                                int end, int thread, int threads) {
+                                                const typename P::Record& row, int begin, int end,
+                                                int thread, int threads) {
   const auto dense = [&] { write_dense_gradients(reader, r, row, begin, end, thread, threads); };
   if constexpr (P::kTopK)
-    write_named_gradients(reader, r, row, RowOf<P>{reader.a, r}.upstream().value, begin, end,
-                          thread, threads, dense);
+    write_topk_gradients(reader, r, row, RowIO<P>{reader.a, r}.upstream().value, begin, end, thread,
+                         threads, dense);
   else
     dense();
 }
 
-// Blocks of 256 threads that share the 65536 registers of a multiprocessor: four leave each thread
-// 64, three 80, two 128, one 255.  Where fewer would spill, fewer threads with more in flight each
-// are the better bargain.
 template <class P>
 constexpr bool has_moment() {
   if constexpr (P::kDivergence) return P::kMoment != P::Moment::kNone;
   return true;
 }
+// How many blocks of 256 threads share the 65536 registers of a multiprocessor:
+//   blocks      4    3    2    1
+//   registers  64   80  128  255   per thread
+// Kernels that would spill get fewer blocks: fewer threads with more loads in flight each.
 template <class P, bool kCapped, bool kGradient>
 constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1
                         : kCapped || P::kStats || P::kTilted ? 2
@@ -113,15 +115,15 @@ constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1
                         : P::kDivergence || P::kWeights      ? 3
                                                              : 4;
 
-// The terms of a divergence: the second sweep, over what the cache has of the row, or memory.
+// The second pass: sum the terms of a divergence, from the cache where it has the row.
 template <class Reader, class L, class real>
 __device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& team, const L& loss,
-                                                    const Row<real>& row) {
+                                                    const PairRecord<real>& row) {
   TermSums<real> sum;
-  reader.template sweep<false>(team, [&](const auto& tile, int, int) {
+  reader.template pass<false>(team, [&](const auto& tile, int, int) {
     reader.for_columns([&](int c, int, int) {
       const auto pair =
-          Pair<real>::template of<Reader::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
+          StablePair<real>::template of<Reader::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
       const Terms<real> term = loss.terms(pair);
       sum.add({term.f, term.u, term.v, pair.q, pair.p});
     });
@@ -130,7 +132,7 @@ __device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& 
 }
 
 template <class P, class T, bool kCapped, bool kGradient>
-__global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
+__global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, kGradient>)
     forward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
   using real = typename P::real;
   FD_DYNAMIC_SHARED(cache);
@@ -140,32 +142,32 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
   if (r >= a.rows) return;
   Team team{warps ? kWarp : shape.threads, shape.blocks,
             warps ? int(threadIdx.x) % kWarp : int(threadIdx.x), int(blockIdx.x % shape.blocks)};
-  const RowOf<P> self{a, r};
+  const RowIO<P> self{a, r};
   const int classes = int(a.classes), begin = team.block * shape.slice;
   const int end = begin + shape.slice < classes ? begin + shape.slice : classes;
   const RowReader<P, T, kCapped> reader(a, r, begin, end, cache, shape.cached);
-  typename RowOf<P>::Result result{};
+  typename RowIO<P>::Result result{};
 
   if (self.weight() != real(0) || P::kStats) {
     RowState<P> state;
     ArgMax<real> largest;
-    reader.template sweep<true>(team, [&](const auto& tile, int i, int step) {
+    reader.template pass<true>(team, [&](const auto& tile, int i, int step) {
       real tilted[kColumns<P>];
       state.push(reader.loss, {tile.x, tile.t, tile.weights, kColumns<P>, tilted}, reader.scale);
       if constexpr (P::kStats)
         reader.for_columns([&](int c, int u, int k) { largest.push(tile.x[c], i + u * step + k); });
     });
-    // The row is near now, and nothing is written over it before all have met.
-    const real x_label = self.label_is_read() ? reader.logit(a.label[r]) : real(0);
+    // The row is in a cache now.  Nothing overwrites it before all threads have passed team.all.
+    const real x_label = self.reads_label() ? reader.logit(a.labels[r]) : real(0);
     state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
-    const auto second_sweep = [&](const auto& loss, const Row<real>& row) {
+    const auto second_pass = [&](const auto& loss, const auto& row) {
       return sum_terms(reader, team, loss, row);
     };
     if constexpr (P::kTopK)
       result = self.finish(reader.loss, state, x_label, reader.scale,
-                           NamedClasses<RowReader<P, T, kCapped>>{{reader, r}, team});
+                           TopKClasses<RowReader<P, T, kCapped>>{{reader, r}, team});
     else
-      result = self.finish(reader.loss, state, x_label, reader.scale, second_sweep);
+      result = self.finish(reader.loss, state, x_label, reader.scale, second_pass);
     if constexpr (P::kStats) {
       largest = team.all(largest, MergeArgMax<real>());
       if (team.leads()) self.store_stats(result, state, reader.scale, largest.column);
@@ -180,13 +182,13 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, kGradient>)
 }
 
 template <class P, class T, bool kCapped>
-__global__ void __launch_bounds__(256, kBlocks<P, kCapped, false>)
+__global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, false>)
     backward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ BackwardShape shape) {
   const bool warps = shape.rows > 1;
   const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + int(threadIdx.x) / kWarp
                           : blockIdx.x / shape.pieces;
   if (r >= a.rows) return;
-  // Pieces begin where the gradient is aligned.
+  // Each piece begins where the gradient is aligned.
   const int classes = int(a.classes);
   using Reader = RowReader<P, T, kCapped>;
   T* const gradient = a.dx.data ? Reader::row_of(a.dx, r) : Reader::row_of(a.dt, r);
@@ -195,14 +197,14 @@ __global__ void __launch_bounds__(256, kBlocks<P, kCapped, false>)
   const int begin = piece > 0 ? piece : 0;
   const int end = warps || piece + shape.piece > classes ? classes : piece + shape.piece;
   const Reader reader(a, r, begin, end, nullptr, 0);
-  write_gradients(reader, r, RowOf<P>{a, r}.record(), begin, end,
+  write_gradients(reader, r, RowIO<P>{a, r}.record(), begin, end,
                   warps ? int(threadIdx.x) % kWarp : int(threadIdx.x),
                   warps ? kWarp : shape.threads);
 }
 
-// From a record that is given: of a shard, that of the whole row.
+// Sum the terms with a given record.  For a shard of a row it is the record of the whole row.
 template <class P, class T>
-__global__ void __launch_bounds__(256, kBlocks<P, false, false>)
+__global__ void __launch_bounds__(kBlock, kBlocks<P, false, false>)
     terms_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
   using real = typename P::real;
   const int warp = int(threadIdx.x) / kWarp;
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(256, kBlocks<P, false, false>)
   if (r >= a.rows) return;
   Team team{warps ? kWarp : shape.threads, shape.blocks,
             warps ? int(threadIdx.x) % kWarp : int(threadIdx.x), int(blockIdx.x % shape.blocks)};
-  const RowOf<P> self{a, r};
+  const RowIO<P> self{a, r};
   const int classes = int(a.classes), begin = team.block * shape.slice;
   const int end = begin + shape.slice < classes ? begin + shape.slice : classes;
   const RowReader<P, T, false> reader(a, r, begin, end, nullptr, 0);
@@ -223,17 +225,29 @@ __global__ void __launch_bounds__(256, kBlocks<P, false, false>)
 
 // --- launches ---------------------------------------------------------------------------------
 
+// Bytes of shared memory in which a team exchanges what Team::all merges in forward_rows.
+template <class P>
+constexpr int64_t exchanged_bytes() {
+  using real = typename P::real;
+  int64_t bytes = sizeof(RowState<P>);
+  if (P::kStats) bytes += sizeof(ArgMax<real>);
+  if (P::kDivergence) bytes += sizeof(TermSums<real>);
+  if (P::kTopK) bytes += sizeof(real) + sizeof(TopKSums<real>) + sizeof(FiniteSum);
+  return 2 * (kMaxWarps + 1) * bytes;
+}
+
 template <class P, class T, bool kGradient>
 Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
+  static_assert(exchanged_bytes<P>() <= kStaticShared, "kStaticShared is too small");
   constexpr int kRows = P::kTarget == Target::kNone ? 1 : 2;
-  constexpr int kKept = kGradient || P::kDivergence ? kRows : 0;
-  // A second sweep that is rare, near zero, must not cost the occupancy of the first.
-  const int64_t most = gpu.shared_memory - kStaticShared;
-  const int64_t room = kGradient || !has_moment<P>() ? most : most / 3;
+  constexpr int kCachedRows = kGradient || P::kDivergence ? kRows : 0;
+  // A second pass that is rare (only near zero) must not reduce the occupancy of the first.
+  const int64_t max_shared = gpu.shared_memory - kStaticShared;
+  const int64_t cache_bytes = kGradient || !has_moment<P>() ? max_shared : max_shared / 3;
   const ForwardShape shape =
-      forward_shape(gpu, sizeof(T), kColumns<P>, kKept, room, int(a.classes));
+      forward_shape(gpu, sizeof(T), kColumns<P>, kCachedRows, cache_bytes, int(a.classes));
   const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.blocks, shape.threads,
-                  shape.blocks, shape.cached * kKept * int64_t(sizeof(T)), most};
+                  shape.blocks, shape.cached * kCachedRows * int64_t(sizeof(T)), max_shared};
   if constexpr (P::kSoftcap)
     if (a.softcap != 0) return launch(forward_rows<P, T, true, kGradient>, grid, stream, a, shape);
   return launch(forward_rows<P, T, false, kGradient>, grid, stream, a, shape);

@@ -1,15 +1,15 @@
-// The threads that share a row, and how what each has seen becomes what all know.
+// The threads that share a row, and how their results are merged.
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/shapes.h"
 #include "losses/divergence.h"
 
 namespace fastdiv {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32, kMaxWarps = 32;
 
-// v[k] of every `width` lanes together, all of them to the same bits.
+// Combine v[k] of every `width` lanes.  All lanes get the same bits.
 template <int n, class real, class Op>
 __device__ __forceinline__ void reduce_lanes(real* v, int width, Op op) {
 #pragma unroll 1
@@ -55,7 +55,7 @@ struct MergeTerms {
   }
 };
 
-// The first column that holds the maximum, or NaN.
+// The first column that holds the maximum or NaN.
 template <class real>
 struct ArgMax {
   real max = -Limits<real>::infinity;
@@ -77,7 +77,7 @@ struct MergeArgMax {
   }
 };
 
-// Before a thread overwrites what another one of its row reads or writes.
+// Wait for the threads of a row, before one overwrites what another reads or writes.
 __device__ __forceinline__ void sync_threads(int threads) {
   if (threads == kWarp)
     __syncwarp();
@@ -87,19 +87,19 @@ __device__ __forceinline__ void sync_threads(int threads) {
 
 // A warp, a block of 2^n warps, or a cluster of 2^n such blocks.
 struct Team {
-  int threads, blocks;  // of a block, of a cluster
-  int thread, block;    // which of them this is
-  int slot = 0;         // alternates, so that one barrier an exchange is enough
+  int threads, blocks;  // per block, per cluster
+  int thread, block;    // the index of this one
+  int slot = 0;         // alternates, so that one barrier per exchange is enough
 
   __device__ __forceinline__ bool leads() const { return thread == 0 && block == 0; }
 
-  // What all threads of the team hold together, and every one of them the same bits.
+  // Merge the values of all threads of the team.  Every thread gets the same bits.
   template <class V, class Merge>
   __device__ __forceinline__ V all(V v, Merge merge) {
     FD_SHARED(V, of_warp, 2 * kMaxWarps);
     FD_SHARED(V, of_block, 2);
     const int lane = thread % kWarp, warps = threads / kWarp;
-    // One loop, for the merge is much code: lanes, then warps, then blocks.
+    // One loop for lanes, then warps, then blocks, because the merge is much code.
     for (int width = kWarp, level = 0;; ++level) {
       merge(v, width);
       if (level == (blocks > 1 ? 2 : warps > 1 ? 1 : 0)) break;
@@ -119,7 +119,7 @@ struct Team {
     return v;
   }
 
-  // No block leaves while another one may read its shared memory.
+  // Wait until no other block reads this block's shared memory.
   __device__ __forceinline__ void leave() const {
     if (blocks > 1) cluster_leave();
   }

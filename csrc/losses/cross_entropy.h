@@ -1,30 +1,31 @@
-// Cross entropy, sum_c r_c (lse - x_c) + z omega lse^2, for targets r that are a label, a label
-// smoothed over the classes, or a distribution p: r_c = weight_c * (label * p_c + spread).
+// Cross entropy, sum_c r_c (lse - x_c) + z omega lse^2.  The target r is a label, a label smoothed
+// over the classes, or a distribution p: r_c = weight_c (confidence p_c + smoothing_per_class).
 #pragma once
 
 #include "losses/loss.h"
 
 namespace fastdiv {
 
-// Row: a = factor of q in the gradient, sum r + 2 z omega lse;  b = what the label takes off.
 template <class real, Target target, bool smoothed>
 struct CrossEntropyOf : Loss<real, target> {
-  static constexpr bool kLabel = target == Target::kNone;
+  using Record = CrossEntropyRecord<real>;
+  static constexpr bool kReadsLabel = target == Target::kNone;
   static constexpr bool kWeights = smoothed;
   static constexpr bool kSoftcap = true;
   static constexpr int kSums = smoothed ? 2 : 0;
 
-  real label, spread, z_loss;
+  real confidence, smoothing_per_class, z_loss;
   FD_FN explicit CrossEntropyOf(const LossParams& p)
       : Loss<real, target>(p),
-        label(real(p.label)),
-        spread(real(p.spread)),
+        confidence(real(p.confidence)),
+        smoothing_per_class(real(p.smoothing_per_class)),
         z_loss(real(p.z_loss)) {}
 
-  // r_c, but for the label: the skeleton adds that at its column.
+  // Return r_c without the part of the label, which the kernels add at its column.
   FD_FN real rate(real p, real weight) const {
     if constexpr (!smoothed) return real(0);
-    return kLabel ? weight * spread : weight * (label * p + spread);
+    return kReadsLabel ? weight * smoothing_per_class
+                       : weight * (confidence * p + smoothing_per_class);
   }
 
   // a = sum r (x - max), b = sum r
@@ -37,24 +38,25 @@ struct CrossEntropyOf : Loss<real, target> {
     if constexpr (smoothed) s.a += mass_times(s.b, dx.delta);
   }
 
-  FD_FN Outputs<real> finish(const LogSumExp<real>&, const Sums<real>& s, Label<real> y, real scale,
-                             Row<real>& row) const {
-    row.b = kLabel ? label * y.weight : real(0);
-    const real mass = s.b + row.b, taken = s.a + mass_times(row.b, y.lx);
+  FD_FN Outputs<real> finish(const LogSumExp<real>&, const Sums<real>& s, TargetLogit<real> label,
+                             real scale, Record& row) const {
+    row.label_mass = kReadsLabel ? confidence * label.weight : real(0);
+    const real mass = s.b + row.label_mass, taken = s.a + mass_times(row.label_mass, label.lx);
     const real lse = row.x_logz + row.x_max * scale;
-    const real omega = kLabel ? y.weight : real(1);
-    row.a = mass + real(2) * mass_times(z_loss * omega, lse);
+    const real omega = kReadsLabel ? label.weight : real(1);
+    row.q_factor = mass + real(2) * mass_times(z_loss * omega, lse);
     return {mass_times(mass, row.x_logz) - taken + mass_times(z_loss * omega, lse * lse), real(0)};
   }
 
-  FD_FN real grad_x(real, real q, real p, real weight, const Row<real>& row,
-                    Outputs<real> g) const {
-    return g.value * (row.a * q - rate(p, weight));
+  FD_FN real grad_x(real, real q, real p, real weight, const Record& row, Outputs<real> g) const {
+    return g.value * (row.q_factor * q - rate(p, weight));
   }
-  FD_FN real grad_label(const Row<real>& row, Outputs<real> g) const { return -g.value * row.b; }
-  // An infinite term is a constant: it gives its target no gradient.
+  FD_FN real grad_label(const Record& row, Outputs<real> g) const {
+    return -g.value * row.label_mass;
+  }
+  // An infinite term is a constant, so its target gets no gradient.
   FD_FN real grad_t(real lq, real weight, real g) const {
-    return is_infinite(lq) ? real(0) : -g * weight * label * lq;
+    return is_infinite(lq) ? real(0) : -g * weight * confidence * lq;
   }
 };
 

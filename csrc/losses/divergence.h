@@ -1,10 +1,10 @@
 // What the divergences share.  With q = softmax(x) and p from the target, all are D = sum f(q, p)
-// with f homogeneous of degree one.  f is used in the form f~ = f + shift * (q - p), which is zero
-// to second order at p = q: its terms are never negative and nothing cancels near zero.  By
+// with f homogeneous of degree one.  f is used in the form f~ = f + kappa (q - p), which is zero to
+// second order at p = q.  So its terms are never negative and nothing cancels near zero.  By
 // homogeneity f~ = u + v with u = q df~/dq and v = p df~/dp, and the gradients are
-//   dD/dx = u - q * sum u,   dD/dt = v - p * sum v,   dD/dlog p = v + shift * p.
-// (Those of order alpha have these terms only next to zero, and are functions of another sum
-// elsewhere: see alpha_div.h.)  Of a PlainPair the terms are the textbook's, and f~ = u + v.
+//   dD/dx = u - q sum u,   dD/dt = v - p sum v,   dD/dlog p = v + kappa p.
+// From a DirectPair u and v come by the textbook formulas, and f~ as their sum.
+// The divergences of order alpha use these terms only near zero: see alpha_div.h.
 #pragma once
 
 #include "losses/loss.h"
@@ -19,8 +19,9 @@ struct Terms {
   FD_FN void add(const Terms& o) { f += o.f, u += o.u, v += o.v; }
 };
 
-// What a second sweep adds up.  The probabilities too: as they come, from rounded logarithms, they
-// add up to 1 only nearly, which the gradients, differences of u and q * sum u, can do without.
+// Sums over a row in the second pass.  q and p are summed too: computed from rounded logs, they add
+// up to 1 only within 3e-7.  The gradient u - q sum u would carry that error, so sum u is divided
+// by the actual sum of q, and sum v by that of p.
 template <class real>
 struct TermSums {
   real f = 0, u = 0, v = 0, q = 0, p = 0;
@@ -28,23 +29,25 @@ struct TermSums {
   FD_FN void add(const TermSums& o) { f += o.f, u += o.u, v += o.v, q += o.q, p += o.p; }
 };
 
-// Row: a = sum u, b = sum v; c = 1 where the rows are apart, so that a PlainPair will do.
 template <class Real, Target target>
 struct Divergence : Loss<Real, target> {
   using real = Real;
+  using Record = DivergenceRecord<real>;
   using Loss<Real, target>::Loss;
 
-  static constexpr bool kDivergence = true, kPlain = true;
+  static constexpr bool kDivergence = true, kDirectTerms = true;
   static constexpr int kSums = 1;
-  // The first sweep's moment that is the divergence itself: no second sweep where it is sound.
+  // The moment of the first pass that gives the divergence.  Where it is sound, there is no second
+  // pass.
   enum class Moment { kNone, kForward, kReverse, kTilted };
   static constexpr Moment kMoment = Moment::kNone;
 
-  FD_FN real shift() const { return real(0); }
-  // About how much the loss is of KL(p || q): little where a mixture is nearly one of the two rows.
-  FD_FN real part() const { return real(1); }
+  FD_FN real kappa() const { return real(0); }
+  // Return about which fraction of KL(p || q) the loss is.  It is small where the mixture is almost
+  // one of the two rows.
+  FD_FN real kl_fraction() const { return real(1); }
 
-  // a = sum p~ log(p~/q~), unnormalised, which tells how far the rows are apart.
+  // a = sum p~ log(p~/q~), unnormalised.  It tells whether the rows are well separated.
   FD_FN Sums<real> partial(const Column<real>& c) const {
     return {mass_times(c.et, c.ratio), real(0)};
   }

@@ -1,4 +1,4 @@
-// The divergences, each as its terms f~, u and v (see divergence.h).
+// The divergences, each by its terms f~, u and v (see divergence.h).
 #pragma once
 
 #include "losses/divergence.h"
@@ -13,18 +13,18 @@ struct KlDiv : Divergence<real, target> {
   static constexpr auto kMoment = Base::Moment::kForward;
   static constexpr bool kExactRatio = true;
 
-  FD_FN real shift() const { return real(1); }
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
-    return {c.top * (c.student_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
-            is_infinite(c.y) ? -c.p : -c.p * c.y};
+  FD_FN real kappa() const { return real(1); }
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
+    return {c.larger * (c.q_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
+            is_infinite(c.log_ratio) ? -c.p : -c.p * c.log_ratio};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
-    const real u = c.q - c.p, v = mass_times(c.p, -c.y);
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
+    const real u = c.q - c.p, v = mass_times(c.p, -c.log_ratio);
     return {u + v, u, v};
   }
 };
 
-// KL(q || p): the same with the rows exchanged; so is the sum b.
+// KL(q || p): KL with the rows exchanged.  The sum b is a with the rows exchanged.
 template <class real, Target target>
 struct ReverseKlDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
@@ -33,7 +33,7 @@ struct ReverseKlDiv : Divergence<real, target> {
   static constexpr auto kMoment = Base::Moment::kReverse;
   static constexpr bool kExactRatio = true;
 
-  FD_FN real shift() const { return real(-1); }
+  FD_FN real kappa() const { return real(-1); }
   FD_FN Sums<real> partial(const Column<real>& c) const {
     return {mass_times(c.et, c.ratio), mass_times(c.ex, -c.ratio)};
   }
@@ -41,36 +41,37 @@ struct ReverseKlDiv : Divergence<real, target> {
     Base::rebase(s, dx, dt);
     s.b = mass_times(dx.ratio, s.b + mass_times(dx.old_sum, dx.delta - dt.delta));
   }
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
-    return {c.top * (c.student_larger() ? c.gap.chi : c.gap.phi),
-            is_infinite(c.y) ? -c.q : c.q * c.y, -c.q_minus_p()};
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
+    return {c.larger * (c.q_larger() ? c.gap.chi : c.gap.phi),
+            is_infinite(c.log_ratio) ? -c.q : c.q * c.log_ratio, -c.q_minus_p()};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
-    const real u = mass_times(c.q, c.y), v = c.p - c.q;
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
+    const real u = mass_times(c.q, c.log_ratio), v = c.p - c.q;
     return {u + v, u, v};
   }
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
-// With w the share in m of the smaller of p and q, m = top * (1 + w (e^z - 1)).
+// Let w be the weight in m of the smaller of p and q.  Then m = larger * (1 + w (e^z - 1)).
 template <class real, Target target>
 struct JsDiv : Divergence<real, target> {
   real beta, rest;
   FD_FN explicit JsDiv(const LossParams& p)
-      : Divergence<real, target>(p), beta(real(p.shape)), rest(real(1 - p.shape)) {}
+      : Divergence<real, target>(p), beta(real(p.param)), rest(real(1 - p.param)) {}
 
-  FD_FN real part() const { return beta < rest ? beta : rest; }
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
-    const bool student = c.student_larger();
-    const real w = student ? beta : rest;
-    // log(m / top)
-    const Log1p<real> log_m = log1p_gap(w * c.gap.em1, (student ? rest : beta) + w * c.gap.e);
-    const real larger = -log_m.value,
-               smaller = c.gap.z - log_m.value;  // log(top / m), log(min / m)
-    return {c.top * (w * c.gap.phi - log_m.psi), rest * c.q * (student ? larger : smaller),
-            beta * c.p * (student ? smaller : larger)};
+  FD_FN real kl_fraction() const { return beta < rest ? beta : rest; }
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
+    const bool q_larger = c.q_larger();
+    const real w = q_larger ? beta : rest;
+    // log(m / larger)
+    const Log1p<real> log_m = log1p_gap(w * c.gap.em1, (q_larger ? rest : beta) + w * c.gap.e);
+    // log(larger / m) and log(smaller / m)
+    const real log_larger = -log_m.value, log_smaller = c.gap.z - log_m.value;
+    return {c.larger * (w * c.gap.phi - log_m.psi),
+            rest * c.q * (q_larger ? log_larger : log_smaller),
+            beta * c.p * (q_larger ? log_smaller : log_larger)};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const real log_m = log_positive(beta * c.p + rest * c.q);
     const real u = rest * mass_times(c.q, c.lq - log_m);
     const real v = beta * mass_times(c.p, c.lp - log_m);
@@ -78,39 +79,39 @@ struct JsDiv : Divergence<real, target> {
   }
 };
 
-// KL(p || m), m = skew p + (1 - skew) q; reversed, with the rows exchanged.
-// With r = p/m - 1, f~ = m ((1 + r) log(1 + r) - r): a function of r where p is the smaller, of
-// m/p - 1 where it is the larger, so that the argument is in [-1, 0].
+// KL(p || m), m = skew p + (1 - skew) q; reversed, p and q are exchanged.
+// With r = p/m - 1, f~ = m ((1 + r) log(1 + r) - r).  It is computed from r if p is the smaller,
+// else from m/p - 1, so that the argument is in [-1, 0].
 template <class real, Target target>
 struct SkewKlDiv : Divergence<real, target> {
   real skew, rest;
-  real sign;  // -1: reversed.  (As a bool it would keep GCC from vectorising the loops.)
+  real sign;  // -1: reversed.  With a bool GCC does not vectorise the loops.
   FD_FN explicit SkewKlDiv(const LossParams& p)
       : Divergence<real, target>(p),
-        skew(real(p.shape)),
-        rest(real(1 - p.shape)),
+        skew(real(p.param)),
+        rest(real(1 - p.param)),
         sign(p.loss == LossId::k_reverse_skew_kl_div ? real(-1) : real(1)) {}
 
-  FD_FN real shift() const { return sign * rest; }
-  FD_FN real part() const { return rest; }
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
-    const bool p_smaller = sign * c.y > real(0);
+  FD_FN real kappa() const { return sign * rest; }
+  FD_FN real kl_fraction() const { return rest; }
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
+    const bool p_smaller = sign * c.log_ratio > real(0);
     const bool reversed = sign < real(0);
     const real p = reversed ? c.q : c.p;
-    const real apart = rest * c.gap.em1;                                       // -|p - m| / top
-    const real m = p_smaller ? rest + skew * c.gap.e : skew + rest * c.gap.e;  // m / top
-    // Only with a skew of 1 can m be without mass, where there is nothing to add.
+    const real offset = rest * c.gap.em1;                                      // -|p - m| / larger
+    const real m = p_smaller ? rest + skew * c.gap.e : skew + rest * c.gap.e;  // m / larger
+    // m can be 0 only with a skew of 1, where the class adds nothing.
     const real inverse = m > real(0) ? real(1) / m : real(0);
-    // Of p/m, or of m/p.
+    // log(p / m) if p is the smaller, else log(m / p).
     const Log1p<real> log =
-        log1p_gap(p_smaller ? apart * inverse : apart, p_smaller ? c.gap.e * inverse : m);
-    const real r = p_smaller ? apart * inverse : -apart * inverse;
-    const real f = p_smaller ? m * log.psi : apart * log.value - log.psi;
-    const real u = rest * c.top * (p_smaller ? real(1) : c.gap.e) * -r;
+        log1p_gap(p_smaller ? offset * inverse : offset, p_smaller ? c.gap.e * inverse : m);
+    const real r = p_smaller ? offset * inverse : -offset * inverse;
+    const real f = p_smaller ? m * log.psi : offset * log.value - log.psi;
+    const real u = rest * c.larger * (p_smaller ? real(1) : c.gap.e) * -r;
     const real v = mass_times(p, (p_smaller ? log.value : -log.value) - skew * r);
-    return {c.top * f, reversed ? v : u, reversed ? u : v};
+    return {c.larger * f, reversed ? v : u, reversed ? u : v};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const bool reversed = sign < real(0);
     const real p = reversed ? c.q : c.p, q = reversed ? c.p : c.q, lp = reversed ? c.lq : c.lp;
     const real m = skew * p + rest * q;
@@ -126,12 +127,13 @@ template <class real, Target target>
 struct TvDistance : Divergence<real, target> {
   using Divergence<real, target>::Divergence;
 
-  FD_FN Terms<real> terms(const Pair<real>& c) const {
+  FD_FN Terms<real> terms(const StablePair<real>& c) const {
     const real half = real(0.5);
-    const real slope = c.y > real(0) ? half : (c.y < real(0) ? -half : c.y);  // NaN stays
-    return {-half * c.top * c.gap.em1, slope * c.q, -slope * c.p};
+    const real slope =
+        c.log_ratio > real(0) ? half : (c.log_ratio < real(0) ? -half : c.log_ratio);  // NaN stays
+    return {-half * c.larger * c.gap.em1, slope * c.q, -slope * c.p};
   }
-  FD_FN Terms<real> terms(const PlainPair<real>& c) const {
+  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
     const real half = real(0.5), slope = c.q > c.p ? half : (c.q < c.p ? -half : real(0));
     return {slope * (c.q - c.p), slope * c.q, -slope * c.p};
   }

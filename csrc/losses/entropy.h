@@ -1,11 +1,11 @@
-// Entropy of softmax(x), alone, beside the log-probability of a label, or as a statistic.
+// Entropy of softmax(x): alone, with the log-probability of a label, or as a statistic.
 #pragma once
 
 #include "losses/loss.h"
 
 namespace fastdiv {
 
-// sum e^lx lx: the entropy is log(sum e^lx) less its mean.
+// The moment is sum e^lx lx.  The entropy is log(sum e^lx) minus moment / sum e^lx.
 template <class real>
 FD_FN real entropy_moment(const Column<real>& c) {
   return mass_times(c.ex, c.lx);
@@ -14,47 +14,49 @@ template <class real>
 FD_FN real entropy_of(const LogSumExp<real>& x, real moment, const Row<real>& row) {
   return row.x_logz - moment / x.sum;
 }
-// dH/dx, entropy in row.a
+// dH/dx.
 template <class real>
-FD_FN real entropy_slope(real lq, real q, const Row<real>& row) {
-  return -mass_times(q, lq + row.a);
+FD_FN real entropy_slope(real lq, real q, const EntropyRecord<real>& row) {
+  return -mass_times(q, lq + row.entropy);
 }
 
-// H(q) = -sum q log q.  Row: a = H.
+// H(q) = -sum q log q.
 template <class real>
 struct Entropy : Loss<real> {
+  using Record = EntropyRecord<real>;
   static constexpr int kSums = 1;
   using Loss<real>::Loss;
 
   FD_FN Sums<real> partial(const Column<real>& c) const { return {entropy_moment(c)}; }
   FD_FN void rebase(Sums<real>& s, Shift<real> dx, Shift<real>) const { s.a = dx.of_moment(s.a); }
-  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, Label<real>, real,
-                             Row<real>& row) const {
-    row.a = entropy_of(x, s.a, row);
-    return {row.a, row.a};
+  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, TargetLogit<real>, real,
+                             Record& row) const {
+    row.entropy = entropy_of(x, s.a, row);
+    return {row.entropy, row.entropy};
   }
-  FD_FN real grad_x(real lq, real q, real, real, const Row<real>& row, Outputs<real> g) const {
+  FD_FN real grad_x(real lq, real q, real, real, const Record& row, Outputs<real> g) const {
     return g.value * entropy_slope(lq, q, row);
   }
 };
 
-// log q_y and H(q).  Row: a = H.
+// log q_y and H(q).
 template <class real>
 struct LogProbAndEntropy : Entropy<real> {
-  static constexpr bool kLabel = true, kTwoOutputs = true;
+  using typename Entropy<real>::Record;
+  static constexpr bool kReadsLabel = true, kTwoOutputs = true;
   using Entropy<real>::Entropy;
 
-  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, Label<real> y,
-                             real scale, Row<real>& row) const {
-    return {y.lx - row.x_logz, Entropy<real>::finish(x, s, y, scale, row).entropy};
+  FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, TargetLogit<real> label,
+                             real scale, Record& row) const {
+    return {label.lx - row.x_logz, Entropy<real>::finish(x, s, label, scale, row).entropy};
   }
-  FD_FN real grad_x(real lq, real q, real, real, const Row<real>& row, Outputs<real> g) const {
+  FD_FN real grad_x(real lq, real q, real, real, const Record& row, Outputs<real> g) const {
     return g.entropy * entropy_slope(lq, q, row) - g.value * q;
   }
-  FD_FN real grad_label(const Row<real>&, Outputs<real> g) const { return g.value; }
+  FD_FN real grad_label(const Record&, Outputs<real> g) const { return g.value; }
 };
 
-// A cross entropy that keeps the entropy of its rows, and sum p (x - max) of a soft target.
+// A cross entropy with statistics: c = entropy_moment, d = sum p (x - max) of a soft target.
 template <class P>
 struct WithStats : P {
   using typename P::real;

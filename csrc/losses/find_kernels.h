@@ -1,4 +1,4 @@
-// From the registry's names to the kernels of their policies.
+// Finds the kernels of a loss of the registry.
 #pragma once
 
 #include "losses/alpha_div.h"
@@ -9,7 +9,7 @@
 
 namespace fastdiv {
 
-// Kernels::of<policy>() of a loss in `real`; null where the loss does not take such a target.
+// Return Kernels::of<policy>() for a loss in `real`, or null if it does not take such a target.
 template <class real, class Kernels>
 auto find_kernels(LossId loss, Target target) -> decltype(Kernels::template of<Entropy<real>>()) {
   switch (loss) {

@@ -1,39 +1,38 @@
-// The gradients of one class, from its logit, target and class weight and what the forward left of
-// its row.
+// The gradients of one class, from its logit, target and class weight and the record of its row.
 #pragma once
 
 #include "losses/divergence.h"
 
 namespace fastdiv {
 
-// dL/dx, but for the label, which adds P::grad_label at its class.  g comes times the scale.
-// PairOf: a PlainPair where the row says that it will do.
+// Return dL/dx without P::grad_label, which the kernels add at the label.  g is the upstream
+// gradient times the scale.  PairOf is DirectPair where the record says so, else StablePair.
 template <class PairOf, class P, class real>
-FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const Row<real>& row,
+FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const typename P::Record& row,
                          Outputs<real> g, real scale) {
   if constexpr (P::kTilted) {
     return g.value * loss.grad_x(log_pair<P::kTarget>(x, t, scale, row), row);
   } else if constexpr (P::kDivergence) {
     const PairOf pair = PairOf::template of<P::kTarget>(x, t, scale, row);
-    return g.value * (loss.terms(pair).u - pair.q * row.a);
+    return g.value * (loss.terms(pair).u - pair.q * row.sum_u);
   } else {
     const real lq = (x - row.x_max) * scale - row.x_logz;
     return loss.grad_x(lq, exp_neg(lq), t, weight, row, g);
   }
 }
 
-// dL/dt.  g comes as it is: the scale is of the target's only where that is logits.
+// Return dL/dt.  g is the upstream gradient; only a target of logits has a scale.
 template <class PairOf, class P, class real>
-FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const Row<real>& row, real g,
-                          real scale) {
+FD_FN real grad_of_target(const P& loss, real x, real t, real weight, const typename P::Record& row,
+                          real g, real scale) {
   if constexpr (P::kTilted) {
     return g * loss.grad_t(log_pair<P::kTarget>(x, t, scale, row), t, scale, row);
   } else if constexpr (P::kDivergence) {
     const PairOf pair = PairOf::template of<P::kTarget>(x, t, scale, row);
-    const real v = loss.terms(pair).v, shift = loss.shift();
-    if constexpr (P::kTarget == Target::kLogits) return g * scale * (v - pair.p * row.b);
-    if constexpr (P::kTarget == Target::kLogProbs) return g * (v + shift * pair.p);
-    return t == real(0) ? real(0) : g * (v / t + shift);
+    const real v = loss.terms(pair).v, kappa = loss.kappa();
+    if constexpr (P::kTarget == Target::kLogits) return g * scale * (v - pair.p * row.sum_v);
+    if constexpr (P::kTarget == Target::kLogProbs) return g * (v + kappa * pair.p);
+    return t == real(0) ? real(0) : g * (v / t + kappa);
   } else {
     return loss.grad_t((x - row.x_max) * scale - row.x_logz, weight, g);
   }

@@ -1,48 +1,48 @@
-// What every loss is made of: its numbers, and the defaults a policy starts from.
+// What every loss has: its options, and the defaults of a policy.
 #pragma once
 
-#include "common/registry.h"
-#include "common/row_state.h"
+#include "losses/record.h"
+#include "losses/registry.h"
 
 namespace fastdiv {
 
-// The options of a loss that are numbers; a policy keeps those it has a use for.
+// The options of a loss that are numbers.  A policy keeps those that it uses.
 struct LossParams {
   LossId loss;
-  double shape;   // beta, skew or alpha of a divergence
-  double label;   // hard target: what the label weighs; soft target: factor of its probabilities
-  double spread;  // what label smoothing gives to every class
-  double z_loss;  // factor of lse^2
-  Target target;  // what the target is, where a policy takes several kinds
+  double param;                // beta, skew or alpha of a divergence
+  double confidence;           // weight of the label, or factor of soft target probabilities
+  double smoothing_per_class;  // what label smoothing gives each class
+  double z_loss;               // factor of lse^2
+  Target target;               // for policies that take several kinds
 };
 
-// Of the target class of a row: its shifted scaled logit and its class weight.
+// The label of a row: its scaled logit minus the maximum, and its class weight.
 template <class real>
-struct Label {
+struct TargetLogit {
   real lx, weight;
 };
 
 template <class real>
 struct Outputs {
-  real value, entropy;  // where a loss has two outputs, `entropy` is the second, whatever it holds
+  real value, entropy;  // `entropy` is the second output of a loss that has two
 };
 
-// A loss of one row of logits, with a label or a soft target: cross entropy, entropy.
+// The base of all policies, with the defaults for a loss of one row of logits.
 template <class Real, Target target = Target::kNone>
 struct Loss {
   using real = Real;
   static constexpr Target kTarget = target;
-  static constexpr bool kDivergence = false;
-  static constexpr bool kTopK = false;        // reads k classes of a teacher, by their indices
-  static constexpr bool kLabel = false;       // reads the class index
-  static constexpr bool kWeights = false;     // reads a weight for every class
-  static constexpr bool kTwoOutputs = false;  // a second one, with its own upstream gradient
-  static constexpr bool kStats = false;
-  static constexpr bool kSoftcap = false;     // takes softcapped logits
-  static constexpr bool kTilted = false;      // keeps a log-sum-exp of a mixture of both rows
-  static constexpr bool kPlain = false;       // has terms of a PlainPair
-  static constexpr bool kExactRatio = false;  // sums Column::ratio as its value
-  static constexpr int kSums = 0;             // how many of Sums it uses, the first ones
+  static constexpr bool kDivergence = false;   // compares the row with a target row
+  static constexpr bool kTopK = false;         // reads k classes of a teacher, by their indices
+  static constexpr bool kReadsLabel = false;   // reads a class index
+  static constexpr bool kWeights = false;      // reads a weight for every class
+  static constexpr bool kTwoOutputs = false;   // a second one, with its own upstream gradient
+  static constexpr bool kStats = false;        // also returns statistics of each row
+  static constexpr bool kSoftcap = false;      // takes softcapped logits
+  static constexpr bool kTilted = false;       // keeps a log-sum-exp of a mixture of both rows
+  static constexpr bool kDirectTerms = false;  // has terms from a DirectPair
+  static constexpr bool kExactRatio = false;   // its value is a sum of Column::ratio
+  static constexpr int kSums = 0;              // how many of Sums it uses, the first ones
 
   static constexpr bool takes(Target given) { return given == target; }
 
@@ -51,19 +51,19 @@ struct Loss {
   FD_FN void rebase(Sums<real>&, Shift<real>, Shift<real>) const {}
 };
 
-// Whether a second sweep can give the loss and its gradients, from terms of each class.
+// Whether a second pass gives the loss and its gradients, from terms of each class.
 template <class P>
 constexpr bool has_terms() {
   return P::kDivergence && !P::kTilted;
 }
 
-// What a loss wants to be given, for the torch side.
+// What the torch side has to know about a loss.
 struct LossTraits {
-  bool label, two_outputs, stats, softcap, topk;
+  bool reads_label, two_outputs, stats, softcap, topk;
 };
 template <class P>
 constexpr LossTraits traits_of() {
-  return {P::kLabel, P::kTwoOutputs, P::kStats, P::kSoftcap, P::kTopK};
+  return {P::kReadsLabel, P::kTwoOutputs, P::kStats, P::kSoftcap, P::kTopK};
 }
 
 }  // namespace fastdiv

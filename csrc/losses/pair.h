@@ -1,7 +1,7 @@
-// One class seen from both rows.
+// The probabilities of one class in both rows.
 #pragma once
 
-#include "common/row_state.h"
+#include "losses/record.h"
 
 namespace fastdiv {
 
@@ -9,62 +9,63 @@ template <class real>
 struct LogPair {
   real lx, lt;  // before normalisation
   real lq, lp;
-  real y;  // log q - log p; NaN of a class without mass on either side
+  real log_ratio;  // log q - log p; NaN if the class has no mass on either side
 };
 
 template <Target kTarget, class real>
-FD_FN LogPair<real> log_pair(real x, real t, real scale, const Row<real>& row) {
+FD_FN LogPair<real> log_pair(real x, real t, real scale, const PairRecord<real>& row) {
   const real lx = (x - row.x_max) * scale, lq = lx - row.x_logz;
   const real lt = log_target<kTarget>(t, row.t_max, real(0), scale), lp = lt - row.t_logz;
-  const real y = kTarget == Target::kLogits
-                     ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.gap
-                     : lq - lp;
-  return {lx, lt, lq, lp, y};
+  const real log_ratio =
+      kTarget == Target::kLogits
+          ? difference_of_differences(x, t, row.x_max, row.t_max) * scale - row.log_z_ratio
+          : lq - lp;
+  return {lx, lt, lq, lp, log_ratio};
 }
 
-// As the divergences need it where rows are close: from y, without cancellation.
+// For rows that may be close: everything follows from the log ratio, and nothing cancels.
 template <class real>
-struct Pair {
-  real lq, lp, y;    // as above, but y = 0 where there is no mass
-  real q, p, top;    // top = max(p, q)
-  ExpGap<real> gap;  // of z = -|y|: min(p, q) = top * gap.e
+struct StablePair {
+  real lq, lp, log_ratio;  // as above, but the log ratio is 0 where there is no mass
+  real q, p, larger;       // larger = max(p, q)
+  ExpGap<real> gap;        // for z = -|log_ratio|: min(p, q) = larger * gap.e
 
-  FD_FN bool student_larger() const { return y > real(0); }
-  FD_FN real q_minus_p() const { return student_larger() ? -top * gap.em1 : top * gap.em1; }
+  FD_FN bool q_larger() const { return log_ratio > real(0); }
+  FD_FN real q_minus_p() const { return q_larger() ? -larger * gap.em1 : larger * gap.em1; }
 
   template <Target kTarget>
-  static FD_FN Pair of(real x, real t, real scale, const Row<real>& row) {
+  static FD_FN StablePair of(real x, real t, real scale, const PairRecord<real>& row) {
     const LogPair<real> logs = log_pair<kTarget>(x, t, scale, row);
-    Pair c;
+    StablePair c;
     c.lq = logs.lq, c.lp = logs.lp;
-    // A class without mass on either side (-inf less -inf) adds nothing; other NaNs stay.  (To be
-    // seen from the logs: waiting for e^larger, the second exponential could not run beside it.)
-    const real larger = c.lq > c.lp ? c.lq : c.lp;
-    const real most = kTarget == Target::kProbs && t > real(0) ? real(0) : larger;
-    c.y = most < Limits<real>::log_smallest ? real(0) : logs.y;
-    c.top = exp_neg(larger);
-    if constexpr (kTarget == Target::kProbs) c.top = c.student_larger() ? c.top : t;
-    c.gap = exp_gap(c.y > real(0) ? -c.y : c.y);
-    const real smaller = c.top * c.gap.e;
-    c.q = c.student_larger() ? c.top : smaller;
-    // A given probability is itself: the one found from its logarithm lacks the last digits.
-    c.p = kTarget == Target::kProbs ? t : (c.student_larger() ? smaller : c.top);
+    // A class without mass on either side (-inf minus -inf) adds nothing; other NaNs stay.  The
+    // logs show it, so that the second exponential does not wait for e^log_larger.
+    const real log_larger = c.lq > c.lp ? c.lq : c.lp;
+    const real most = kTarget == Target::kProbs && t > real(0) ? real(0) : log_larger;
+    c.log_ratio = most < Limits<real>::log_smallest ? real(0) : logs.log_ratio;
+    c.larger = exp_neg(log_larger);
+    if constexpr (kTarget == Target::kProbs) c.larger = c.q_larger() ? c.larger : t;
+    c.gap = exp_gap(c.log_ratio > real(0) ? -c.log_ratio : c.log_ratio);
+    const real smaller = c.larger * c.gap.e;
+    c.q = c.q_larger() ? c.larger : smaller;
+    // A given probability is used as it is: one computed from its log lacks the last digits.
+    c.p = kTarget == Target::kProbs ? t : (c.q_larger() ? smaller : c.larger);
     return c;
   }
 };
 
-// As it is good enough for rows that are apart, at half the price.  Without mass, lq or lp may be
-// -inf: mass_times what they are part of.
+// For well-separated rows: accurate enough there, at half the cost.  Without mass, lq or lp is
+// -inf, so multiply with mass_times.
 template <class real>
-struct PlainPair {
-  real lq, lp, y, q, p;
+struct DirectPair {
+  real lq, lp, log_ratio, q, p;
 
   template <Target kTarget>
-  static FD_FN PlainPair of(real x, real t, real scale, const Row<real>& row) {
-    PlainPair c;
+  static FD_FN DirectPair of(real x, real t, real scale, const Row<real>& row) {
+    DirectPair c;
     c.lq = (x - row.x_max) * scale - row.x_logz;
     c.lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale);
-    c.y = c.lq - c.lp;
+    c.log_ratio = c.lq - c.lp;
     c.q = exp_neg(c.lq);
     c.p = kTarget == Target::kProbs ? t : exp_neg(c.lp);
     return c;

@@ -1,130 +1,130 @@
-// KL(p || q) from a teacher that is known at k classes (topk_kl_div).  Where its mass on the others
-// is spread over these, log q enters there as a mean: so the gradient of a class that has no name
-// is a q - b with one a and one b a row, and that of the k is a q - p.
+// KL(p || q) from a teacher p that is known at k classes (topk_kl_div).  The gradient of a logit is
+// mass q - p for those k and mass q - mass_per_other for all others.  mass_per_other is 0 unless
+// missing="uniform", which spreads the rest of p evenly over the others.
 #pragma once
 
 #include "losses/divergence.h"
 
 namespace fastdiv {
 
-// Row: a = mass of p, b = what each of the others has of it, c = what the slopes of all p have in
-// common.  log p = (v - t_max) * scale - t_logz of a value that is a log, p = v / gap of one that
-// is a probability.
+// If the values are logs, log p = (v - t_max) * scale - t_logz; else p = v / topk_mass.
 template <class real>
 struct TopKKlDiv : Loss<real> {
+  using Record = TopKRecord<real>;
   static constexpr bool kTopK = true;
   static constexpr bool takes(Target target) { return target != Target::kNone; }
 
   const Target target;
   const bool normalised;  // p adds up to 1 over the k
-  const bool spread;      // what p lacks of 1 the other classes share evenly
+  const bool uniform;     // the other classes share 1 - sum p evenly
 
   FD_FN explicit TopKKlDiv(const LossParams& p)
       : Loss<real>(p),
         target(p.target),
         normalised(target == Target::kLogits || p.loss == LossId::k_renormalized_topk_kl_div),
-        spread(!normalised && p.loss == LossId::k_uniform_topk_kl_div) {}
+        uniform(!normalised && p.loss == LossId::k_uniform_topk_kl_div) {}
 
-  FD_FN real grad_x(real, real q, real, real, const Row<real>& row, Outputs<real> g) const {
-    return g.value * (q * row.a - row.b);
+  FD_FN real grad_x(real, real q, real, real, const Record& row, Outputs<real> g) const {
+    return g.value * (q * row.mass - row.mass_per_other);
   }
 };
 
-// One of the k classes, from its logit x and its value v.
+// The formulas for one of the k classes, with logit x and value v.
 template <Target kTarget, class real>
-struct NamedClass {
-  Row<real> row;
+struct TopKClass {
+  TopKRecord<real> row;
   real scale;
 
   FD_FN real log_q(real x) const { return (x - row.x_max) * scale - row.x_logz; }
   FD_FN real p(real v) const {
-    return kTarget == Target::kProbs ? v / row.gap : exp_neg(log_value(v) - row.t_logz);
+    return kTarget == Target::kProbs ? v / row.topk_mass : exp_neg(log_value(v) - row.t_logz);
   }
-  // The value as a logarithm, the maximum of a softmax taken off; of that p is the exponential.
+  // Return a value that is a log, minus the maximum if it is a logit.
   FD_FN real log_value(real v) const {
     return (v - row.t_max) * (kTarget == Target::kLogits ? scale : real(1));
   }
-  FD_FN real log_ratio(real x, real v) const {
+  FD_FN real log_p_over_q(real x, real v) const {
     const real lp = kTarget == Target::kProbs ? log_of(p(v)) : log_value(v) - row.t_logz;
     return lp - log_q(x);
   }
-  // df/dp of f = p log(p / q).  Of an infinite term the mass is a constant.
+  // Return df/dp of f = p log(p / q).  In an infinite term p is a constant.
   FD_FN real slope(real x, real v) const {
-    return is_infinite(log_q(x)) ? real(0) : log_ratio(x, v) + real(1);
+    return is_infinite(log_q(x)) ? real(0) : log_p_over_q(x, v) + real(1);
   }
 
   FD_FN Terms<real> operator()(real x, real v) const {
     const real mass = p(v);
-    return {mass_times(mass, log_ratio(x, v)), -mass, mass_times(mass, slope(x, v))};
+    return {mass_times(mass, log_p_over_q(x, v)), -mass, mass_times(mass, slope(x, v))};
   }
   FD_FN real grad_x(real x, real v, real g) const {
-    return g * scale * (exp_neg(log_q(x)) * row.a - p(v));
+    return g * scale * (exp_neg(log_q(x)) * row.mass - p(v));
   }
   FD_FN real grad_value(real x, real v, real g) const {
-    const real over_common = slope(x, v) - row.c;
+    const real over_common = slope(x, v) - row.common_slope;
     if constexpr (kTarget == Target::kProbs)
-      return v == real(0) ? real(0) : g * over_common / row.gap;
+      return v == real(0) ? real(0) : g * over_common / row.topk_mass;
     return g * (kTarget == Target::kLogits ? scale : real(1)) * mass_times(p(v), over_common);
   }
 };
 
-// body(NamedClass) with what the values are as a constant.
+// Call body(TopKClass) with the kind of the values as a template argument.
 template <class real, class Body>
-FD_FN void with_named_class(Target target, const Row<real>& row, real scale, Body body) {
-  if (target == Target::kLogits) body(NamedClass<Target::kLogits, real>{row, scale});
-  if (target == Target::kLogProbs) body(NamedClass<Target::kLogProbs, real>{row, scale});
-  if (target == Target::kProbs) body(NamedClass<Target::kProbs, real>{row, scale});
+FD_FN void with_topk_class(Target target, const TopKRecord<real>& row, real scale, Body body) {
+  if (target == Target::kLogits) body(TopKClass<Target::kLogits, real>{row, scale});
+  if (target == Target::kLogProbs) body(TopKClass<Target::kLogProbs, real>{row, scale});
+  if (target == Target::kProbs) body(TopKClass<Target::kProbs, real>{row, scale});
 }
 
-// Of terms whose u is -p.  The mass in double, for what it lacks of 1 counts too.
+// Sums over the k classes.  The mass is in double, because 1 - mass counts too.
 template <class real>
-struct NamedSums {
+struct TopKSums {
   real f = 0, v = 0;
   double mass = 0;
 
-  FD_FN void add(const NamedSums& o) { f += o.f, v += o.v, mass += o.mass; }
+  FD_FN void add(const TopKSums& o) { f += o.f, v += o.v, mass += o.mass; }
 };
 
-// The mass that a value stands for, before it is divided by the sum of all k.
+// The probability of a value before it is divided by the sum of all k, as a term: u = -p.
 template <Target kTarget, class real>
-struct NamedMass {
-  NamedClass<kTarget, real> of;
+struct TopKMass {
+  TopKClass<kTarget, real> of;
   FD_FN Terms<real> operator()(real, real v) const { return {0, -of.p(v), 0}; }
 };
 
-// Of logits, those at -inf left out.  In double, that a few others may be told from all and the k.
+// The sum of the finite logits.  It is in double, because the sum over few others is the difference
+// of the sum over all and that over the k.
 struct FiniteSum {
   double sum = 0, count = 0;
 
   FD_FN void add(const FiniteSum& o) { sum += o.sum, count += o.count; }
 };
 
-// The value, and the row's a, b and c for the backward.  `named` walks the k classes and, for their
-// plain sum, all of them.
-template <Target kTarget, class real, class Named>
-FD_FN real topk_value(const TopKKlDiv<real>& loss, NamedClass<kTarget, real> one, Row<real>& row,
-                      const Named& named, int64_t others) {
-  one.row.gap = 1;
+// Return the value, and fill in the record.  `topk` sums over the k classes and over all logits.
+template <Target kTarget, class real, class Classes>
+FD_FN real topk_value(const TopKKlDiv<real>& loss, TopKClass<kTarget, real> one,
+                      TopKRecord<real>& row, const Classes& topk, int64_t others) {
+  one.row.topk_mass = 1;
   if (loss.normalised) {
-    if constexpr (kTarget != Target::kProbs) one.row.t_max = named.largest_value();
-    const real mass = real(named.sum(NamedMass<kTarget, real>{one}).mass);
+    if constexpr (kTarget != Target::kProbs) one.row.t_max = topk.largest_value();
+    const real mass = real(topk.sum(TopKMass<kTarget, real>{one}).mass);
     if constexpr (kTarget == Target::kProbs)
-      one.row.gap = mass;
+      one.row.topk_mass = mass;
     else
       one.row.t_logz = log_of(mass);
   }
   row = one.row;
-  const NamedSums<real> sum = named.sum(one);
-  row.a = real(sum.mass), row.b = 0, row.c = loss.normalised ? sum.v : real(0);
-  if (!loss.spread || others == 0) return sum.f;
+  const TopKSums<real> sum = topk.sum(one);
+  row.mass = real(sum.mass), row.mass_per_other = 0,
+  row.common_slope = loss.normalised ? sum.v : real(0);
+  if (!loss.uniform || others == 0) return sum.f;
   const real less = real(1 - sum.mass), rest = less < real(0) ? real(0) : less;
-  const FiniteSum all = named.sum_of_all_logits(), of_k = named.sum_of_logits();
+  const FiniteSum all = topk.sum_of_all_logits(), of_k = topk.sum_of_logits();
   const bool finite = all.count - of_k.count == double(others);
   const real mean = real((all.sum - of_k.sum) / double(others) - double(row.x_max));
   const real log_q = finite ? mean * one.scale - row.x_logz : -Limits<real>::infinity;
   const real ratio = log_of(rest) - log_of(real(others)) - log_q;
-  row.a += rest, row.b = rest / real(others);
-  row.c = rest == real(0) || !finite ? real(0) : ratio + real(1);
+  row.mass += rest, row.mass_per_other = rest / real(others);
+  row.common_slope = rest == real(0) || !finite ? real(0) : ratio + real(1);
   return sum.f + mass_times(rest, ratio);
 }
 

@@ -105,11 +105,11 @@ class BenchmarkedLoss:
     @property
     def spec(self) -> Spec | None:
         """What the op of both directions in one go takes; None where it does not fit."""
-        if self.variation or self.function not in ops._LOSS_IDS:
+        if self.variation or self.function not in ops.LOSSES:
             return None
         topk = {"topk": "logits", "labels": "none"}
         matrix = topk.get(self.target, self.target)
-        return Spec(self.function, target_type=matrix, shape=self.shape)
+        return Spec(self.function, target_type=matrix, param=self.shape)
 
     def forward_grad(self, x: Tensor, *target: Tensor) -> Tensor:
         """The rows of the loss, and over the logits the gradient of their mean, in one go."""

@@ -120,7 +120,7 @@ def _linear_policy(hidden: Tensor, weight: Tensor, y: Tensor, reduction: str) ->
 def _divergence(name: str, target_type: str) -> RowLoss:
     function = getattr(fastdiv, name, None)
     if function is None:  # reached through an option of another function
-        spec = reference.Spec(name, target_type=target_type, shape=0.5)
+        spec = reference.Spec(name, target_type=target_type, param=0.5)
         return lambda x, t: row_loss(spec, x, t)
     options = {
         p.name: 0.5  # of the alphas, betas and skews, one that is the limit of no other divergence

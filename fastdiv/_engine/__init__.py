@@ -1,1 +1,1 @@
-"""The way of all losses from checked arguments to the op; the one door to torch's privates."""
+"""What all losses share: checks, autograd, ops, and the private names of torch."""

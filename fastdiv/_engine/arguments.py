@@ -1,11 +1,11 @@
-"""What the public functions ask of their arguments, and how tensors of any shape become rows."""
+"""Checks of the arguments of public functions, and tensors of any shape as rows."""
 
 from __future__ import annotations
 
 import math
 import operator
 import os
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..reference import value_dtype
+from ..reference.choices import DivergenceReduction, Reduction, TargetType, check_choice
 from .backend import use_kernel
 from .recording import of_constant_size
 from .symbolic import log, same_shape, term
@@ -20,20 +21,20 @@ from .torch_private import func_is_active, is_fake
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32, torch.uint8)
-TARGET_TYPES = ("logits", "log_probs", "probs")
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
+TARGET_TYPES = get_args(TargetType)
+REDUCTIONS, DIVERGENCE_REDUCTIONS = get_args(Reduction), get_args(DivergenceReduction)
 NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
-NO_LABEL_IGNORED = -(2**63)  # an ignore_index that no label has
+NO_LABEL_IGNORED = -(2**63)  # an ignore_index that no label equals
 
 
 def check_tensor(v: Tensor, name: str) -> None:
-    """A tensor whose elements are at fixed distances in memory, each of them a number."""
+    """Check for a dense tensor that is not quantized."""
     if not isinstance(v, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(v).__name__}")
     if v.is_nested:
         raise TypeError(
-            f"{name} must be a dense Tensor, got a nested one of layout {v.layout}: give its "
-            "values(), or torch.nested.to_padded_tensor() of it with padding that does not count"
+            f"{name} must be a dense Tensor, got a nested one of layout {v.layout}: pass its "
+            "values(), or torch.nested.to_padded_tensor() of it with padding that is ignored"
         )
     if v.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense Tensor, got layout {v.layout}: call to_dense()")
@@ -42,7 +43,7 @@ def check_tensor(v: Tensor, name: str) -> None:
 
 
 def check_logits(x: Tensor, name: str = "input") -> None:
-    """A tensor of a floating dtype that we have kernels for."""
+    """Check for a dense tensor in a floating dtype that the kernels support."""
     check_tensor(x, name)
     if x.dtype not in FLOATS:
         raise TypeError(
@@ -53,7 +54,7 @@ def check_logits(x: Tensor, name: str = "input") -> None:
 
 
 def are_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Tells whether these are torch's own strided tensors on one device; only x must be there."""
+    """Return whether these are torch's own strided tensors on one device; only x is required."""
     return x is not None and all(
         type(v) in (Tensor, Parameter)
         and v.layout is torch.strided
@@ -65,7 +66,7 @@ def are_plain(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def class_dim(x: Tensor, dim: int) -> int:
-    """``dim`` counted from 0; there must be classes along it."""
+    """Return ``dim`` counted from 0; check that there are classes along it."""
     dims = x.dim()
     if not -dims <= dim < dims:
         raise IndexError(f"dim {dim} is out of range for input of shape {tuple(x.shape)}")
@@ -76,30 +77,28 @@ def class_dim(x: Tensor, dim: int) -> int:
 
 
 def check_reduction(reduction: str, pointwise: bool = False) -> None:
-    """One of the reductions; ``"pointwise"`` where the loss is a sum over the classes."""
-    if reduction not in REDUCTIONS and not (pointwise and reduction == "pointwise"):
-        names = REDUCTIONS + (("pointwise",) if pointwise else ())
-        raise ValueError(f"reduction must be one of {names}, got {reduction!r}")
+    """Check the reduction; ``"pointwise"`` is for losses that are a sum over the classes."""
+    check_choice(reduction, DIVERGENCE_REDUCTIONS if pointwise else REDUCTIONS, "reduction")
 
 
 def check_target_type(value: str | None, name: str = "target_type") -> str:
-    """One of what a target's rows may hold."""
-    if value not in TARGET_TYPES:
-        raise ValueError(f"{name} must be one of {TARGET_TYPES}, got {value!r}")
+    """Check the word for what rows of the target hold."""
+    check_choice(value, TARGET_TYPES, name)
+    assert value is not None
     return value
 
 
 def is_number(value: Any) -> bool:
-    """Tells whether this is a number of Python's; a flag is none."""
+    """Return whether this is a Python int or float; a bool is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def number(value: float, name: str) -> float:
-    """A real number, and not one that a derivative is asked for."""
+    """Check for one real number that requires no gradient."""
     if type(value) in NUMBERS:
         return value
     if isinstance(value, Tensor) and wants_gradient(value):
-        raise ValueError(f"{name} gets no gradient: give {name}.detach(), or a Python number")
+        raise ValueError(f"{name} gets no gradient: pass {name}.detach(), or a Python number")
     shape = tuple(getattr(value, "shape", ()))
     if math.prod(shape) != 1:
         raise ValueError(f"{name} must be one number, got {type(value).__name__} of shape {shape}")
@@ -110,14 +109,14 @@ def number(value: float, name: str) -> float:
 
 
 def wants_gradient(v: Tensor) -> bool:
-    """Tells whether a derivative by this tensor is asked for, in reverse or in forward mode."""
+    """Return whether this tensor is differentiated, in reverse or in forward mode."""
     if v.requires_grad or torch.compiler.is_compiling():
         return v.requires_grad
     return forward_ad.unpack_dual(v).tangent is not None
 
 
 def check_positive(value: float, name: str) -> float:
-    """A positive finite number."""
+    """Check for a positive finite number."""
     value = number(value, name)
     if not (0 < value < math.inf):
         raise ValueError(f"{name} must be a positive finite number, got {value}")
@@ -125,12 +124,12 @@ def check_positive(value: float, name: str) -> float:
 
 
 def scale_of(temperature: float) -> float:
-    """What a temperature multiplies logits with."""
+    """Return the factor of logits at this temperature, after a check."""
     return 1.0 / term(check_positive(temperature, "temperature"))
 
 
 def check_finite(value: float, name: str) -> float:
-    """A finite number."""
+    """Check for a finite number."""
     value = number(value, name)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
@@ -138,7 +137,7 @@ def check_finite(value: float, name: str) -> float:
 
 
 def check_share(value: float, name: str) -> float:
-    """A number in [0, 1]."""
+    """Check for a number in [0, 1]."""
     value = number(value, name)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value}")
@@ -146,7 +145,7 @@ def check_share(value: float, name: str) -> float:
 
 
 def log_of_base(base: float | None) -> float | Tensor:
-    """What divides a value in nats to give one in this base."""
+    """Return the logarithm of the base, which converts nats; 1 for None."""
     if base is None:
         return 1.0
     base = check_positive(base, "base")
@@ -156,7 +155,7 @@ def log_of_base(base: float | None) -> float | Tensor:
 
 
 def check_ignored(ignore_index: int, name: str = "ignore_index") -> int:
-    """A whole number, which need not be a class."""
+    """Check for an integer, in or out of the range of the classes."""
     if type(ignore_index) in (int, torch.SymInt):
         return ignore_index
     try:
@@ -165,19 +164,19 @@ def check_ignored(ignore_index: int, name: str = "ignore_index") -> int:
     except TypeError:
         pass
     raise TypeError(
-        f"{name} must be an int, got {ignore_index!r}: to ignore no label, give a number that is "
-        "no class, such as -100"
+        f"{name} must be an int, got {ignore_index!r}: to ignore no label, pass a number out of "
+        "range, such as -100"
     )
 
 
 def same_device(x: Tensor, other: Tensor, name: str) -> None:
-    """Both on one device."""
+    """Check that both are on one device."""
     if other.device != x.device:
         raise RuntimeError(f"{name} is on {other.device}, but input is on {x.device}")
 
 
 def as_rows(x: Tensor, dim: int) -> Tensor:
-    """A matrix with the classes last and contiguous; a view where there is one."""
+    """Return a matrix with the classes last and contiguous, as a view if possible."""
     x = of_constant_size(x, dim)
     if dim != 1 or x.dim() != 2:
         x = x.movedim(dim, -1)
@@ -188,7 +187,7 @@ def as_rows(x: Tensor, dim: int) -> Tensor:
 
 
 def same_dtype(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that holds either, on which that of the loss and its weights depends."""
+    """Cast both to their promoted dtype, which sets the dtype of the loss and its weights."""
     if x.dtype is target.dtype:
         return x, target
     dtype = torch.promote_types(x.dtype, target.dtype)
@@ -196,7 +195,7 @@ def same_dtype(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Input and target, of one dtype, as matrices."""
+    """Return input and target as matrices, after a check of shape and device."""
     if not same_shape(target.shape, x.shape):
         raise ValueError(
             f"target must have the shape of input, {tuple(x.shape)}, got {tuple(target.shape)}"
@@ -206,17 +205,17 @@ def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def row_shape(x: Tensor, dim: int) -> tuple[int, ...]:
-    """Shape without the classes."""
+    """Return the shape without the classes."""
     return (*x.shape[:dim], *x.shape[dim + 1 :])
 
 
 def as_input(value: Tensor, x: Tensor, dim: int) -> Tensor:
-    """One value a row in the shape of input without its classes."""
+    """Reshape one value per row to the shape of input without its classes."""
     return value if x.dim() == 2 else value.reshape(row_shape(x, dim))
 
 
 def row_vector(x: Tensor, dim: int, v: Tensor, name: str) -> Tensor:
-    """One entry for each row of x, as a contiguous vector."""
+    """Return a tensor with one entry per row of x as a contiguous vector."""
     if not same_shape(v.shape, row_shape(x, dim)):
         raise ValueError(
             f"{name} must have the shape of input without its class dimension {dim}, "
@@ -227,7 +226,7 @@ def row_vector(x: Tensor, dim: int, v: Tensor, name: str) -> Tensor:
 
 
 def weight_vector(x: Tensor, v: Tensor, name: str) -> Tensor:
-    """A weight in the dtype of the loss; weights get no gradient."""
+    """Check a weight, which gets no gradient, and cast it to the dtype of the loss."""
     check_tensor(v, name)
     if not (v.is_floating_point() or v.dtype in LABELS or v.dtype == torch.bool):
         raise TypeError(f"{name} must be a real Tensor, got {v.dtype}")
@@ -239,14 +238,14 @@ def weight_vector(x: Tensor, v: Tensor, name: str) -> Tensor:
 
 
 def token_weights(x: Tensor, dim: int, v: Tensor | None) -> Tensor | None:
-    """Weights of the rows."""
+    """Check the weights of the rows."""
     if v is None:
         return None
     return row_vector(x, dim, weight_vector(x, v, "token_weight"), "token_weight")
 
 
 def class_weights(x: Tensor, classes: int, v: Tensor | None) -> Tensor | None:
-    """Weights of the classes."""
+    """Check the weights of the classes."""
     if v is None:
         return None
     v = weight_vector(x, v, "weight")
@@ -259,17 +258,17 @@ def class_weights(x: Tensor, classes: int, v: Tensor | None) -> Tensor | None:
 
 
 def check_label_type(y: Tensor, name: str) -> None:
-    """A tensor of class indices."""
+    """Check for a dense tensor of class indices."""
     check_tensor(y, name)
     if y.dtype not in LABELS:
         raise TypeError(f"{name} must hold int64, int32 or uint8 class indices, got {y.dtype}")
 
 
 def labels(x: Tensor, dim: int, y: Tensor, name: str, ignore_index: int | None) -> Tensor:
-    """Class indices as an int64 vector.
+    """Check class indices, and return them as an int64 vector.
 
-    The CPU kernels check the range.  Where there is none of them, a label outside the classes makes
-    its row NaN, or with ``FASTDIV_CHECK=1`` raises at the price of a synchronisation.
+    The CPU kernels check the range.  Elsewhere a label out of range makes its row NaN.  With
+    ``FASTDIV_CHECK=1`` it raises, at the price of a synchronisation.
     """
     check_label_type(y, name)
     y = row_vector(x, dim, y, name)
@@ -282,24 +281,24 @@ def labels(x: Tensor, dim: int, y: Tensor, name: str, ignore_index: int | None) 
 
 
 def values_may_be_read(v: Tensor) -> bool:
-    """Whether there are values, and reading them waits for no device, unless that is asked for."""
+    """Return whether values exist and may be read: on the CPU, or with ``FASTDIV_CHECK=1``."""
     return values_exist(v) and (v.is_cpu or os.environ.get("FASTDIV_CHECK") == "1")
 
 
 def values_exist(v: Tensor) -> bool:
-    """Tells whether there are values: not in compiled or transformed code, nor in fakes."""
+    """Return whether values exist: not in compiled or transformed code, nor in fake tensors."""
     if torch.compiler.is_compiling() or func_is_active() or v.is_meta:
         return False
     return not is_fake(v.detach())  # under FakeTensorMode, a real tensor's alias is fake
 
 
 def out_of_range(y: Tensor, classes: int) -> Tensor:
-    """Where an index is no class."""
+    """Return a mask of the indices out of range."""
     return (y < 0) | (y >= classes)
 
 
 def check_labels(y: Tensor, classes: int, name: str, ignore_index: int | None) -> None:
-    """Raises IndexError for a label that is no class."""
+    """Raise IndexError for a label out of range."""
     wrong = out_of_range(y, classes)
     if ignore_index is not None:
         wrong &= y != ignore_index

@@ -1,4 +1,4 @@
-"""Which code computes a loss: the kernels, or the reference in torch operations."""
+"""The choice of what computes a loss: the kernels, or reference torch operations."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import get_args
 
 import torch
 
+from ..reference.choices import Backend, check_choice
 from .torch_private import constant
 
 try:
     from .. import _C as _C
-except ImportError as error:  # a source tree that was not built, or a torch that is too old
+except ImportError as error:  # the source tree was not built, or torch is too old
     _C = None  # type: ignore[assignment]
     load_error: ImportError | None = error
 else:
     load_error = None
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = get_args(Backend)
 
 
 def _checked(name: str, where: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{where} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    check_choice(name, BACKENDS, where)
     return name
 
 
@@ -38,17 +39,22 @@ if _C is not None and (_isa := os.environ.get("FASTDIV_CPU_ISA")) and not _C.set
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Chooses what computes the losses inside a ``with`` block.
+def backend(name: Backend) -> Iterator[None]:
+    """Choose what computes the losses inside a ``with`` block.
 
-    ``"auto"`` uses a kernel where one fits and reference torch operations elsewhere; ``"native"``
-    raises ``RuntimeError`` where no kernel fits; ``"reference"`` never uses a kernel.  The choice
-    is made when a loss is called, for its backward too, and holds for the whole process, as torch's
-    backend flags do.  The default is that of the environment variable ``FASTDIV_BACKEND``, or
+    The choice holds for the whole process, as torch's backend flags do.  It is made when a loss is
+    called, for its backward too.  The default is the environment variable ``FASTDIV_BACKEND``, or
     ``"auto"``.
 
+    Args:
+        name: ``"auto"`` uses a kernel where one fits, and reference torch operations elsewhere.
+            ``"native"`` raises RuntimeError where no kernel fits.  ``"reference"`` uses no kernel.
+
+    Returns:
+        A context manager; the previous choice returns when it ends.
+
     Raises:
-        ValueError: unknown name.
+        ValueError: The name is unknown.
 
     Example:
         >>> import torch, fastdiv
@@ -66,12 +72,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def is_native() -> bool:
-    """Tells whether a kernel is demanded of every loss."""
+    """Return whether losses without a kernel must raise."""
     return _current == "native"
 
 
 def use_kernel(x: torch.Tensor, pointwise: bool = False) -> bool:
-    """Whether a kernel computes a loss of these logits; raises where one is demanded in vain."""
+    """Return whether a kernel computes a loss of these logits; raise if one must and none can."""
     if _current == "reference":
         return False
     fits = _C is not None and not pointwise and (x.is_cpu or _device_trouble(x) is None)
@@ -85,14 +91,14 @@ def _why_not(x: torch.Tensor, pointwise: bool) -> str:
         return f"the extension module fastdiv._C could not be loaded ({load_error})"
     if pointwise:
         return (
-            "reduction 'pointwise' has no kernel (its result is as large as the logits, so that "
-            "there is nothing to fuse)"
+            "reduction 'pointwise' has no kernel (its result is as large as the logits, so nothing "
+            "can be fused)"
         )
     return str(_device_trouble(x))
 
 
 def _device_trouble(x: torch.Tensor) -> str | None:
-    """Why no kernel runs where these logits are."""
+    """Return why no kernel runs on the device of these logits; None if one does."""
     if not x.is_cuda or torch.version.cuda is None:
         return f"there is no kernel for device {x.device.type!r}"
     return _gpu_trouble(x.device.index)
@@ -100,7 +106,7 @@ def _device_trouble(x: torch.Tensor) -> str | None:
 
 @constant
 def _gpu_trouble(index: int) -> str | None:
-    """Why the CUDA kernels do not run on this GPU."""
+    """Return why the CUDA kernels do not run on this GPU; None if they do."""
     return _find_gpu_trouble(index)
 
 
@@ -113,7 +119,7 @@ def _find_gpu_trouble(index: int) -> str | None:
     try:
         with torch.cuda.device(index):
             trouble = _C.gpu_trouble(index)
-    except (RuntimeError, AssertionError) as error:  # a fake tensor, where there is no GPU
+    except (RuntimeError, AssertionError) as error:  # a fake tensor on a machine without a GPU
         trouble = str(error)
     if not trouble:
         return None

@@ -1,4 +1,4 @@
-"""DTensors: the public functions hand them to ``fastdiv.distributed.dtensor``."""
+"""How public functions pass DTensors to ``fastdiv.distributed.dtensor``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 PLAIN = {Tensor, Parameter}
 
 
-def takes_dtensors(function: F) -> F:
-    """The same function, which computes DTensors from their local parts, and can be traced.
+def dispatch_dtensor(function: F) -> F:
+    """Let a function compute DTensors from their local parts, and be traced.
 
-    Where nobody has imported torch's DTensor, a look at a dictionary is all that DTensors cost.
+    Unless torch's DTensor is imported, this costs no more than a look-up in a dictionary.
     """
 
     @functools.wraps(function)

@@ -1,6 +1,6 @@
-"""Logits that their gradient may be written over: in whose memory nothing else is.
+"""Check of logits that their gradient may overwrite: nothing else may be in their memory.
 
-Whether tensors share memory is decided by their addresses, sizes and strides.
+Whether tensors share memory follows from their addresses, sizes and strides.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 from .arguments import values_exist
 from .torch_private import viewed
 
-MOST_TRIALS = 10_000  # of one question; views of one tensor need fewer than a hundred
+MOST_TRIALS = 10_000  # per question; views of one tensor need fewer than a hundred
 
-Step = tuple[int, int, int]  # a distance, with the least and the greatest multiple of it
+Step = tuple[int, int, int]  # a distance, and its smallest and largest multiple
 
 
 def check_in_place(x: Tensor, **others: Tensor | None) -> None:
-    """Logits that may be overwritten by their gradient; ``others`` are the other arguments.
+    """Check that the gradient may overwrite the logits; ``others`` are the other arguments.
 
     The backward reads all of them while it writes, so none may be in the memory of the logits.
     """
     if not x.requires_grad:
-        return  # and gets no gradient
+        return  # there is no gradient
     check_no_leaf(x)
-    if not values_exist(x):  # as in compiled code, which makes a fresh gradient
+    if not values_exist(x):  # compiled code, for example, uses a fresh gradient
         return
     leaf = _only_leaf(x)
     if leaf is not None and values_exist(leaf) and share_memory(x, leaf):
@@ -35,20 +35,20 @@ def check_in_place(x: Tensor, **others: Tensor | None) -> None:
     if shares_with_itself(x):
         raise ValueError(
             f"inplace_backward=True would write several gradients to one place: input of shape "
-            f"{tuple(x.shape)} and strides {x.stride()} overlaps itself: give its clone(), or use "
+            f"{tuple(x.shape)} and strides {x.stride()} overlaps itself: pass its clone(), or use "
             "inplace_backward=False"
         )
     for name, other in others.items():
         if other is not None and values_exist(other) and share_memory(x, other):
             raise ValueError(
                 f"inplace_backward=True would overwrite {name} of shape {tuple(other.shape)}, "
-                f"which shares memory with input of shape {tuple(x.shape)}, and which the backward "
-                f"needs: give {name}.clone(), or use inplace_backward=False"
+                f"which shares memory with input of shape {tuple(x.shape)} and which the backward "
+                f"still needs: pass {name}.clone(), or use inplace_backward=False"
             )
 
 
 def check_no_leaf(x: Tensor) -> None:
-    """Logits that are neither a leaf of autograd's graph nor a view of one."""
+    """Check that the logits are neither a leaf of autograd's graph nor a view of one."""
     if not x.requires_grad:
         return
     if x.is_leaf:
@@ -61,9 +61,9 @@ def check_no_leaf(x: Tensor) -> None:
 
 
 def _only_leaf(x: Tensor) -> Tensor | None:
-    """The one leaf that x was made of by functions of one tensor, as views are, if there is one.
+    """Return the leaf that x comes from by functions of one tensor, such as views; None if none.
 
-    It tells of views whose base is another tensor, and of functions that give back their argument.
+    It finds views whose base is another tensor, and functions that return their argument.
     """
     node: Any = x.grad_fn
     while node is not None and type(node).__name__ != "AccumulateGrad":
@@ -75,16 +75,15 @@ def _of_leaf(x: Tensor, leaf: Tensor) -> ValueError:
     view = "" if leaf is x else f", of which input is a view of shape {tuple(x.shape)},"
     return ValueError(
         f"inplace_backward=True would overwrite a leaf tensor of shape {tuple(leaf.shape)}{view} "
-        "with its own gradient; it is meant for logits that a model computed: use "
-        "inplace_backward=False"
+        "with its own gradient; it is for logits that a model computed: use inplace_backward=False"
     )
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Tells whether an element of one is, in part or whole, an element of the other.
+    """Return whether an element of one overlaps an element of the other.
 
-    The answer is exact for views as torch makes them; for strides so tangled that it would take
-    too long to tell, it is True.
+    The answer is exact for views that torch makes.  For strides that would take too long to check,
+    it is True.
     """
     if a.device != b.device or not a.numel() or not b.numel():
         return False
@@ -98,7 +97,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def shares_with_itself(a: Tensor) -> bool:
-    """Tells whether two of its elements are at one address, as those of ``expand`` are."""
+    """Return whether two of its elements overlap, as those of ``expand`` do."""
     if not a.numel():
         return False
     dims = _strides(a)
@@ -107,7 +106,7 @@ def shares_with_itself(a: Tensor) -> bool:
     dims.sort()
     reach = a.element_size()
     for stride, size in dims:
-        if stride < reach:  # steps are not longer than what they step over
+        if stride < reach:  # a step is shorter than what it steps over
             break
         reach += stride * (size - 1)
     else:
@@ -121,25 +120,25 @@ def shares_with_itself(a: Tensor) -> bool:
 
 
 def _strides(a: Tensor) -> list[tuple[int, int]]:
-    """Strides in bytes, with the sizes, of all dimensions that have some length."""
+    """Return stride in bytes and size of all dimensions with more than one element."""
     itemsize = a.element_size()
     return [(s * itemsize, n) for s, n in zip(a.stride(), a.shape, strict=True) if n > 1]
 
 
 def _extent(a: Tensor) -> int:
-    """Bytes from the beginning of the first element to the end of the last."""
+    """Return the bytes from the beginning of the first element to the end of the last."""
     return a.element_size() + sum(stride * (size - 1) for stride, size in _strides(a))
 
 
 def _reaches(distance: int, steps: Iterable[Step]) -> bool:
-    """Tells whether multiples of these steps, each within its bounds, add up to the distance."""
+    """Return whether multiples of these steps, each within its bounds, add up to the distance."""
     merged: dict[int, tuple[int, int]] = {}
     for stride, least, most in steps:
         low, high = merged.get(stride, (0, 0))
         if stride:
             merged[stride] = (low + least, high + most)
     longest_first = [(s, *merged[s]) for s in sorted(merged, reverse=True)]
-    # What all later steps can add, from each of them on.
+    # The bounds of what the steps from each one on can add.
     bounds = [(0, 0)]
     for stride, least, most in reversed(longest_first):
         low, high = bounds[-1]
@@ -150,7 +149,7 @@ def _reaches(distance: int, steps: Iterable[Step]) -> bool:
     while open_ends:
         rest, i = open_ends.pop()
         if i == len(longest_first):
-            return True  # the bounds of no step are 0 and 0: nothing is left
+            return True  # without a step the bounds are 0 and 0, so nothing is left
         trials += 1
         if trials > MOST_TRIALS:
             return True

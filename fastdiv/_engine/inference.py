@@ -1,7 +1,7 @@
-"""Tensors made under ``torch.inference_mode()``, as a teacher's are, in a training step.
+"""Tensors made under ``torch.inference_mode()``, such as a teacher's, in a training step.
 
-Autograd refuses to save such a tensor for a backward, since it has no version counter that would
-show a change.  A normal tensor over the same memory has one, and costs no copy.
+Autograd refuses to save such a tensor for a backward, since it has no version counter to detect a
+change.  A normal tensor over the same memory has one, and needs no copy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from .torch_private import func_is_active, inside_transforms
 
 
 def savable(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same tensors, those made under inference mode as tensors that autograd saves.
+    """Return the same tensors, with those of inference mode as normal tensors.
 
-    Who writes to such a tensor under inference mode between forward and backward changes what the
-    backward sees, and nobody notices.  Compiled code gets them as they are: there is no way to tell
-    while tracing.
+    A write to such a tensor under inference mode between forward and backward changes what the
+    backward reads, without an error.  Compiled code gets the tensors as they are, since tracing
+    cannot detect them.
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return tensors

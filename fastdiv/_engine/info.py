@@ -1,4 +1,4 @@
-"""What was built, and what runs here."""
+"""Facts about the build, and about what runs on this machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from . import backend
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled into fastdiv, and what of it this machine runs.
+    """Return what was compiled into fastdiv, and which of it this machine runs.
 
     Returns:
-        A dictionary of the versions of fastdiv and torch, the compiler, the instruction sets that
-        were built, those that this machine runs and the one in use; whether CUDA kernels were
-        built, with which toolkit and for which architectures; the number of threads, the current
-        backend, and why the kernels are missing where they are.
+        A dictionary with the versions of fastdiv and torch, the compiler, the current backend and
+        the number of threads; the instruction sets that were built, those that this machine runs
+        and the one in use; whether CUDA kernels were built, with which toolkit and for which
+        architectures.  Without kernels it says why they could not be loaded.
 
     Example:
         >>> import fastdiv

@@ -1,4 +1,4 @@
-"""The private ops as torch sees them: their options, fakes for the compiler, and rules for vmap."""
+"""The private ops for torch: their options, fakes for the compiler, and rules for vmap."""
 
 from __future__ import annotations
 
@@ -11,70 +11,72 @@ from torch import Tensor
 from .. import reference
 from ..reference import Spec, value_dtype
 from . import backend
+from .symbolic import as_tensor, is_symbolic
 
-RECORD_SIZE = 8  # numbers a row that the forward leaves for the backward: Row in row_state.h
+RECORD_SIZE = 8  # numbers per row that the forward keeps for the backward: Row in row_state.h
 TERM_SUMS = 5  # of a divergence: TermSums in divergence.h
-LOSS, REDUCTION, BATCH, IGNORE_INDEX = 0, 2, 3, 4  # their places among the options
 
-_LOSS_IDS = (
-    {} if backend._C is None else {name: i for i, name in enumerate(backend._C.loss_names())}
-)
-_TARGET_TYPES = {"none": 0, "logits": 1, "log_probs": 2, "probs": 3}
-REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
+LOSSES = () if backend._C is None else tuple(backend._C.loss_names())
+_TARGET_TYPES = ("none", "logits", "log_probs", "probs")
+_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_N_INTS = Spec._fields.index("scale")  # the options before it are integers, the others are floats
+
+
+# --- options ----------------------------------------------------------------------------------
 
 
 def options(spec: Spec, stats: bool = False) -> tuple[Any, ...]:
-    """The options of an op, in the order of FD_OPTIONS_SCHEMA in row_ops.h."""
-    return *int_options(spec, stats), *float_options(spec)
-
-
-def int_options(spec: Spec, stats: bool = False) -> tuple[int, ...]:
-    """The first of them."""
+    """Return the options of an op: those of the spec, with numbers for words."""
     return (
-        _LOSS_IDS[spec.loss + "_stats" if stats else spec.loss],
-        _TARGET_TYPES[spec.target_type],
-        REDUCTIONS[spec.reduction],
-        spec.batch,
-        spec.ignore_index,
+        LOSSES.index(spec.loss + "_stats" if stats else spec.loss),
+        _TARGET_TYPES.index(spec.target_type),
+        _REDUCTIONS.index(spec.reduction),
+        *spec[3:-1],
     )
 
 
-def float_options(spec: Spec) -> tuple[float, ...]:
-    """The others."""
-    return spec.scale, spec.softcap, spec.shape, spec.label, spec.spread, spec.z_loss
-
-
 def spec_of(options: Sequence[Any]) -> Spec:
-    """The losses and options that these are, but for ``inplace``."""
-    loss, target_type, reduction, *rest = options
-    name = list(_LOSS_IDS)[loss]
-    return Spec(name, list(_TARGET_TYPES)[target_type], list(REDUCTIONS)[reduction], *rest)
+    """Return the spec that has these options; those that are left out have their defaults."""
+    loss, target_type, reduction, *others = options
+    return Spec(LOSSES[loss], _TARGET_TYPES[target_type], _REDUCTIONS[reduction], *others)
 
 
-def reduces(options: Sequence[Any]) -> bool:
-    """Whether the values of the rows become one."""
-    return options[REDUCTION] != REDUCTIONS["none"]
+def symbolic_floats(spec: Spec) -> Tensor | None:
+    """Return the float options in a tensor, if ``torch.compile`` knows one of them by name only."""
+    floats: tuple[float, ...] = options(spec)[_N_INTS:]
+    return as_tensor(floats) if is_symbolic(*floats) else None
 
 
-def value_shape(options: Sequence[Any], rows: int) -> tuple[int, ...]:
-    """Shape of the value of so many rows."""
-    if reduces(options):
+def packed(
+    spec: Spec, symbolic: Tensor | None = None
+) -> tuple[list[int], list[float], Tensor | None]:
+    """Pack the options for an op that is written in Python: integers and floats.
+
+    The floats may be in a tensor, see ``symbolic_floats``.
+    """
+    values = options(spec)
+    return list(values[:_N_INTS]), list(values[_N_INTS:] if symbolic is None else ()), symbolic
+
+
+def unpacked(ints: Sequence[int], floats: Sequence[float], symbolic: Tensor | None) -> Spec:
+    """Return the spec that was packed."""
+    return spec_of([*ints, *(floats if symbolic is None else symbolic.tolist())])
+
+
+def value_shape(spec: Spec, rows: int) -> tuple[int, ...]:
+    """Return the shape of the value of so many rows."""
+    if spec.reduction != "none":
         return ()
-    return (2, rows) if options[LOSS] == _LOSS_IDS["log_prob_and_entropy"] else (rows,)
-
-
-def of_each_row(options: Sequence[Any]) -> list[Any]:
-    """The options of the same op without reduction."""
-    return [*options[:REDUCTION], REDUCTIONS["none"], *options[REDUCTION + 1 :]]
+    return (2, rows) if spec.loss == "log_prob_and_entropy" else (rows,)
 
 
 # --- fakes: what torch.compile and torch.export need to know ----------------------------------
 
 
 def fake_forward(x: Tensor, options: Sequence[Any], stats: bool) -> tuple[Tensor, ...]:
-    """Tensors like those of a forward."""
+    """Make tensors like those of a forward."""
     rows, dtype = x.shape[0], value_dtype(x.dtype)
-    value = x.new_empty(value_shape(options, rows), dtype=dtype)
+    value = x.new_empty(value_shape(spec_of(options), rows), dtype=dtype)
     out = (value, x.new_empty((rows, RECORD_SIZE), dtype=dtype), x.new_empty((), dtype=dtype))
     if not stats:
         return out
@@ -82,7 +84,7 @@ def fake_forward(x: Tensor, options: Sequence[Any], stats: bool) -> tuple[Tensor
 
 
 def fake_gradient(of: Tensor | None, x: Tensor, needed: bool) -> Tensor:
-    """A tensor like a gradient; like an empty one where none is needed."""
+    """Make a tensor like a gradient, empty where none is needed."""
     of = x if of is None else of
     return of.new_empty(of.shape if needed else (0,))
 
@@ -91,16 +93,16 @@ def fake_gradient(of: Tensor | None, x: Tensor, needed: bool) -> Tensor:
 
 
 def _fold(v: Any, dim: int | None, batch: int) -> Any:
-    """The batch dimension and that of the rows as one."""
+    """Merge the batch dimension into the rows."""
     if v is None:
         return None
     v = v.unsqueeze(0).expand(batch, *v.shape) if dim is None else v.movedim(dim, 0)
     v = v.reshape(-1, *v.shape[2:])
-    return v.contiguous() if v.dim() == 1 else v  # of batches of one row a view may have gaps
+    return v.contiguous() if v.dim() == 1 else v  # a batch of single rows may be a view with gaps
 
 
 def _fold_rows(rows: tuple[Any, ...], dims: tuple[Any, ...], batch: int) -> list[Any]:
-    """The tensors x, t, label, class_weight, row_weight of an op."""
+    """Merge the batch dimension of x, t, label, class_weight and row_weight into the rows."""
     if dims[3] is not None:
         raise RuntimeError("vmap over class weights is not supported: give every call the same")
     folded = [_fold(v, dim, batch) for v, dim in zip(rows, dims, strict=True)]
@@ -109,7 +111,7 @@ def _fold_rows(rows: tuple[Any, ...], dims: tuple[Any, ...], batch: int) -> list
 
 
 def _unfold(v: Tensor, batch: int, dim: int = 0) -> Tensor:
-    """The batch dimension first; ``dim`` is the one that holds it, counted from the front."""
+    """Split ``dim``, counted from the front, and put the batch dimension first."""
     return v.unflatten(dim, (batch, v.shape[dim] // batch)).movedim(dim, 0)
 
 
@@ -124,42 +126,41 @@ def _vmap_forward_stats(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tupl
 def _vmap_any_forward(
     op: Any, batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    rows, options = _fold_rows(args[:5], in_dims[:5], batch), args[5:]
-    value, record, total, *stats = op(*rows, *of_each_row(options))
-    value, total = _unfold(value, batch, value.dim() - 1), total.new_ones(batch)
-    if options[REDUCTION] == REDUCTIONS["mean"]:
+    rows, spec = _fold_rows(args[:5], in_dims[:5], batch), spec_of(args[5:])
+    value, record, divisor, *stats = op(*rows, *options(spec._replace(reduction="none")))
+    value, divisor = _unfold(value, batch, value.dim() - 1), divisor.new_ones(batch)
+    if spec.reduction == "mean":
         x, _, label, class_weight, row_weight = rows
-        weights = reference.mean_weights(options[IGNORE_INDEX], x, label, class_weight, row_weight)
-        total = _unfold(weights, batch).sum(-1)
-    elif options[REDUCTION] == REDUCTIONS["batchmean"]:
-        total = total * options[BATCH]
-    if reduces(options):
-        value = value.sum(-1) / total
-    out = (value, _unfold(record, batch), total, *(_unfold(s, batch, s.dim() - 1) for s in stats))
+        weights = reference.mean_weights(spec.ignore_index, x, label, class_weight, row_weight)
+        divisor = _unfold(weights, batch).sum(-1)
+    elif spec.reduction == "batchmean":
+        divisor = divisor * spec.batch
+    if spec.reduction != "none":
+        value = value.sum(-1) / divisor
+    found = (*(_unfold(s, batch, s.dim() - 1) for s in stats),)
+    out = (value, _unfold(record, batch), divisor, *found)
     return out, (0,) * len(out)
 
 
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     batch = info.batch_size
     grad, *tensors = args[:8]
-    *options, need_x, need_t = args[8:]
-    *rows, record, total = tensors
+    spec, needs = spec_of(args[8:-2]), args[-2:]
+    *rows, record, divisor = tensors
     rows = _fold_rows(tuple(rows), in_dims[1:6], batch)
     grad = grad.expand(batch, *grad.shape) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
-    if options[REDUCTION] in (REDUCTIONS["mean"], REDUCTIONS["batchmean"]):
-        grad = grad / (total if in_dims[7] is None else total.movedim(in_dims[7], 0))
-    if grad.dim() == 1:  # of a scalar: the same for every row
+    if spec.reduction in ("mean", "batchmean"):
+        grad = grad / (divisor if in_dims[7] is None else divisor.movedim(in_dims[7], 0))
+    if grad.dim() == 1:  # every row has the upstream gradient of the reduced value
         grad = grad.unsqueeze(-1).expand(batch, rows[0].shape[0] // batch)
     out = backward(
         grad.movedim(0, -2).flatten(-2).contiguous(),
         *rows,
         _fold(record, in_dims[6], batch).contiguous(),
         grad.new_ones(()),
-        *of_each_row(options),
-        need_x,
-        need_t,
+        *options(spec._replace(reduction="none")),
+        *needs,
     )
-    needs = (need_x, need_t)
     unfolded = tuple(_unfold(d, batch) if n else d for d, n in zip(out, needs, strict=True))
     return unfolded, tuple(0 if n else None for n in needs)
 

@@ -1,8 +1,8 @@
-"""Losses under ``torch.jit.trace``, which records torch operations and no Python.
+"""Losses under ``torch.jit.trace``, which records torch operations but no Python.
 
-A trace runs with other batches than the one that it was made with, and often without this library.
-So a tracer gets the reference operations, whose sizes it follows.  The options and the number of
-classes are constants of a trace.  A trace that is given another number of classes raises.
+A trace runs with other batches than the one it was made with, and often without this library.  So a
+tracer gets the reference operations, whose sizes it follows.  Options and the number of classes are
+constants of a trace.  A trace raises for another number of classes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .torch_private import is_jit_traced
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_active = False  # whether a call that a tracer records is under way
+_active = False  # whether a tracer is recording a call
 
 
 def recordable(function: F) -> F:
-    """The same function, which calls only torch operations while it is traced."""
+    """Let a function call only torch operations while it is traced."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -36,9 +36,9 @@ def recordable(function: F) -> F:
 
 
 def recorded(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Calls a function for a tracer.
+    """Call a function for a tracer.
 
-    The checks of arguments compare sizes, of which a tracer warns.  They record nothing.
+    The checks of arguments compare sizes, which makes a tracer warn.  They record nothing.
     """
     global _active
     if backend.is_native():
@@ -55,10 +55,10 @@ def recorded(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def size_of(x: Tensor, dim: int) -> int:
-    """The size of a dimension, counted from 0; a tracer takes it for a constant."""
+    """Return the size of a dimension, counted from 0, which a tracer takes for a constant."""
     return x.shape[dim : dim + 1].numel() if _active else x.shape[dim]
 
 
 def of_constant_size(x: Tensor, dim: int) -> Tensor:
-    """The same tensor; in a trace, an operation that raises for another size of this dimension."""
+    """Return the same tensor; in a trace, add an operation that raises for another size."""
     return x.unflatten(dim, (size_of(x, dim),)) if _active else x

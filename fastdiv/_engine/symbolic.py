@@ -1,8 +1,8 @@
-"""Numbers that ``torch.compile`` knows by name only: float options, and sizes.
+"""Numbers that are symbols to ``torch.compile``: sizes, and float options.
 
-An option that changes from step to step is one after the first change.  An op's float argument
-would make the compiler take its value for a constant, and compile again for the next one.  So such
-options travel in a tensor.
+An option that changes from step to step becomes a symbol after the first change.  As a float
+argument of an op it would be a constant again, and each new value would be compiled anew.  So such
+options are passed in a tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def is_symbolic(*values: float | Tensor) -> bool:
-    """Tells whether one of these numbers is no constant to a compiler that is at work."""
+    """Return whether the compiler is tracing and one of these numbers is not a constant."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -25,39 +25,39 @@ def is_symbolic(*values: float | Tensor) -> bool:
 
 
 def term(value: float) -> Any:
-    """A number to calculate with, as a tensor if the compiler knows it by name only.
+    """Return a number to calculate with, as a tensor if it is a symbol to the compiler.
 
-    From an expression of such numbers, torch 2.11 makes a graph for each of its values.
+    For an expression of symbols, torch 2.11 would compile a graph for each of its values.
     """
     return scalar(value) if is_symbolic(value) else value
 
 
 def times(value: Tensor, weight: float | Tensor) -> Tensor:
-    """The product, in the dtype of the value, with a number that may be a ``term``."""
+    """Return the product with a number that may be a ``term``, in the dtype of the value."""
     return value * (weight.to(value.dtype) if isinstance(weight, Tensor) else weight)
 
 
 def as_tensor(values: Sequence[float]) -> Tensor:
-    """Numbers as a float64 tensor on the CPU, where reading them waits for no device."""
+    """Return numbers as a float64 tensor on the CPU, where reading them waits for no device."""
     if not torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.float64, device="cpu")
     return torch.stack([scalar(v) for v in values])
 
 
 def scalar(value: float) -> Tensor:
-    """A number as a float64 tensor; by a product, which the compiler can make of any number."""
+    """Return a number as a float64 tensor, by a product, which the compiler can always trace."""
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 def log(value: float) -> float | Tensor:
-    """The logarithm of a positive number."""
+    """Return the logarithm of a positive number."""
     return scalar(value).log() if is_symbolic(value) else math.log(value)
 
 
 def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
-    """Tells whether two shapes are equal.
+    """Return whether two shapes are equal.
 
-    Of sizes that depend on data the compiler cannot know it.  The compiled code then checks it.
+    For sizes that depend on data, the compiler cannot decide it.  Then the compiled code checks it.
     """
     if not torch.compiler.is_compiling():
         return shape == other

@@ -6,44 +6,46 @@ They are for options that change from step to step; see ``symbolic``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..reference import Spec
 from . import ops
-from .symbolic import as_tensor
-
-Rows = tuple[Tensor | None, ...]  # x, t, label, class_weight, row_weight
+from .loss_call import Forward, Tensors
 
 
-def row_loss(spec: Spec, stats: bool, rows: Rows, differentiable: bool) -> tuple[Tensor, ...]:
-    """What ``ops.forward`` or ``ops.forward_stats`` returns, with a gradient if asked for."""
-    floats = as_tensor(ops.float_options(spec))
-    if differentiable:
-        return _SymbolicRowLoss.apply(spec, stats, floats, *rows)
-    return tuple(forward(*rows, ops.int_options(spec, stats), floats, stats))
+@dataclass
+class SymbolicCall:
+    """A loss of whole rows whose float options are in a tensor."""
 
+    n_inputs: ClassVar[int] = 2
+    spec: Spec
+    stats: bool
 
-class _SymbolicRowLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, spec: Spec, stats: bool, floats: Tensor, *rows: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        out = forward(*rows, ops.int_options(spec, stats), floats, stats)
-        ctx.spec = spec
-        ctx.mark_non_differentiable(*out[1:])
-        ctx.save_for_backward(*rows, *out[1:3], floats)
-        return tuple(out)
+    def forward(self, tensors: Tensors, needed: Sequence[bool], symbolic: Tensor | None) -> Forward:
+        """See ``LossCall``."""
+        ints, _, floats = ops.packed(self.spec, symbolic)
+        out = forward(*tensors, ints, floats, self.stats)
+        return Forward(out, out[1:3])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        need_x, need_t = ctx.needs_input_grad[3:5]
-        *tensors, floats = ctx.saved_tensors
-        ints = ops.int_options(ctx.spec)
-        dx, dt = backward(grad.contiguous(), *tensors, ints, floats, need_x, need_t)
-        return None, None, None, dx if need_x else None, dt if need_t else None, None, None, None
+    def backward(
+        self,
+        grad: Tensor,
+        tensors: Tensors,
+        kept: Sequence[Tensor],
+        needed: Sequence[bool],
+        symbolic: Tensor | None,
+    ) -> Sequence[Tensor | None]:
+        """See ``LossCall``."""
+        ints, _, floats = ops.packed(self.spec, symbolic)
+        return backward(grad.contiguous(), *tensors, *kept, ints, floats, *needed)
+
+    def differentiable_value(self, tensors: Tensors) -> Tensor:
+        """See ``LossCall``; ``torch.compile`` has no second derivatives."""
+        raise NotImplementedError
 
 
 @torch.library.custom_op("fastdiv::_symbolic_row_forward", mutates_args=())
@@ -57,9 +59,12 @@ def forward(
     floats: Tensor,
     stats: bool,
 ) -> list[Tensor]:
-    """Value, record, divisor, and statistics with their argmax if asked for."""
-    op = ops.forward_stats if stats else ops.forward
-    return list(op(x, t, label, class_weight, row_weight, *ints, *floats.tolist()))
+    """Compute value, record, divisor and, if asked for, statistics with their argmax."""
+    rows = (x, t, label, class_weight, row_weight)
+    spec = ops.unpacked(ints, (), floats)
+    if stats:
+        return list(ops.forward_stats(*rows, *ops.options(spec, stats)))
+    return list(ops.forward(*rows, *ops.options(spec)))
 
 
 @forward.register_fake
@@ -76,17 +81,17 @@ def backward(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
     record: Tensor,
-    total: Tensor,
+    divisor: Tensor,
     ints: Sequence[int],
     floats: Tensor,
     need_x: bool,
     need_t: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of input and target."""
-    tensors = (grad, x, t, label, class_weight, row_weight, record, total)
+    """Compute the gradients of input and target."""
+    tensors = (grad, x, t, label, class_weight, row_weight, record, divisor)
     return ops.backward(*tensors, *ints, *floats.tolist(), need_x, need_t)
 
 
 @backward.register_fake
-def _(grad, x, t, label, cw, rw, record, total, ints, floats, need_x, need_t):  # type: ignore[no-untyped-def]
+def _(grad, x, t, label, cw, rw, record, divisor, ints, floats, need_x, need_t):  # type: ignore[no-untyped-def]
     return ops.fake_gradient(x, x, need_x), ops.fake_gradient(t, x, need_t)

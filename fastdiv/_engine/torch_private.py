@@ -1,8 +1,8 @@
 """All private names of torch that fastdiv uses, each with its reason and a fallback.
 
 Torch may move or rename them in any release.  Where one is missing, fastdiv still imports and its
-results stay right; only time or memory is lost.  ``tests/test_torch_private.py`` removes each name
-in turn, and lists the few private names that other files may use.
+results stay right; it only takes more time or memory.  ``tests/test_torch_private.py`` removes each
+name in turn, and lists the few private names that other files may use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _find(module: str, name: str) -> Any:
-    """The object of this name, or None where this torch has none."""
+    """Return the object of this name, or None where this torch has none."""
     try:
         return getattr(import_module(module), name, None)
     except ImportError:
@@ -29,10 +29,10 @@ def _find(module: str, name: str) -> Any:
 
 
 def constant(function: F) -> F:
-    """Marks a function that the compiler calls while tracing, and whose result is a constant.
+    """Mark a function that the compiler calls while tracing, and whose result is a constant.
 
     This does what ``torch.compiler.assume_constant_result`` does, without importing Dynamo, which
-    takes a second.  Where torch has another mark, the compiler breaks the graph at the function.
+    takes a second.  If torch changes the mark, the compiler breaks the graph at the function.
     """
     if "torch._dynamo" in sys.modules:
         return torch.compiler.assume_constant_result(function)
@@ -47,16 +47,16 @@ _counts_levels = _find("torch.autograd.forward_ad", "_current_level") is not Non
 
 
 def func_is_active() -> bool:
-    """Tells whether a ``torch.func`` transform is active, so that tensors may have no values.
+    """Return whether a ``torch.func`` transform is active, so that tensors may have no values.
 
-    No public function tells.  Without the private one we assume a transform: every result is right
-    under one, at the price of time and memory.
+    There is no public function for it.  Without the private one we assume a transform: every result
+    is right under one, at the price of time and memory.
     """
     return True if _func_is_active is None else torch._C._are_functorch_transforms_active()
 
 
 def is_transformed() -> bool:
-    """Tells whether a ``torch.func`` transform or forward-mode differentiation is active."""
+    """Return whether a ``torch.func`` transform or forward-mode differentiation is active."""
     if _counts_levels:
         return func_is_active() or forward_ad._current_level >= 0
     return func_is_active() or _is_in_dual_level()
@@ -77,9 +77,9 @@ _batched = [
 
 
 def is_batched(v: Tensor) -> bool:
-    """Tells whether ``vmap`` made a batch of this tensor.
+    """Return whether ``vmap`` made a batch of this tensor.
 
-    A gradient may be one with no transform active.
+    A gradient may be a batch even though no transform is active.
 
     Without the private functions, a tensor without a data pointer is taken for a batch.
     """
@@ -102,7 +102,7 @@ _unwrapped = _find("torch._C._functorch", "get_unwrapped")
 
 
 def inside_transforms(v: Tensor) -> Tensor:
-    """The tensor that stands inside the wrappers of ``torch.func``; ``v`` where we cannot look."""
+    """Return the tensor inside the wrappers of ``torch.func``; ``v`` if we cannot unwrap it."""
     if _wraps is not None and _unwrapped is not None:
         while _wraps(v):
             v = _unwrapped(v)
@@ -110,39 +110,39 @@ def inside_transforms(v: Tensor) -> Tensor:
 
 
 def light_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` for calls under no transform, whose tensors ``unwrap_if_dead`` has seen.
+    """Return ``function.apply`` for calls under no transform, on tensors unwrapped if dead.
 
     Up to torch 2.13, ``torch.autograd.Function.apply`` binds arguments and unwraps tensors in
-    Python, 8 of the 90 us of a small loss, and then calls the ``apply`` of its base class.  Newer
-    ones do it in C++.  Without the base's ``apply`` we call the whole.
+    Python, and then calls the ``apply`` of its base class.  That takes 8 of the 90 us of a small
+    loss.  Newer versions do it in C++.  Without the base's ``apply`` we call the whole.
     """
     base = getattr(super(torch.autograd.Function, function), "apply", None)
     return function.apply if base is None or _unwrap is None else base
 
 
-# --- tensors without values, and whoever watches --------------------------------------------------
+# --- fake tensors, views, tracing and modes ---------------------------------------------------
 
 _FakeTensor = _find("torch._subclasses.fake_tensor", "FakeTensor")
 
 
 def is_fake(v: Tensor) -> bool:
-    """Tells whether a tensor has a shape but no values, or else goes by its type's name."""
+    """Return whether a tensor has a shape but no values; without the class, by its name."""
     return type(v).__name__ == "FakeTensor" if _FakeTensor is None else isinstance(v, _FakeTensor)
 
 
-# Arrays have values under FakeTensorMode, too.  Without the private name, they are taken for fake.
+# Arrays have values under FakeTensorMode, too.  Without the private name they count as fake.
 without_fake_mode: Callable[[], AbstractContextManager[Any]] = (
     _find("torch._subclasses.fake_tensor", "unset_fake_temporarily") or nullcontext
 )
 
 
 def viewed(v: Tensor) -> Tensor | None:
-    """The tensor that this one is a view of; None where it is none, or where we cannot tell."""
+    """Return the tensor that this one is a view of; None if it is not a view, or unknown."""
     return getattr(v, "_base", None)
 
 
 def is_jit_traced() -> bool:
-    """Tells whether ``torch.jit.trace`` records, by a documented function that is not exported."""
+    """Return whether ``torch.jit.trace`` records, by a documented function without a stub."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
@@ -150,7 +150,7 @@ _has_exporting_flag = _find("torch.compiler", "_is_exporting_flag") is not None
 
 
 def is_exporting() -> bool:
-    """Tells whether ``torch.export`` is tracing.
+    """Return whether ``torch.export`` is tracing.
 
     We read the flag itself, since to the compiler of torch 2.11 ``torch.compiler.is_exporting()``
     is always true.  Without the flag we call that function.
@@ -166,10 +166,10 @@ _DeviceContext = _find("torch.utils._device", "DeviceContext")
 
 
 def function_mode_watches() -> bool:
-    """Tells whether a ``__torch_function__`` mode may want to see which functions are called.
+    """Return whether a ``__torch_function__`` mode may depend on which functions are called.
 
-    The mode of a default device does not: it looks only at functions that make tensors.  Without
-    the private names we assume that there is a mode; torch's own function is then called.
+    The mode of a default device does not: it acts on functions that create tensors.  Without the
+    private names we assume that there is such a mode; torch's own function is then called.
     """
     if _modes is None or _some_mode is None or _DeviceContext is None:
         return True
@@ -180,19 +180,19 @@ def function_mode_watches() -> bool:
 
 
 def dispatch_modes() -> list[Any]:
-    """The ``__torch_dispatch__`` modes that are active; none if we cannot tell."""
+    """Return the active ``__torch_dispatch__`` modes; an empty list if unknown."""
     stack = _find("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
     return [] if stack is None else stack()
 
 
 def parse_to(*args: Any, **options: Any) -> tuple[Any, Any] | None:
-    """The device and the dtype that ``Tensor.to`` is asked for; None if we cannot tell."""
+    """Return the device and dtype that ``Tensor.to`` would convert to; None if unknown."""
     parse = _find("torch._C._nn", "_parse_to")
     return None if parse is None else tuple(parse(*args, **options)[:2])
 
 
 def _tree_map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
-    """What torch's function does to tuples, lists and dictionaries."""
+    """Do what torch's function does for tuples, lists and dictionaries."""
     if isinstance(tree, dict):
         return {key: _tree_map_only(kind, function, value) for key, value in tree.items()}
     if type(tree) in (tuple, list):
@@ -204,9 +204,9 @@ tree_map_only: Callable[..., Any] = _find("torch.utils._pytree", "tree_map_only"
 
 
 def fill_names_of_dynamo() -> None:
-    """Has Dynamo look up now the functions that it does not trace into, which it does only once.
+    """Make Dynamo look up now, once for all, the functions that it does not trace into.
 
-    Without the private function, Dynamo may look them up while one of them is replaced, and then
+    Without the private function, Dynamo may look them up while one of them is replaced.  It then
     traces into the replacement.
     """
     fill = _find("torch._dynamo.trace_rules", "get_torch_obj_rule_map")
@@ -218,10 +218,10 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_
 
 
 def hooks_of(module: torch.nn.Module) -> list[list[Any]] | None:
-    """The hooks of a module, before and after its forward, and those of its backward.
+    """Return the hooks of a module before its forward, after it, and of its backward.
 
-    Hooks are registered by public functions, but no public function lists them.  None means that
-    we cannot tell.
+    Hooks are registered by public functions, but no public function lists them.  None means
+    unknown.
     """
     kinds = [getattr(module, kind, None) for kind in _HOOKS]
     if any(kind is None for kind in kinds):
@@ -234,7 +234,7 @@ def hooks_of(module: torch.nn.Module) -> list[list[Any]] | None:
 
 
 def multiplies(half: torch.dtype) -> bool:
-    """Tells whether this CPU multiplies matrices of these halves; no, if we cannot ask."""
+    """Return whether this CPU multiplies matrices in this half precision; False if unknown."""
     name = "_is_amx_fp16_supported" if half == torch.float16 else "_is_avx512_bf16_supported"
     supported = _find("torch.cpu", name)
     return supported is not None and bool(supported())
@@ -255,5 +255,5 @@ def _find_onednn_linear() -> Any:
 
 # ``F.linear`` in oneDNN, or None.  It takes a fifth less time than BLAS for few rows and many
 # classes.  Torch calls it only for lower precisions; this operation, made for its compiler, always
-# does.  It adds up one product after the other, so BLAS is more accurate for sums over the classes.
+# does.  It adds one product after the other, so BLAS is more accurate for sums over the classes.
 onednn_linear = _find_onednn_linear()

@@ -1,1 +1,1 @@
-"""The losses of a linear layer's logits, of which a tile is held at a time."""
+"""Losses of the logits of a linear layer, of which one tile is held at a time."""

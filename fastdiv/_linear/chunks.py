@@ -1,11 +1,15 @@
-"""Losses of a linear layer's logits, which are made a tile at a time and never held whole.
+"""The loops of the linear losses, which compute the logits tile by tile and never hold them whole.
 
-There are two ways to the gradients.  ``by_rows`` takes rows in chunks, all classes at once, and has
-the gradient with the value: three matrix products, as many as autograd does of the whole.  But it
-adds up the weight's gradient over the chunks, for a weight of half precision in float32, which is
-often more than the logits; and it must know what comes from upstream.  ``by_classes`` makes the
-logits a second time in the backward, a block of classes at a time: four products, but nothing is
-kept in between, and a block's gradient is complete when the block is left.
+There are two ways to compute the gradients.
+
+``by_rows`` takes chunks of rows, with all classes at once, and computes gradients with the value.
+It takes three matrix products, as many as autograd.  But it sums the weight's gradient over the
+chunks, in float32 for a weight in half precision, which often takes more memory than the logits.
+And it needs the upstream gradient in the forward.
+
+``by_classes`` computes the logits a second time in the backward, one block of classes at a time.
+It takes four products, but keeps nothing between forward and backward, and the weight's gradient of
+a block is complete when the loop leaves the block.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from torch import Tensor
 
 from .. import reference
 from .._engine import arguments, ops
-from ..reference import value_dtype
-from .tiles import CONVERTED, Gradients, Head, Rows, ranges
+from ..reference import Spec, value_dtype
+from .tiles import CONVERTED, Gradients, RowRange, TiledLogits, ranges
 
 SHARE = 12  # tiles take at most this part of the input's logits,
 LARGEST = {"cpu": 1 << 26, "cuda": 1 << 29}  # and no more bytes, however many rows there are,
@@ -31,15 +35,15 @@ ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}
 
 @dataclass
 class Problem:
-    """A loss with all of its tensors."""
+    """A linear loss with all of its tensors, and how large its tiles are."""
 
-    student: Head
-    teacher: Head | None
+    student: TiledLogits
+    teacher: TiledLogits | None
     label: Tensor | None
     class_weight: Tensor | None
     row_weight: Tensor | None
-    options: list[Any]  # of the row ops
-    chunk_size: int  # rows; 0: by the rule
+    spec: Spec
+    chunk_size: int  # rows whose logits are held at a time; 0 chooses by ``budget``
 
     def __post_init__(self) -> None:
         x = self.student
@@ -49,57 +53,58 @@ class Problem:
         self.dtype = x.dtype
         if self.teacher is not None:
             self.dtype = torch.promote_types(x.dtype, self.teacher.dtype)
-        # All that says whether a row counts in one place: tiles have labels counted from where
-        # they begin, and one of those may happen to be the ignored one.
-        ignored = self.options[ops.IGNORE_INDEX]
+        # The weights alone say which rows are ignored.  Labels of a tile are relative to its first
+        # class, so one of them could equal ignore_index.
+        ignored = self.spec.ignore_index
         weight = reference.row_weights(ignored, x.input, self.label, self.row_weight)
         self.weight = weight.to(value_dtype(self.dtype))
         if self.label is not None:
             self.label = torch.where(self.weight == 0, 0, self.label)
-        self.options[ops.IGNORE_INDEX] = arguments.NO_LABEL_IGNORED
+        self.spec = self.spec._replace(reduction="none", ignore_index=arguments.NO_LABEL_IGNORED)
+        self.options = ops.options(self.spec)
 
     def budget(self) -> int:
-        """Bytes that tiles of the input's logits may take."""
+        """Return how many bytes a tile of the student's logits may take."""
         logits = self.rows * self.classes * self.student.input.element_size()
         return min(logits // SHARE, LARGEST[self.device])
 
     def bytes_of_logit(self) -> int:
-        """As tiles hold it: as it is, and as it is multiplied where that is another dtype."""
+        """Return how many bytes a tile takes per logit, with a converted copy if there is one."""
         return self.dtype.itemsize + (self.student.dtype.itemsize if self.student.converts else 0)
 
     def rows_of_chunk(self, with_gradients: bool) -> int:
-        """How many rows ``by_rows`` takes at a time."""
+        """Return how many rows ``by_rows`` takes at a time."""
         if self.chunk_size:
             return self.chunk_size
         converted = 8 * CONVERTED * self.hidden if self.student.converts else 0
-        # A forward alone leaves room for what its backward adds to memory that is not given back.
+        # glibc keeps freed memory, so a forward alone leaves room for its backward.
         budget = self.budget() if with_gradients else self.budget() // 2
         rows = (budget - converted) // (self.classes * self.bytes_of_logit())
-        # Twice as many where the weight has to be converted for every chunk.
+        # Every chunk converts the whole weight, so a chunk has twice as many rows.
         return max(rows, FEWEST_ROWS[self.device] * (2 if self.student.converts else 1))
 
     def tile_of_block(self) -> tuple[int, int]:
-        """How many rows and classes ``by_classes`` takes at a time."""
+        """Return how many rows and classes ``by_classes`` takes at a time."""
         rows = min(max(self.rows // 4, 1), ROWS_OF_BLOCK[self.device])
         if self.chunk_size:
             return rows, max(1, self.chunk_size * self.classes // rows)
-        of_input = 4 * self.hidden * (rows + self.rows)  # a tile's rows, and their gradient's sum
+        of_input = 4 * self.hidden * (rows + self.rows)  # rows of a tile, sum of their gradients
         of_class = (
             self.bytes_of_logit() * rows + 8 * self.hidden
-        )  # logits; a weight, its gradient's
+        )  # logits; a weight and its gradient
         classes = (self.budget() // 2 - of_input) // of_class
         return rows, max(classes, FEWEST_CLASSES[self.device])
 
-    def pieces(self, most: int, every: bool = False) -> list[Rows]:
-        """The rows; on a CPU, where it costs nothing to look, those that count."""
+    def pieces(self, most: int, every: bool = False) -> list[RowRange]:
+        """Return ranges of at most so many rows.  A CPU skips ignored rows unless ``every``."""
         if self.device == "cpu" and not every:
             counting = self.weight.nonzero().squeeze(1)
             if len(counting) < self.rows:
                 return [counting[piece] for piece in ranges(slice(0, len(counting)), most)]
         return list(ranges(slice(0, self.rows), most))
 
-    def tiles(self, rows: Rows, classes: slice) -> tuple[Any, ...]:
-        """What the row ops take before their options."""
+    def tiles(self, rows: RowRange, classes: slice) -> tuple[Any, ...]:
+        """Compute a tile; return the tensors that the row ops take before their options."""
         return (
             self.student.tile(rows, classes, self.dtype),
             None if self.teacher is None else self.teacher.tile(rows, classes, self.dtype),
@@ -111,7 +116,7 @@ class Problem:
 
 @dataclass
 class Results:
-    """What comes of the rows."""
+    """What ``by_rows`` computes per row."""
 
     value: Tensor
     record: Tensor
@@ -119,38 +124,38 @@ class Results:
     argmax: Tensor
 
 
-Look = Callable[[Rows, tuple[Any, ...], Tensor, Tensor], None]  # rows, tiles, values, records
+Look = Callable[[RowRange, tuple[Any, ...], Tensor, Tensor], None]  # rows, tiles, values, records
 
 
 def by_rows(
     p: Problem,
-    loss_with_stats: int,
+    stats: bool,
     grad: Tensor | None,
     gradients: list[Gradients],
     look: Look | None = None,
 ) -> Results:
-    """Values of the rows and, if asked for, statistics; adds to gradients for an upstream one.
+    """Compute values and, if asked for, statistics of the rows, and add to the gradients.
 
     Without an upstream gradient, ``look`` is called for every chunk while its logits are held.
     """
-    stats, both = loss_with_stats >= 0, len(gradients) > 1
+    both = len(gradients) > 1
     out = Results(
-        p.weight.new_zeros(ops.value_shape(p.options, p.rows)),
+        p.weight.new_zeros(ops.value_shape(p.spec, p.rows)),
         p.weight.new_zeros(0 if gradients else p.rows, ops.RECORD_SIZE),
         p.weight.new_zeros(3, p.rows if stats else 0),
         torch.zeros_like(p.weight[: p.rows if stats else 0], dtype=torch.int64),
     )
     whole = slice(0, p.classes)
-    options = [loss_with_stats, *p.options[1:]] if stats else p.options
+    options = ops.options(p.spec, stats)
 
-    def chunk(rows: Rows) -> None:  # a function, so that nothing of a chunk outlives it
+    def chunk(rows: RowRange) -> None:  # a function frees the tensors of a chunk at its end
         tiles = p.tiles(rows, whole)
         upstream = None if grad is None else grad[..., rows].contiguous()
         if upstream is not None and not stats:
             out.value[..., rows], dt = ops.forward_grad(upstream, *tiles, *p.options, both)
         else:
             op = ops.forward_stats if stats else ops.forward
-            value, record, total, *of_rows = op(*tiles, *options)
+            value, record, divisor, *of_rows = op(*tiles, *options)
             out.value[..., rows] = value
             if stats:
                 out.stats[:, rows], out.argmax[rows] = of_rows
@@ -159,7 +164,7 @@ def by_rows(
                 if look is not None:
                     look(rows, tiles, value, record)
                 return
-            dt = ops.backward_in_place(upstream, *tiles, record, total, *p.options, both)
+            dt = ops.backward_in_place(upstream, *tiles, record, divisor, *p.options, both)
         for g, d in zip(gradients, (tiles[0], dt), strict=False):
             g.add(d, rows, whole)
 
@@ -173,12 +178,12 @@ def by_rows(
 
 
 def by_classes(p: Problem, grad: Tensor, record: Tensor, gradients: list[Gradients]) -> None:
-    """Adds to gradients, for one from upstream for every row, from the forward's records."""
+    """Add to the gradients, from an upstream gradient and the forward's record of every row."""
     most_rows, most_classes = p.tile_of_block()
     pieces, both = p.pieces(most_rows), len(gradients) > 1
     one = p.weight.new_ones(())
 
-    def tile(rows: Rows, classes: slice) -> None:
+    def tile(rows: RowRange, classes: slice) -> None:
         tiles = p.tiles(rows, classes)
         upstream = grad[..., rows].contiguous()
         dt = ops.backward_in_place(upstream, *tiles, record[rows], one, *p.options, both)

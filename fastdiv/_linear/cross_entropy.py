@@ -1,12 +1,12 @@
-r"""Losses of the logits of a linear layer, :math:`x = h W^\top + b`, which are never held whole.
+r"""Losses of the logits of a linear layer, :math:`x = h W^\top + b`, computed a tile at a time.
 
 They take the hidden states :math:`h` and the weight :math:`W` of a model's last layer in place of
-its logits, and make these a tile at a time.  Value and gradients are those of the loss of
-``F.linear(input, linear_weight, linear_bias)`` but for rounding: a weight's gradient is summed in
-float32, and on a CPU that has no matrix products of half precision, logits are float32 throughout.
+its logits.  Value and gradients are those of the loss of ``F.linear(input, linear_weight,
+linear_bias)`` up to rounding.  The gradient of a weight is summed in float32.  On a CPU without
+matrix products in half precision, the logits are float32.
 
-Memory beyond arguments and gradients stays below a tenth of the logits from some 1024 rows on, and
-stops growing at 64 MB (on a GPU 512).  ``chunk_size`` sets the rows of a tile; see HACKING.md.
+From about 1024 rows on, memory beyond arguments and gradients stays below a tenth of the logits.
+It stops growing at 64 MB (512 MB on a GPU).  ``chunk_size`` sets the rows of a tile.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._engine import arguments
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._engine.recording import size_of
 from .._losses.cross_entropy import cross_entropy, cross_entropy_spec
 from ..reference import Spec, Stats
-from . import layer as layers
+from ..reference.choices import Reduction, Smoothing
+from .head import as_rows, check_chunk_size, check_target, checked_head, loss_of_head
 
 
 @overload
@@ -32,11 +33,11 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -54,11 +55,11 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -68,7 +69,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Stats]: ...
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -76,11 +77,11 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -88,48 +89,57 @@ def linear_cross_entropy(
     return_stats: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Stats]:
-    r"""Cross entropy of the logits of a linear layer, in nats; the logits are never held whole.
+    r"""Compute the cross entropy of the logits of a linear layer, a tile at a time, in nats.
 
     .. math:: \mathrm{cross\_entropy}(h\,W^\top + b,\ \text{target})
 
     A drop-in for :func:`torch.nn.functional.linear_cross_entropy`, with every option of
     :func:`fastdiv.cross_entropy`, which has the formula.  With ``"sum"``, ``"mean"`` and
-    ``"batchmean"`` the gradients are computed with the value, in the forward; with ``"none"``, and
-    for half precision, the backward makes the logits once more.
+    ``"batchmean"`` the forward computes the gradients, too.  With ``"none"``, and in half
+    precision, the backward computes the logits a second time.
 
     Args:
         input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
-        linear_weight: :math:`W`, shape ``(C, H)``, of the dtype of ``input``.
-        target: Class indices (int64, int32, uint8) of shape ``(...)``, or probabilities (floating)
-            of shape ``(..., C)``.
-        linear_bias: :math:`b`, shape ``(C,)``.
-        weight: Weights of the classes, shape ``(C,)``.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        ignore_index: Rows with this label do not count, and on a CPU are not multiplied; None
-            means -100.
-        label_smoothing: In [0, 1].
-        options: ``torch.nn.LinearCrossEntropyOptions``; of these ``batch_chunk_size`` is taken for
-            ``chunk_size``, and nothing else is needed.
-        smoothing: ``"all"`` or ``"others"``.
-        temperature: Divides the logits.
-        softcap: Soft cap of the logits.
-        z_loss: Factor of the squared log-sum-exp.
-        token_weight: Weights of the rows, shape ``(...)``.
-        return_stats: Also return statistics of the rows.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+        linear_weight: Weight :math:`W` of the layer, shape ``(C, H)``, in the dtype of ``input``.
+        target: Class indices (int64, int32, uint8), shape ``(...)``, or probabilities (floating),
+            shape ``(..., C)``.
+        linear_bias: Bias :math:`b` of the layer, shape ``(C,)``.
+        weight: Weights of the classes, shape ``(C,)``; 1 by default.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight`` and the class weight of the label; NaN if no row counts) or
+            ``"batchmean"`` (sum / ``input.size(0)``).
+        ignore_index: Rows with this label do not count: their loss and gradient are 0, whatever
+            they hold.  On a CPU their logits are not computed.  None means -100.
+        label_smoothing: :math:`\varepsilon` in [0, 1].
+        options: ``torch.nn.LinearCrossEntropyOptions``, of which only ``batch_chunk_size`` is used,
+            if ``chunk_size`` is None.
+        smoothing: ``"all"`` spreads :math:`\varepsilon` over all classes, ``"others"`` over all but
+            the label.
+        temperature: :math:`T`, which divides the logits.
+        softcap: Replace the logits by ``softcap * tanh(x / softcap)`` first; None for no cap.
+        z_loss: :math:`z`, the factor of the squared log-sum-exp.
+        token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
+            the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
+            logits are not computed.
+        return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
+            ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
+            the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
 
     Returns:
-        The loss, float32 (float64 if input or target is), and the statistics if asked for.
-        Gradients have the dtype of what they belong to: ``input``, ``linear_weight``,
-        ``linear_bias``, and probabilities that require one.
+        The loss, float32 (float64 if input or target is); with ``return_stats`` a pair of the loss
+        and the statistics.  ``input``, ``linear_weight``, ``linear_bias`` and probabilities get a
+        gradient, in their own dtype, if they require one.
 
     Raises:
-        TypeError: a dtype that is not one of the above, or not that of ``input``; a sparse,
-            nested or quantized tensor; an option that is no number.
-        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
-        IndexError: a label outside ``[0, C)`` that is not ``ignore_index`` (on CPU; elsewhere such
-            a row is NaN).
-        RuntimeError: tensors on different devices.
+        TypeError: A tensor has an unsupported dtype or layout, the tensors of a layer differ in
+            dtype, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, or a weight or an option
+            requires a gradient.
+        IndexError: A label is neither in ``[0, C)`` nor ``ignore_index`` (on a CPU; elsewhere its
+            row is NaN).
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -143,9 +153,9 @@ def linear_cross_entropy(
     ignored = arguments.check_ignored(-100 if ignore_index is None else ignore_index)
     if chunk_size is None:
         chunk_size = getattr(options, "batch_chunk_size", None)
-    layers.check_chunk_size(chunk_size)
+    check_chunk_size(chunk_size)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        return cross_entropy(
+        return cross_entropy(  # type: ignore[misc]  # of so many words, mypy tries no unions
             _logits_of_many_dimensions(input, linear_weight, linear_bias),
             target,
             weight,
@@ -160,8 +170,8 @@ def linear_cross_entropy(
             token_weight=token_weight,
             return_stats=return_stats,  # type: ignore[call-overload]
         )
-    layer = layers.make_layer(input, linear_weight, linear_bias)
-    logits = layer.logits
+    head = checked_head(input, linear_weight, linear_bias)
+    logits = head.logits
     dim = logits.dim() - 1
     classes = size_of(logits, dim)
     arguments.check_reduction(reduction)
@@ -179,13 +189,13 @@ def linear_cross_entropy(
     )
     t = y = None
     if target.is_floating_point():
-        layers.check_target(logits, target)
-        t = layers.as_rows(target)
+        check_target(logits, target)
+        t = as_rows(target)
     else:
         y = arguments.labels(logits, dim, target, "target", ignored)
-    value, stats = layers.loss_of_layer(
+    value, stats = loss_of_head(
         spec,
-        layer,
+        head,
         (t, None, None),
         y,
         arguments.class_weights(logits, classes, weight),
@@ -197,12 +207,12 @@ def linear_cross_entropy(
 
 
 def _logits_of_many_dimensions(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits ``(..., C, d1, ..., dK)`` of a weight ``(C, d1, ..., dK, H)``, which torch takes."""
+    """Compute logits ``(..., C, d1, ..., dK)`` of a weight ``(C, d1, ..., dK, H)``, as torch."""
     flat_bias = None if bias is None else bias.flatten()
     return F.linear(input, weight.flatten(0, -2), flat_bias).unflatten(-1, weight.shape[:-1])
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_log_prob_and_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -212,32 +222,33 @@ def linear_log_prob_and_entropy(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Log-probability of one class a row, and entropy, of logits that are never held whole.
+    r"""Compute log-probability and entropy of the logits of a linear layer, a tile at a time.
 
     .. math:: \log q_y, \quad -\sum_c q_c \log q_c,
         \qquad q = \mathrm{softmax}\bigl((h\,W^\top + b) / T\bigr)
 
-    :func:`fastdiv.log_prob_and_entropy` of ``F.linear(input, linear_weight, linear_bias)``, what
-    policy-gradient fine-tuning needs.  The backward makes the logits once more.
+    This is :func:`fastdiv.log_prob_and_entropy` of ``F.linear(input, linear_weight, linear_bias)``,
+    which policy-gradient fine-tuning needs.  The backward computes the logits a second time.
 
     Args:
         input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
-        linear_weight: :math:`W`, shape ``(C, H)``, of the dtype of ``input``.
-        index: Class indices (int64, int32, uint8) of shape ``(...)``.
-        linear_bias: :math:`b`, shape ``(C,)``.
-        temperature: :math:`T`.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+        linear_weight: Weight :math:`W` of the layer, shape ``(C, H)``, in the dtype of ``input``.
+        index: Class indices (int64, int32, uint8), shape ``(...)``.
+        linear_bias: Bias :math:`b` of the layer, shape ``(C,)``.
+        temperature: :math:`T`, which divides the logits.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
 
     Returns:
         ``(log_prob, entropy)`` in nats, shape ``(...)`` each, float32 (float64 for float64 input);
         both differentiable.
 
     Raises:
-        TypeError: a dtype that is not one of the above, or not that of ``input``; a sparse,
-            nested or quantized tensor; an option that is no number.
-        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
-        IndexError: an index outside ``[0, C)`` (on CPU; elsewhere the row is NaN).
-        RuntimeError: tensors on different devices.
+        TypeError: A tensor has an unsupported dtype or layout, the tensors of a layer differ in
+            dtype, or an option is not a number.
+        ValueError: Shapes do not match, or an option is out of range or requires a gradient.
+        IndexError: An index is not in ``[0, C)`` (on a CPU; elsewhere its row is NaN).
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -247,11 +258,11 @@ def linear_log_prob_and_entropy(
 
     Source: :func:`fastdiv.log_prob_and_entropy`.
     """
-    layer = layers.make_layer(input, linear_weight, linear_bias)
-    logits = layer.logits
+    head = checked_head(input, linear_weight, linear_bias)
+    logits = head.logits
     ignored = arguments.NO_LABEL_IGNORED
     label = arguments.labels(logits, logits.dim() - 1, index, "index", ignored)
     scale = arguments.scale_of(temperature)
     spec = Spec("log_prob_and_entropy", ignore_index=ignored, scale=scale)
-    value, _ = layers.loss_of_layer(spec, layer, label=label, chunk_size=chunk_size)
+    value, _ = loss_of_head(spec, head, label=label, chunk_size=chunk_size)
     return value[0], value[1]

@@ -1,29 +1,31 @@
-"""Divergences of the logits of a linear layer, which are never held whole."""
+"""Divergences of the logits of a linear layer, computed a tile at a time."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from .._engine import arguments
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._losses.divergence import js_loss
 from ..reference import Spec
-from . import layer as layers
+from ..reference.choices import Reduction, TargetType
+from .head import as_rows, check_target, checked_head, loss_of_head
 
 
 def _linear_divergence(
     loss: str,
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, str | None, Tensor | None, Tensor | None],
+    *,
     reduction: str,
     temperature: float,
     token_weight: Tensor | None,
     chunk_size: int | None,
-    shape: float = 0.0,
+    param: float = 0.0,
 ) -> Tensor:
-    """The divergence of a layer ``(input, weight, bias)`` from ``(target, type, weight, bias)``."""
-    layer = layers.make_layer(*student)
-    logits = layer.logits
+    """Compute a loss of layers ``(input, weight, bias)`` and ``(target, type, weight, bias)``."""
+    head = checked_head(*student)
+    logits = head.logits
     arguments.check_reduction(reduction)
     target_type, target = check_teacher(logits, *teacher)
     spec = Spec(
@@ -32,12 +34,10 @@ def _linear_divergence(
         reduction=reduction,
         batch=logits.shape[0],
         scale=arguments.scale_of(temperature),
-        shape=shape,
+        param=param,
     )
     row_weight = arguments.token_weights(logits, logits.dim() - 1, token_weight)
-    value, _ = layers.loss_of_layer(
-        spec, layer, target, row_weight=row_weight, chunk_size=chunk_size
-    )
+    value, _ = loss_of_head(spec, head, target, row_weight=row_weight, chunk_size=chunk_size)
     return value
 
 
@@ -48,72 +48,77 @@ def check_teacher(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[str, tuple[Tensor, Tensor | None, Tensor | None]]:
-    """What the target's rows hold, and these with the layer that makes logits of them, if any."""
+    """Check the target; return its type, and its rows with the weight and bias of its layer."""
     if weight is None:
         if bias is not None:
             raise ValueError("target_linear_bias needs a target_linear_weight")
         target_type = arguments.check_target_type(target_type)
-        layers.check_target(logits, target)
-        return target_type, (layers.as_rows(target), None, None)
+        check_target(logits, target)
+        return target_type, (as_rows(target), None, None)
     if target_type not in (None, "logits"):
         raise ValueError(
-            "target_type must be 'logits', or left out, where target_linear_weight makes "
-            f"logits of the target, got {target_type!r}"
+            "target_type must be 'logits' or None if target_linear_weight is given, got "
+            f"{target_type!r}"
         )
-    layer = layers.make_layer(target, weight, bias, "target", "target_")
-    layers.check_target(logits, layer.logits)
-    return "logits", layer.tensors
+    head = checked_head(target, weight, bias, "target", "target_")
+    check_target(logits, head.logits)
+    return "logits", head.tensors
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Kullback-Leibler divergence of the logits of a linear layer, which are never held whole.
+    r"""Compute the KL divergence of the logits of a linear layer, a tile at a time.
 
     .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c (\log p_c - \log q_c),
         \qquad q = \mathrm{softmax}\bigl((h\,W^\top + b) / T\bigr)
 
-    :func:`fastdiv.kl_div` of ``F.linear(input, linear_weight, linear_bias)``.  With
-    ``target_linear_weight`` the target holds the teacher's hidden states; its logits are not held
-    either, and it may be of another width.
+    This is :func:`fastdiv.kl_div` of ``F.linear(input, linear_weight, linear_bias)``, in memory for
+    a part of the logits at a time.  With ``target_linear_weight`` the target holds the teacher's
+    hidden states.  Its logits are not held either, and its width may differ.
 
     Args:
         input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
-        linear_weight: :math:`W`, shape ``(C, H)``, of the dtype of ``input``.
-        target: Rows of shape ``(..., C)`` as ``target_type`` says, or the teacher's hidden states,
-            shape ``(..., K)``.
-        target_type: ``"logits"``, ``"log_probs"`` or ``"probs"``; required unless the target holds
-            hidden states.
-        target_linear_weight: The teacher's weight, shape ``(C, K)``, of the dtype of ``target``.
+        linear_weight: Weight :math:`W` of the layer, shape ``(C, H)``, in the dtype of ``input``.
+        target: The teacher's rows, shape ``(..., C)``, or with ``target_linear_weight`` its hidden
+            states, shape ``(..., K)``.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
+            unless it holds hidden states.
+        target_linear_weight: The teacher's weight, shape ``(C, K)``, in the dtype of ``target``.
         target_linear_bias: The teacher's bias, shape ``(C,)``.
-        linear_bias: :math:`b`, shape ``(C,)``.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        temperature: :math:`T`; divides the input's logits, and the target's where it has some.
-        token_weight: Weights of the rows, shape ``(...)``; rows of weight 0 do not count, and on a
-            CPU are not multiplied.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of all.
+        linear_bias: Bias :math:`b` of the layer, shape ``(C,)``.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
+            the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
+            logits are not computed.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
 
     Returns:
-        The divergence in nats, float32 (float64 if input or target is).  Every floating argument
-        but the token weights gets a gradient where it requires one.
+        The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
+        layers, biases and target get a gradient if they require one.
 
     Raises:
-        TypeError: a dtype that is not one of the above, or not that of its layer; a sparse,
-            nested or quantized tensor; an option that is no number.
-        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
-        RuntimeError: tensors on different devices.
+        TypeError: A tensor has an unsupported dtype or layout, the tensors of a layer differ in
+            dtype, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, or a weight or an option
+            requires a gradient.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -126,30 +131,71 @@ def linear_kl_div(
     """
     student = (input, linear_weight, linear_bias)
     teacher = (target, target_type, target_linear_weight, target_linear_bias)
-    how = (reduction, temperature, token_weight, chunk_size)
-    return _linear_divergence("kl_div", student, teacher, *how)
+    return _linear_divergence(
+        "kl_div",
+        student,
+        teacher,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        chunk_size=chunk_size,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_reverse_kl_div(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Reverse KL divergence of the logits of a linear layer, which are never held whole.
+    r"""Compute the reverse KL divergence of the logits of a linear layer, a tile at a time.
 
-    .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c (\log q_c - \log p_c)
+    .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c (\log q_c - \log p_c),
+        \qquad q = \mathrm{softmax}\bigl((h\,W^\top + b) / T\bigr)
 
-    Arguments, result and errors are those of :func:`fastdiv.linear_kl_div`.
+    This is :func:`fastdiv.reverse_kl_div` of ``F.linear(input, linear_weight, linear_bias)``, in
+    memory for a part of the logits at a time.  With ``target_linear_weight`` the target holds the
+    teacher's hidden states.  Its logits are not held either, and its width may differ.
+
+    Args:
+        input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
+        linear_weight: Weight :math:`W` of the layer, shape ``(C, H)``, in the dtype of ``input``.
+        target: The teacher's rows, shape ``(..., C)``, or with ``target_linear_weight`` its hidden
+            states, shape ``(..., K)``.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
+            unless it holds hidden states.
+        target_linear_weight: The teacher's weight, shape ``(C, K)``, in the dtype of ``target``.
+        target_linear_bias: The teacher's bias, shape ``(C,)``.
+        linear_bias: Bias :math:`b` of the layer, shape ``(C,)``.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
+            the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
+            logits are not computed.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
+        layers, biases and target get a gradient if they require one.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, the tensors of a layer differ in
+            dtype, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, or a weight or an option
+            requires a gradient.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -162,34 +208,74 @@ def linear_reverse_kl_div(
     """
     student = (input, linear_weight, linear_bias)
     teacher = (target, target_type, target_linear_weight, target_linear_bias)
-    how = (reduction, temperature, token_weight, chunk_size)
-    return _linear_divergence("reverse_kl_div", student, teacher, *how)
+    return _linear_divergence(
+        "reverse_kl_div",
+        student,
+        teacher,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        chunk_size=chunk_size,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def linear_js_div(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
-    target_type: str | None = None,
+    target_type: TargetType | None = None,
     beta: float = 0.5,
     target_linear_weight: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Jensen-Shannon divergence of the logits of a linear layer, which are never held whole.
+    r"""Compute the Jensen-Shannon divergence of the logits of a linear layer, a tile at a time.
 
     .. math::
         \mathrm{JS}_\beta = \beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m),
         \qquad m = \beta\,p + (1 - \beta)\,q
 
-    ``beta`` is that of :func:`fastdiv.js_div`; all other arguments, result and errors are those of
-    :func:`fastdiv.linear_kl_div`.
+    This is :func:`fastdiv.js_div` of ``F.linear(input, linear_weight, linear_bias)``, in memory for
+    a part of the logits at a time.  With ``target_linear_weight`` the target holds the teacher's
+    hidden states.  Its logits are not held either, and its width may differ.
+
+    Args:
+        input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
+        linear_weight: Weight :math:`W` of the layer, shape ``(C, H)``, in the dtype of ``input``.
+        target: The teacher's rows, shape ``(..., C)``, or with ``target_linear_weight`` its hidden
+            states, shape ``(..., K)``.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
+            unless it holds hidden states.
+        beta: :math:`\beta` in [0, 1], the share of the target in the mixture.
+        target_linear_weight: The teacher's weight, shape ``(C, K)``, in the dtype of ``target``.
+        target_linear_bias: The teacher's bias, shape ``(C,)``.
+        linear_bias: Bias :math:`b` of the layer, shape ``(C,)``.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
+            the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
+            logits are not computed.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
+        layers, biases and target get a gradient if they require one.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, the tensors of a layer differ in
+            dtype, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, or a weight or an option
+            requires a gradient.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -203,5 +289,13 @@ def linear_js_div(
     loss, beta = js_loss(beta)
     student = (input, linear_weight, linear_bias)
     teacher = (target, target_type, target_linear_weight, target_linear_bias)
-    how = (reduction, temperature, token_weight, chunk_size)
-    return _linear_divergence(loss, student, teacher, *how, shape=beta)
+    return _linear_divergence(
+        loss,
+        student,
+        teacher,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        chunk_size=chunk_size,
+        param=beta,
+    )

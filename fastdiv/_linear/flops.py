@@ -1,9 +1,9 @@
 """What torch's ``FlopCounterMode`` counts for linear losses: the matrix products that they run.
 
-A loss of ``F.linear`` has three products: the logits, the gradient of the hidden states and that of
-the weight.  Ours has the same three where gradients come with the value.  Elsewhere the backward
-makes the logits a second time, which counts.  So does the second product by which a CPU adds up
-gradients of halves.  Rows that a CPU leaves out count as if they were there.
+A loss of ``F.linear`` has three products: logits, gradient of the hidden states, gradient of the
+weight.  Ours has the same three if gradients are computed with the value.  Otherwise the backward
+computes the logits again, and that product is counted too.  So is the second product by which a CPU
+sums gradients in half precision.  Ignored rows are counted, although a CPU leaves them out.
 
 Importing torch's counter imports Triton, which takes a second.  The formulas wait until something
 else has imported it.
@@ -25,12 +25,12 @@ _formulas: dict[Any, Callable[..., int]] = {}
 
 
 def register(op: Any, formula: Callable[..., int]) -> None:
-    """Keeps a formula, a function of an op's arguments, until a counter may need it."""
+    """Keep the formula of an op, a function of its arguments, until a counter is imported."""
     _formulas[op] = formula
 
 
 def tell_counters() -> None:
-    """Registers the formulas, if torch's counter is there; comes before a call of an op."""
+    """Register the formulas if torch's counter is imported.  Call it before an op."""
     if torch.compiler.is_compiling():
         return
     counter = sys.modules.get("torch.utils.flop_counter")
@@ -39,7 +39,7 @@ def tell_counters() -> None:
     for op, formula in _formulas.items():
         if op not in counter.flop_registry:
             counter.register_flop_formula(op, get_raw=True)(formula)
-    # Counters copy what is registered when they are made, which may have been before.
+    # A counter copies the registry when it is made, which may have been before this call.
     for mode in dispatch_modes():
         copied = getattr(getattr(mode, "counter", None), "flop_registry", {})
         for op in _formulas:
@@ -47,7 +47,7 @@ def tell_counters() -> None:
 
 
 def of_products(heads: Sequence[Tensor | None], needed: Sequence[bool]) -> int:
-    """Floating-point operations for both layers' logits, and the gradients that are needed."""
+    """Count the operations of both heads: their logits, and the gradients that are needed."""
     total = 0
     for first in (0, 3):
         x, weight = heads[first : first + 2]

@@ -1,4 +1,4 @@
-"""Tiles of a linear layer's logits: how they are made, and what comes of their gradients."""
+"""One tile of a linear layer's logits, and the gradients that its gradient adds to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .._engine.torch_private import multiplies, onednn_linear
 from ..reference import value_dtype
 
-Rows = slice | Tensor  # a range of rows, or the indices of some
+RowRange = slice | Tensor  # a range of rows, or the indices of some
 
 CONVERTED = 256  # classes whose weights are converted at a time
 
@@ -19,37 +19,37 @@ CONVERTED = 256  # classes whose weights are converted at a time
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``."""
+    """Compute ``x @ weight.T + bias``."""
     if x.is_cpu and x.dtype == torch.float32 and onednn_linear is not None and x.numel():
         return onednn_linear(x, weight, bias, "none", [], "")
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What tiles are multiplied in: float32 where the processor has no products of halves."""
+    """Return the dtype of products: float32 if the CPU cannot multiply in half precision."""
     if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not multiplies(x.dtype):
         return torch.float32
     return x.dtype
 
 
 def rounds_products(x: Tensor) -> bool:
-    """Tells whether products of such a tensor are rounded to halves, as a CPU does."""
+    """Return whether products of such a tensor are rounded to half precision."""
     return x.is_cpu and product_dtype(x).itemsize == 2
 
 
 # --- logits and their gradients, tile by tile -------------------------------------------------
 
 
-class Head:
-    """Rows of classes: the logits of a linear layer or, without a weight, given as they are."""
+class TiledLogits:
+    """Logits that are computed tile by tile from a linear layer or, without a weight, are given."""
 
     def __init__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         self.input, self.weight, self.bias = input, weight, bias
         self.dtype = product_dtype(input)
         self.converts = self.dtype != input.dtype
 
-    def tile(self, rows: Rows, classes: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of some classes; where there is a weight, in memory of their own."""
+    def tile(self, rows: RowRange, classes: slice, dtype: torch.dtype) -> Tensor:
+        """Compute the logits of some rows and classes; given logits are a view."""
         if self.weight is None:
             return self.input[rows][:, classes].to(dtype)
         x = self.input[rows].to(self.dtype)
@@ -63,62 +63,62 @@ class Head:
         return (tile if bias is None else tile.add_(bias)).to(dtype)
 
     def blocks(self, classes: slice) -> Iterator[slice]:
-        """These classes, in pieces whose weights may be converted."""
+        """Split classes into blocks whose weights are converted at a time."""
         return ranges(classes, CONVERTED) if self.converts else iter([classes])
 
 
 class Gradients:
-    """Gradients of a head's three tensors, of those that need one; sums are in float32."""
+    """Gradients of input, weight and bias, where they are needed; sums are in float32."""
 
-    def __init__(self, head: Head, needed: Sequence[bool]) -> None:
-        self.head = head
-        tensors = (head.input, head.weight, head.bias)
+    def __init__(self, logits: TiledLogits, needed: Sequence[bool]) -> None:
+        self.logits = logits
+        tensors = (logits.input, logits.weight, logits.bias)
         self.input, self.weight, self.bias = (
             v.new_zeros(v.shape) if need and v is not None else None
             for v, need in zip(tensors, needed, strict=True)
         )
-        # Logits that are given get their gradient tile by tile, and sum nothing.
-        self.of_input = self.input if head.weight is None else _sum_for(self.input)
+        # The gradient of given logits is written tile by tile, without a sum.
+        self.of_input = self.input if logits.weight is None else _sum_for(self.input)
         self.of_weight: Tensor | None = None
         self.of_bias: Tensor | None = None
 
     def begin(self, classes: slice) -> None:
-        """Before the first tile of these classes."""
+        """Prepare the sums for the first tile of these classes."""
         self.of_weight = _sum_for(None if self.weight is None else self.weight[classes])
         self.of_bias = _sum_for(None if self.bias is None else self.bias[classes])
 
     def end(self, classes: slice) -> None:
-        """After the last one."""
+        """Store the sums after the last tile of these classes."""
         _store(self.of_weight, None if self.weight is None else self.weight[classes])
         _store(self.of_bias, None if self.bias is None else self.bias[classes])
 
-    def add(self, d: Tensor, rows: Rows, classes: slice) -> None:
-        """Adds what the gradient of a tile of logits comes to."""
-        head = self.head
-        if head.weight is None:
+    def add(self, d: Tensor, rows: RowRange, classes: slice) -> None:
+        """Add to the gradients, from the gradient of a tile of logits."""
+        logits = self.logits
+        if logits.weight is None:
             if self.of_input is not None:
                 self.of_input[rows, classes] = d.to(self.of_input.dtype)
             return
         if self.of_bias is not None:
             self.of_bias += d.sum(0, dtype=self.of_bias.dtype)
-        d, x = d.to(head.dtype), head.input[rows].to(head.dtype)
-        for block in head.blocks(classes):
+        d, x = d.to(logits.dtype), logits.input[rows].to(logits.dtype)
+        for block in logits.blocks(classes):
             inside = within(block, classes)
             if self.of_input is not None:
-                weight = head.weight[block].to(head.dtype)
+                weight = logits.weight[block].to(logits.dtype)
                 _add_product(self.of_input, rows, d[:, inside], weight)
             if self.of_weight is not None:
                 _add_product(self.of_weight, inside, d[:, inside].t(), x)
 
     def results(self) -> list[Tensor]:
-        """One tensor for each of the head's; empty where no gradient is needed."""
+        """Return the gradients of input, weight and bias, empty where they are not needed."""
         _store(self.of_input, self.input)
-        empty = self.head.input.new_empty
+        empty = self.logits.input.new_empty
         return [empty(0) if g is None else g for g in (self.input, self.weight, self.bias)]
 
 
-def _add_product(total: Tensor, rows: Rows, a: Tensor, b: Tensor) -> None:
-    """``total[rows] += a @ b``, which is not rounded to a half before it is added.
+def _add_product(total: Tensor, rows: RowRange, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to ``total[rows]`` without rounding the product to half precision.
 
     A rounding for each tile would add up to as much error as the final one of the gradient.
     """
@@ -130,14 +130,16 @@ def _add_product(total: Tensor, rows: Rows, a: Tensor, b: Tensor) -> None:
     elif not rounds_products(a):
         total[rows] += torch.mm(a, b, out_dtype=total.dtype)
     else:
-        # A second product gives what rounding took.
+        # A second product computes what rounding the first one lost.
         product = a @ b
         total[rows] += product
-        total[rows] += product.addmm_(a, b, beta=-1).nan_to_num_(0, 0, 0)  # none from infinity
+        total[rows] += product.addmm_(a, b, beta=-1).nan_to_num_(
+            0, 0, 0
+        )  # an infinite product lost nothing
 
 
 def _sum_for(gradient: Tensor | None) -> Tensor | None:
-    """Zeros to add up a gradient in; itself where its dtype will do."""
+    """Return zeros for the sum of a gradient, or the gradient itself if it is float32 or wider."""
     if gradient is None or gradient.dtype == value_dtype(gradient.dtype):
         return gradient
     return torch.zeros_like(gradient, dtype=value_dtype(gradient.dtype))
@@ -149,7 +151,7 @@ def _store(total: Tensor | None, gradient: Tensor | None) -> None:
 
 
 def ranges(whole: slice, most: int) -> Iterator[slice]:
-    """Pieces of at most so many, of one size but for the last: memory of one fits the next.
+    """Split a range into pieces of one size, except the last, so that memory is reused.
 
     A multiple of 16 if it may be: products of 79 rows take a tenth longer than those of 80.
     """
@@ -161,5 +163,5 @@ def ranges(whole: slice, most: int) -> Iterator[slice]:
 
 
 def within(block: slice, outer: slice) -> slice:
-    """A block, counted from where ``outer`` begins."""
+    """Return a block relative to the beginning of ``outer``."""
     return slice(block.start - outer.start, block.stop - outer.start)

@@ -1,1 +1,1 @@
-"""What users call, of logits: a function for each loss, from its arguments to a ``Spec``."""
+"""The public losses of logits: each function checks its arguments and makes a ``Spec``."""

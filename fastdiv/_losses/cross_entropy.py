@@ -1,36 +1,39 @@
-"""Cross entropy from logits."""
+"""The cross entropy of logits, and the check of its options."""
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 from torch import Tensor
 
 from .._engine import arguments
 from .._engine.autograd import row_loss, row_loss_and_stats
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
 from .._engine.recording import size_of
 from .._engine.symbolic import term
 from ..reference import Spec, Stats
+from ..reference.choices import Reduction, Smoothing, check_choice
 
-Smoothing = Literal["all", "others"]
+SMOOTHINGS = get_args(Smoothing)
 
 
 def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tuple[float, float]:
-    """``(label, spread)`` such that the smoothed target is ``label * p + spread``."""
+    """Return ``confidence`` and ``smoothing_per_class``.
+
+    The smoothed target is ``confidence * p + smoothing_per_class``.
+    """
     share = arguments.check_share(label_smoothing, "label_smoothing")
     epsilon = term(share)
+    check_choice(smoothing, SMOOTHINGS, "smoothing")
     if smoothing == "all":
         return 1.0 - epsilon, epsilon / classes
-    if smoothing != "others":
-        raise ValueError(f"smoothing must be 'all' or 'others', got {smoothing!r}")
     if classes == 1:
         if share:
             raise ValueError("smoothing='others' needs at least two classes, input has one")
         return 1.0, 0.0
-    spread = epsilon / (classes - 1)
-    return 1.0 - epsilon - spread, spread
+    smoothing_per_class = epsilon / (classes - 1)
+    return 1.0 - epsilon - smoothing_per_class, smoothing_per_class
 
 
 def cross_entropy_spec(
@@ -47,8 +50,8 @@ def cross_entropy_spec(
     z_loss: float,
     inplace: bool = False,
 ) -> Spec:
-    """The options of a cross entropy, checked; a floating target holds probabilities."""
-    label, spread = smoothing_rates(label_smoothing, smoothing, classes)
+    """Check the options of a cross entropy; a floating target holds probabilities."""
+    confidence, smoothing_per_class = smoothing_rates(label_smoothing, smoothing, classes)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     soft = target.is_floating_point()
@@ -61,8 +64,8 @@ def cross_entropy_spec(
         ignore_index=ignore_index,
         scale=arguments.scale_of(temperature),
         softcap=0.0 if softcap is None else arguments.check_positive(softcap, "softcap"),
-        label=label,
-        spread=spread,
+        confidence=confidence,
+        smoothing_per_class=smoothing_per_class,
         z_loss=arguments.check_finite(z_loss, "z_loss"),
         inplace=inplace,
     )
@@ -76,9 +79,9 @@ def cross_entropy(
     *,
     dim: int | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -96,9 +99,9 @@ def cross_entropy(
     *,
     dim: int | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -108,7 +111,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Stats]: ...
 
 
-@takes_dtensors
+@dispatch_dtensor
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -116,9 +119,9 @@ def cross_entropy(
     *,
     dim: int | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    smoothing: str = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -126,60 +129,65 @@ def cross_entropy(
     inplace_backward: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
-    r"""Cross entropy between logits and class indices or class probabilities, in nats.
+    r"""Compute the cross entropy between logits and class indices or probabilities, in nats.
 
-    A drop-in for :func:`torch.nn.functional.cross_entropy`.  With logits :math:`x`,
-    :math:`\mathrm{lse} = \log \sum_c e^{x_c}` and the target distribution :math:`p` (1 at the label
-    of a hard target), the loss of a row is
+    A drop-in for :func:`torch.nn.functional.cross_entropy`.  The loss of a row is
 
     .. math::
         \ell = \sum_c r_c\,(\mathrm{lse} - x_c) + z\,\omega\,\mathrm{lse}^2,
         \qquad r_c = w_c \bigl(\lambda\,p_c + \mu\bigr),
+        \qquad \mathrm{lse} = \log \sum_c e^{x_c}.
 
-    where :math:`x` stands for the logits after soft capping and division by the temperature, and
-    label smoothing :math:`\varepsilon` gives :math:`\lambda = 1 - \varepsilon`,
-    :math:`\mu = \varepsilon / C` (``smoothing="all"``, as torch) or
-    :math:`\lambda = 1 - \varepsilon - \mu`, :math:`\mu = \varepsilon / (C - 1)`
-    (``smoothing="others"``, as WeNet and ESPnet: nothing extra on the label).
+    :math:`p` is the target distribution, 1 at the label of a class index.  :math:`x` are the logits
+    after soft capping and division by the temperature.  Label smoothing :math:`\varepsilon` gives
+
+    * ``smoothing="all"``, as in torch: :math:`\lambda = 1 - \varepsilon`,
+      :math:`\mu = \varepsilon / C`;
+    * ``smoothing="others"``, as in WeNet and ESPnet: :math:`\lambda = 1 - \varepsilon - \mu`,
+      :math:`\mu = \varepsilon / (C - 1)`.
 
     Args:
-        input: Logits of any shape with the :math:`C` classes on ``dim``; float32, bfloat16, float16
-            or float64, strided as it comes.
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
         target: Class indices (int64, int32, uint8) of the shape of ``input`` without ``dim``, or
             probabilities (floating) of the shape of ``input``.
         weight: Weights :math:`w` of the classes, shape ``(C,)``; 1 by default.
-        dim: Dimension of the classes; by default torch's, 1, or 0 for one-dimensional input.
-        ignore_index: Rows with this label do not count: loss and gradient 0, whatever they hold.
-        reduction: ``"none"`` (one value a row), ``"sum"``, ``"mean"`` (over the rows that count;
-            with weights the weighted mean, as torch's; NaN if no row counts) or ``"batchmean"``
-            (sum / ``input.size(0)``).
+        dim: Dimension of the classes; by default 1, as in torch, or 0 if ``input`` has one
+            dimension.
+        ignore_index: Rows with this label do not count: their loss and gradient are 0, whatever
+            they hold.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight`` and the class weight of the label; NaN if no row counts) or
+            ``"batchmean"`` (sum / ``input.size(0)``).
         label_smoothing: :math:`\varepsilon` in [0, 1].
-        smoothing: ``"all"`` spreads over all classes, ``"others"`` over those but the label.
-        temperature: Divides the logits.
-        softcap: ``softcap * tanh(x / softcap)`` is applied before anything else.
-        z_loss: :math:`z`, the factor of the squared log-sum-exp; :math:`\omega` is the class weight
-            of the label, 1 for soft targets.
-        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``; they multiply
-            the loss and, in a mean, its denominator. Rows of weight 0 do not count.
-        inplace_backward: The backward writes the gradient over the logits' own memory.  Autograd
-            notices: whoever else needs the logits for a backward gets an error.  Under
-            ``torch.compile`` a fresh gradient is used, which inductor places as it sees fit.  The
-            logits may be no leaf of autograd's graph, nor a view of one, and no other argument may
-            share their memory.
-        return_stats: Also return a named tuple of ``lse``, ``entropy``, ``argmax`` and ``log_prob``
-            (of the label, 0 where the row does not count; :math:`\sum p \log q` for soft targets)
-            of every row, from the same pass, without gradient.
+        smoothing: ``"all"`` spreads :math:`\varepsilon` over all classes, ``"others"`` over all but
+            the label.
+        temperature: :math:`T`, which divides the logits.
+        softcap: Replace the logits by ``softcap * tanh(x / softcap)`` first; None for no cap.
+        z_loss: :math:`z`, the factor of the squared log-sum-exp.  :math:`\omega` is the class
+            weight of the label, and 1 for probabilities.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
+            the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
+            hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
+        return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
+            ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
+            the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
 
     Returns:
-        The loss, float32 (float64 if input or target is), and the statistics if asked for.
+        The loss, float32 (float64 if input or target is); with ``return_stats`` a pair of the loss
+        and the statistics.
 
     Raises:
-        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; an
-            option that is no number, a flag included.
-        ValueError: shapes that do not fit, an option out of its range, a weight or an option that
-            requires a gradient, logits that may not be overwritten.
-        IndexError: a label outside ``[0, C)`` that is not ``ignore_index`` (on CPU; elsewhere such
-            a row is NaN), a dimension that ``input`` does not have.
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: A label is neither in ``[0, C)`` nor ``ignore_index`` (on a CPU; elsewhere its
+            row is NaN), or ``input`` has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv

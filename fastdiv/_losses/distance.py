@@ -4,31 +4,61 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._engine.dtensor import takes_dtensors
-from .divergence import of_rows
+from .._engine.dtensor import dispatch_dtensor
+from ..reference.choices import DivergenceReduction, TargetType
+from .divergence import divergence_of_rows
 
 
-@takes_dtensors
+@dispatch_dtensor
 def tv_distance(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Total variation distance.
+    r"""Compute the total variation distance of input and target.
 
     .. math:: \mathrm{TV}(p, q) = \tfrac12 \sum_c |p_c - q_c|
 
-    It is in [0, 1], and symmetric: the largest difference between the probabilities that the two
-    give to any set of classes; 1 where they share no class.  A class with :math:`p_c = q_c` adds
-    nothing to the gradient.
+    It is symmetric and in [0, 1]: the largest difference between the probabilities that the two
+    give to any set of classes.  It is 1 where they share no class.  A class with :math:`p_c = q_c`
+    adds nothing to the gradient.
 
-    Arguments, result and errors are those of :func:`kl_div`.
+    Args:
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
+        target: The teacher's rows, of the shape of ``input`` and any of its dtypes.  It gets a
+            gradient if it requires one.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
+            ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
+            the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
+            hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
+
+    Returns:
+        The distance, float32 (float64 if input or target is).
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -40,32 +70,70 @@ def tv_distance(
     Source: Levin and Peres, *Markov Chains and Mixing Times* (2017), chapter 4; as a distillation
     loss: Wen et al., *f-Divergence Minimization for Sequence-Level Knowledge Distillation* (2023).
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows("tv_distance", input, target, *how)
+    return divergence_of_rows(
+        "tv_distance",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def hellinger_distance(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Squared Hellinger distance.
+    r"""Compute the squared Hellinger distance of input and target.
 
     .. math::
         H^2(p, q) = \tfrac12 \sum_c \bigl(\sqrt{p_c} - \sqrt{q_c}\bigr)^2
 
-    It is in [0, 1], and symmetric; for probabilities it is :math:`1 - \sum_c \sqrt{p_c q_c}`, one
-    less the Bhattacharyya coefficient, and 1 where they share no class.  Its root is a metric.  It
+    It is symmetric and in [0, 1].  For probabilities it is :math:`1 - \sum_c \sqrt{p_c q_c}`, one
+    minus the Bhattacharyya coefficient, and 1 where they share no class.  Its root is a metric.  It
     bounds the total variation: :math:`H^2 \le \mathrm{TV} \le H \sqrt{2 - H^2}`.
 
-    Arguments, result and errors are those of :func:`kl_div`.
+    Args:
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
+        target: The teacher's rows, of the shape of ``input`` and any of its dtypes.  It gets a
+            gradient if it requires one.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
+            ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
+            the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
+            hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
+
+    Returns:
+        The distance, float32 (float64 if input or target is).
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -77,5 +145,14 @@ def hellinger_distance(
     Source: Hellinger, *Neue Begründung der Theorie quadratischer Formen von unendlichvielen
     Veränderlichen* (1909); Le Cam and Yang, *Asymptotics in Statistics* (2000).
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows("hellinger_distance", input, target, *how)
+    return divergence_of_rows(
+        "hellinger_distance",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+    )

@@ -1,7 +1,7 @@
-r"""Kullback-Leibler divergences, skewed and averaged, and what every divergence does with its rows.
+r"""Kullback-Leibler divergences, and the function that computes every divergence.
 
-Throughout :math:`q = \mathrm{softmax}(x / T)` is the input's distribution (the student's) and
-:math:`p` the target's (the teacher's).
+:math:`q = \mathrm{softmax}(x / T)` is the distribution of the input (the student) and :math:`p`
+that of the target (the teacher).
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ from torch import Tensor
 
 from .._engine import arguments
 from .._engine.autograd import row_loss
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
 from ..reference import Spec
+from ..reference.choices import DivergenceReduction, TargetType
 
 
-def of_rows(
+def divergence_of_rows(
     loss: str,
     input: Tensor,
     target: Tensor,
+    *,
     target_type: str,
     dim: int,
     reduction: str,
     temperature: float,
     token_weight: Tensor | None,
     inplace_backward: bool,
-    shape: float = 0.0,
+    param: float = 0.0,
 ) -> Tensor:
-    """The divergence called ``loss``, with the arguments that all divergences have."""
+    """Check the arguments that all divergences have, and compute the one called ``loss``."""
     arguments.check_logits(input)
     arguments.check_logits(target, "target")
     arguments.check_target_type(target_type)
@@ -45,7 +47,7 @@ def of_rows(
         reduction=reduction,
         batch=input.shape[0],
         scale=arguments.scale_of(temperature),
-        shape=shape,
+        param=param,
         inplace=inplace_backward,
     )
     value = row_loss(spec, x, t, row_weight=row_weight)
@@ -56,62 +58,64 @@ def of_rows(
 
 
 def js_loss(beta: float) -> tuple[str, float]:
-    """Which loss a Jensen-Shannon divergence is, and beta, checked."""
+    """Return the name of the loss for this beta, and beta after its check."""
     beta = arguments.check_share(beta, "beta")
-    # No look-up, for which the compiler would take every beta for a constant.
+    # A dictionary would make the compiler take every beta for a constant.
     return "kl_div" if beta == 0 else "reverse_kl_div" if beta == 1 else "js_div", beta
 
 
-@takes_dtensors
+@dispatch_dtensor
 def kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Kullback-Leibler divergence of the input's distribution from the target's.
+    r"""Compute the Kullback-Leibler divergence of the input's distribution from the target's.
 
     .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c \,(\log p_c - \log q_c)
 
-    It is what ``F.kl_div(F.log_softmax(input, dim), target)`` computes, in one pass.
-    Classes at :math:`-\infty` on both sides add nothing; teacher mass where the student has none
-    gives :math:`+\infty` with a finite gradient; between two rows of logits the value is accurate,
-    and never negative, also where it is next to 0.
+    This is ``F.kl_div(F.log_softmax(input, dim), target)`` in one pass, with
+    :math:`q = \mathrm{softmax}(x / T)` of the input and :math:`p` of the target.  A class at
+    :math:`-\infty` on both sides adds nothing.  Teacher mass where the student has none gives
+    :math:`+\infty` with a finite gradient.  Between two rows of logits the value is never negative,
+    and stays accurate next to 0.
 
     Args:
-        input: Logits :math:`x` of any shape with the classes on ``dim``; float32, bfloat16, float16
-            or float64, strided as it comes.
-        target: Target rows of the shape of ``input``, as ``target_type`` says.  Gets a gradient
-            where it requires one.
-        target_type: What the target holds: ``"logits"``, ``"log_probs"`` or ``"probs"``. Required.
-            Probabilities are taken as they are, normalised or not.
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
+        target: The teacher's rows, of the shape of ``input`` and any of its dtypes.  It gets a
+            gradient if it requires one.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
         dim: Dimension of the classes.
-        reduction: ``"none"`` (one value a row), ``"sum"``, ``"mean"`` (over the rows that count, by
-            token weight), ``"batchmean"`` (sum / ``input.size(0)``, as torch's) or ``"pointwise"``
-            (every term, of the shape of ``input``: torch's ``reduction="none"``).
-        temperature: :math:`T`; divides the input, and the target where that is logits.  The value
-            is not multiplied by :math:`T^2` (the modules of :mod:`fastdiv.nn` have a flag for it).
-        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  A row of
-            weight 0 does not count: loss and gradient 0, whatever it holds.
-        inplace_backward: The backward writes the gradient over the logits' own memory; autograd
-            notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
-            The logits may be no leaf of autograd's graph, nor a view of one, and no other argument
-            may share their memory.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
+            ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
+            the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
+            hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).
 
     Raises:
-        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; an
-            option that is no number, a flag included.
-        ValueError: shapes that do not fit, an option out of its range, a weight or an option that
-            requires a gradient, logits that may not be overwritten.
-        IndexError: a dimension that ``input`` does not have.
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -125,29 +129,68 @@ def kl_div(
     Source: :func:`torch.nn.functional.kl_div`; Kullback and Leibler, *On Information and
     Sufficiency* (1951); as a distillation loss: Hinton et al. (2015).
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows("kl_div", input, target, *how)
+    return divergence_of_rows(
+        "kl_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def reverse_kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Kullback-Leibler divergence of the target's distribution from the input's.
+    r"""Compute the Kullback-Leibler divergence of the target's distribution from the input's.
 
     .. math:: \mathrm{KL}(q \,\|\, p) = \sum_c q_c \,(\log q_c - \log p_c)
 
-    The mode-seeking direction: student mass where the teacher has none costs :math:`+\infty`.
+    This is the mode-seeking direction: student mass where the teacher has none costs
+    :math:`+\infty`.
 
-    Arguments, result and errors are those of :func:`kl_div`.
+    Args:
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
+        target: The teacher's rows, of the shape of ``input`` and any of its dtypes.  It gets a
+            gradient if it requires one.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
+            ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
+            the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
+            hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is).
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -158,34 +201,73 @@ def reverse_kl_div(
 
     Source: Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models* (2024).
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows("reverse_kl_div", input, target, *how)
+    return divergence_of_rows(
+        "reverse_kl_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def js_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     beta: float = 0.5,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Generalised Jensen-Shannon divergence.
+    r"""Compute the generalised Jensen-Shannon divergence of input and target.
 
     .. math::
         \mathrm{JS}_\beta = \beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m),
         \qquad m = \beta\,p + (1 - \beta)\,q
 
-    ``beta=0.5`` is the symmetric one, in [0, ln 2].  ``beta=0`` and ``beta=1`` mean
-    :math:`\mathrm{KL}(p \| q)` and :math:`\mathrm{KL}(q \| p)`, as GKD defines them: the formula
+    ``beta=0.5`` is the symmetric one, in [0, ln 2].  ``beta=0`` and ``beta=1`` are
+    :math:`\mathrm{KL}(p \| q)` and :math:`\mathrm{KL}(q \| p)`, as GKD defines them.  The formula
     itself tends to 0 there, so the value jumps at the two ends.
 
-    :math:`\beta` is in [0, 1]; all other arguments, result and errors are those of :func:`kl_div`.
+    Args:
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
+        target: The teacher's rows, of the shape of ``input`` and any of its dtypes.  It gets a
+            gradient if it requires one.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
+        beta: :math:`\beta` in [0, 1], the share of the target in the mixture.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
+            ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
+            the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
+            hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is).
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -198,36 +280,76 @@ def js_div(
     *Divergence Measures Based on the Shannon Entropy* (1991).
     """
     loss, beta = js_loss(beta)
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, shape=beta)
+    return divergence_of_rows(
+        loss,
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        param=beta,
+    )
 
 
-@takes_dtensors
+@dispatch_dtensor
 def skew_kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     skew: float = 0.1,
     reverse: bool = False,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: DivergenceReduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Kullback-Leibler divergence from a mixture of both distributions.
+    r"""Compute the Kullback-Leibler divergence from a mixture of both distributions.
 
     .. math::
         \mathrm{KL}(p \,\|\, \lambda p + (1 - \lambda) q), \qquad
         \text{reversed: } \mathrm{KL}(q \,\|\, \lambda q + (1 - \lambda) p)
 
-    It is in :math:`[0, -\ln\lambda]`: some mass is everywhere, which bounds the gradient, too.
-    ``skew=0`` is :func:`kl_div`, or :func:`reverse_kl_div`, to which values and gradients tend
-    where those are finite; ``skew=1`` is 0.
+    The value is in :math:`[0, -\ln\lambda]`, since the mixture has mass in every class; the
+    gradient is bounded, too.  ``skew=0`` is :func:`kl_div` or :func:`reverse_kl_div`, the limits
+    where these are finite.  ``skew=1`` is 0.
 
-    :math:`\lambda`, the ``skew``, is in [0, 1]; all other arguments, result and errors are those of
-    :func:`kl_div`.
+    Args:
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
+        target: The teacher's rows, of the shape of ``input`` and any of its dtypes.  It gets a
+            gradient if it requires one.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
+        skew: :math:`\lambda` in [0, 1], the share of the first distribution in the mixture.
+        reverse: Compute the reversed divergence.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
+            ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
+        temperature: :math:`T`, which divides all logits, also those of the target.  The value is
+            not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
+            the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
+            hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is).
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -243,5 +365,15 @@ def skew_kl_div(
     """
     skew = arguments.check_share(skew, "skew")
     loss = ("reverse_" if reverse else "") + ("skew_kl_div" if skew != 0 else "kl_div")
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return of_rows(loss, input, target, *how, shape=skew)
+    return divergence_of_rows(
+        loss,
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        param=skew,
+    )

@@ -1,4 +1,4 @@
-"""Entropy of a row of logits, and log-probability of its tokens."""
+"""The entropy of rows of logits, and the log-probability of their tokens."""
 
 from __future__ import annotations
 
@@ -6,40 +6,43 @@ from torch import Tensor
 
 from .._engine import arguments
 from .._engine.autograd import row_loss
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from ..reference import Spec
+from ..reference.choices import Reduction
 
 
-@takes_dtensors
+@dispatch_dtensor
 def entropy(
     input: Tensor,
     *,
     dim: int = -1,
     temperature: float = 1.0,
     base: float | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
 ) -> Tensor:
-    r"""Shannon entropy of the distribution of logits, with gradient.
+    r"""Compute the Shannon entropy of the distribution of logits.
 
     .. math:: H(q) = -\sum_c q_c \log q_c, \qquad q = \mathrm{softmax}(x / T)
 
+    It is differentiable.  A class at :math:`-\infty` adds nothing.
+
     Args:
-        input: Logits :math:`x` of any shape with the classes on ``dim``; float32, bfloat16, float16
-            or float64.
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
         dim: Dimension of the classes.
-        temperature: :math:`T`.
-        base: Base of the logarithm: nats by default, bits for ``base=2``.
-        reduction: ``"none"`` (one value a row), ``"sum"``, ``"mean"`` or ``"batchmean"``.
+        temperature: :math:`T`, which divides the logits.
+        base: Base of the logarithm: None for nats, 2 for bits.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` or ``"batchmean"`` (sum /
+            ``input.size(0)``).
 
     Returns:
-        The entropy, float32 (float64 for float64 input).  A class at :math:`-\infty` adds nothing.
+        The entropy, float32 (float64 for float64 input).
 
     Raises:
-        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; an
-            option that is no number.
-        ValueError: no classes along ``dim``, an option out of its range, or that requires a
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: There are no classes along ``dim``, or an option is out of range or requires a
             gradient.
-        IndexError: a dimension that ``input`` does not have.
+        IndexError: ``input`` has no dimension ``dim``.
 
     Example:
         >>> import torch, fastdiv
@@ -61,26 +64,28 @@ def entropy(
     return arguments.as_input(value, input, dim) if reduction == "none" else value
 
 
-@takes_dtensors
+@dispatch_dtensor
 def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float = 1.0) -> Tensor:
-    r"""Log-probability of one class a row, :math:`x_y / T - \log \sum_c e^{x_c / T}`, in nats.
+    r"""Compute the log-probability of one class per row, in nats.
+
+    .. math:: \log q_y = x_y / T - \log \sum_c e^{x_c / T}
 
     Args:
-        input: Logits of any shape with the classes on ``dim``; float32, bfloat16, float16 or
-            float64.
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
         index: Class indices (int64, int32, uint8) of the shape of ``input`` without ``dim``.
         dim: Dimension of the classes.
-        temperature: :math:`T`.
+        temperature: :math:`T`, which divides the logits.
 
     Returns:
-        One value a row, float32 (float64 for float64 input); differentiable.
+        One value per row, float32 (float64 for float64 input); differentiable.
 
     Raises:
-        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; a
-            temperature that is no number.
-        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient.
-        IndexError: an index outside ``[0, C)`` (on CPU; elsewhere the row is NaN), a dimension that
-            ``input`` does not have.
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, or an option is out of range or requires a gradient.
+        IndexError: An index is not in ``[0, C)`` (on a CPU; elsewhere its row is NaN), or ``input``
+            has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -92,27 +97,43 @@ def log_prob(input: Tensor, index: Tensor, *, dim: int = -1, temperature: float 
     return -_of_index("cross_entropy", input, index, dim, temperature)
 
 
-@takes_dtensors
+@dispatch_dtensor
 def log_prob_and_entropy(
     input: Tensor, index: Tensor, *, dim: int = -1, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    r"""Log-probability of one class a row, and the entropy of the row, in one pass.
+    r"""Compute the log-probability of one class per row, and the entropy of the row, in one pass.
 
-    What policy-gradient fine-tuning needs of a model's logits; both are differentiable.  Arguments
-    and errors are those of :func:`log_prob`.
+    .. math:: \log q_y, \quad -\sum_c q_c \log q_c, \qquad q = \mathrm{softmax}(x / T)
+
+    Policy-gradient fine-tuning needs both.
+
+    Args:
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
+        index: Class indices (int64, int32, uint8) of the shape of ``input`` without ``dim``.
+        dim: Dimension of the classes.
+        temperature: :math:`T`, which divides the logits.
 
     Returns:
-        ``(log_prob, entropy)`` in nats, one value a row each.
+        ``(log_prob, entropy)`` in nats, one value per row each, float32 (float64 for float64
+        input); both differentiable.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, or an option is out of range or requires a gradient.
+        IndexError: An index is not in ``[0, C)`` (on a CPU; elsewhere its row is NaN), or ``input``
+            has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
         >>> fastdiv.log_prob_and_entropy(torch.zeros(1, 4), torch.tensor([2]))
         (tensor([-1.3863]), tensor([1.3863]))
 
-    Source: :func:`log_prob` and :func:`entropy`.
+    Source: :func:`fastdiv.log_prob` and :func:`fastdiv.entropy`.
     """
     both = _of_index("log_prob_and_entropy", input, index, dim, temperature)
-    return both[0], both[1]  # not unbound, of which autograd lets nobody overwrite a part
+    return both[0], both[1]  # not unbind: autograd forbids writing to one of its results in place
 
 
 def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: float) -> Tensor:

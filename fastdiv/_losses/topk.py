@@ -1,6 +1,8 @@
-"""KL divergence from a teacher that is known at k classes only."""
+"""The KL divergence from a teacher that is known at k classes only."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -8,84 +10,87 @@ from torch import Tensor
 from .._engine import arguments
 from .._engine.autograd import row_loss
 from .._engine.backend import use_kernel
-from .._engine.dtensor import takes_dtensors
+from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
 from .._engine.symbolic import same_shape
 from ..reference import Spec, topk, value_dtype
+from ..reference.choices import Missing, Reduction, TargetType, check_choice
 
+MISSING = get_args(Missing)
 LOSSES = {missing: loss for loss, missing in topk.TOPK.items()}
 
 
-@takes_dtensors
+@dispatch_dtensor
 def topk_kl_div(
     input: Tensor,
     values: Tensor,
     indices: Tensor,
     *,
-    values_type: str,
-    missing: str = "ignore",
+    values_type: TargetType,
+    missing: Missing = "ignore",
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""KL divergence of the input's distribution from a teacher known at :math:`k` classes.
+    r"""Compute the KL divergence of the input from a teacher that is known at :math:`k` classes.
 
     .. math::
         \mathrm{KL}_K(p \,\|\, q) = \sum_{c \in K} p_c \,(\log p_c - \log q_c), \qquad
         q = \mathrm{softmax}(x / T)
 
-    A teacher of 64 log-probabilities and indices a token, stored beforehand, takes a few hundred
-    bytes in the place of a row of logits.  :math:`q` stays normalised over all :math:`C` classes.
-    What becomes of the teacher's mass outside of :math:`K`, :math:`\rho = \max(0, 1 - \sum_K p)`,
-    is chosen by ``missing``:
+    64 stored log-probabilities and indices per token take a few hundred bytes, where a row of
+    logits takes many thousand.  :math:`q` is normalised over all :math:`C` classes.  ``missing``
+    says what is done with the teacher's mass outside of :math:`K`,
+    :math:`\rho = \max(0, 1 - \sum_K p)`:
 
-    * ``"ignore"``: nothing; the sum above, which may be negative where :math:`\rho > 0`.
-    * ``"renormalize"``: the sum above with :math:`p_c / \sum_K p` for :math:`p_c`; NaN of a teacher
-      without mass.
+    * ``"ignore"``: nothing.  The sum above may be negative where :math:`\rho > 0`.
+    * ``"renormalize"``: the sum above is taken with :math:`p_c / \sum_K p` for :math:`p_c`.  It is
+      NaN for a teacher without mass.
     * ``"uniform"``: the :math:`C - k` other classes share it evenly, which adds
       :math:`\sum_{c \notin K} p_0 (\log p_0 - \log q_c)` with :math:`p_0 = \rho / (C - k)`.
 
-    The logits are read once in the forward and once in the backward; beyond their gradient, memory
-    is eight numbers a row (in place on a GPU, of the size of ``values``).
+    The logits are read once in the forward and once in the backward.  Beyond their gradient the
+    loss needs eight numbers per row (in place on a GPU, memory of the size of ``values``).
+
+    A class with :math:`p_c = 0` adds nothing.  Teacher mass where the student has none gives
+    :math:`+\infty` with a finite gradient.
 
     Args:
-        input: Logits :math:`x` of any shape with the :math:`C` classes on ``dim``; float32,
-            bfloat16, float16 or float64, strided as it comes.
-        values: The teacher at the :math:`k` classes: the shape of ``input`` with :math:`k` in place
-            of :math:`C` on ``dim``, any of those dtypes.  Gets a gradient where it requires one.
-        indices: Which classes these are (int64, int32, uint8), of the shape of ``values``; in any
-            order, each once in a row.
-        values_type: ``"logits"``, whose softmax over the :math:`k` at the same temperature is
-            :math:`p` (so that :math:`\rho = 0`), or ``"log_probs"`` or ``"probs"``, which are taken
-            as they are.  Required.
+        input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
+            bfloat16, float16 or float64.
+        values: The teacher at the :math:`k` classes, of the shape of ``input`` but with :math:`k`
+            for :math:`C`, and any of its dtypes.  They get a gradient if they require one.
+        indices: The :math:`k` classes (int64, int32, uint8), of the shape of ``values``; in any
+            order, but each at most once per row.
+        values_type: What ``values`` holds: ``"logits"`` (:math:`p` is their softmax at the same
+            temperature, so :math:`\rho = 0`), ``"log_probs"`` or ``"probs"`` (which are used as
+            they are).
         missing: ``"ignore"``, ``"renormalize"`` or ``"uniform"``, see above.
         dim: Dimension of the classes.
-        reduction: ``"none"`` (one value a row), ``"sum"``, ``"mean"`` (over the rows that count, by
-            token weight) or ``"batchmean"`` (sum / ``input.size(0)``).
-        temperature: :math:`T`; divides the input, and ``values`` where they are logits.
-        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  A row of
-            weight 0 does not count: loss and gradient 0, whatever it holds in input, values and
-            indices.
-        inplace_backward: The backward writes the gradient over the logits' own memory; autograd
-            notices, so that wrong use raises.  Under ``torch.compile`` a fresh gradient is used.
-            The logits may be no leaf of autograd's graph, nor a view of one, and no other argument
-            may share their memory.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides the input, and ``values`` if they are logits.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
+            the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
+            hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
 
     Returns:
-        The divergence in nats, float32 (float64 for float64 input).  A class with :math:`p_c = 0`
-        adds nothing.  Mass where the student has none, one of the :math:`k` or with ``"uniform"``
-        any class, gives :math:`+\infty` with a finite gradient.
+        The divergence in nats, float32 (float64 for float64 input).
 
     Raises:
-        TypeError: a dtype that is not one of the above; a sparse, nested or quantized tensor; a
-            temperature that is no number.
-        ValueError: shapes that do not fit, an option out of its range, a temperature that requires
-            a gradient, logits that may not be overwritten, an index that is twice in a row (off the
-            CPU such a row is NaN).
-        IndexError: an index outside ``[0, C)`` (off the CPU such a row is NaN), a dimension that
-            ``input`` does not have.
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.  An index is twice in a row (on a CPU;
+            elsewhere the row is NaN).
+        IndexError: An index is not in ``[0, C)`` (on a CPU; elsewhere its row is NaN), or ``input``
+            has no dimension ``dim``.
+        RuntimeError: Tensors are on different devices.
 
     Example:
         >>> import torch, fastdiv
@@ -103,12 +108,11 @@ def topk_kl_div(
     arguments.check_logits(values, "values")
     arguments.check_label_type(indices, "indices")
     arguments.check_target_type(values_type, "values_type")
-    if missing not in LOSSES:
-        raise ValueError(f"missing must be one of {tuple(LOSSES)}, got {missing!r}")
-    if reduction == "pointwise":
+    check_choice(missing, MISSING, "missing")
+    if str(reduction) == "pointwise":
         raise ValueError(
-            "reduction 'pointwise' is not for topk_kl_div, whose terms are not of the shape of "
-            f"input: take one of {arguments.REDUCTIONS}"
+            "reduction must not be 'pointwise': the terms of topk_kl_div do not have the shape of "
+            f"input; use one of {arguments.REDUCTIONS}"
         )
     arguments.check_reduction(reduction)
     dim = arguments.class_dim(input, dim)
@@ -119,7 +123,7 @@ def topk_kl_div(
     x, v = arguments.as_rows(input, dim), arguments.as_rows(values, dim)
     y = arguments.as_rows(indices, dim).to(torch.int64)
     native = use_kernel(x)
-    if not (native and x.is_cpu):  # whose kernel looks for itself
+    if not (native and x.is_cpu):  # the CPU kernel checks the indices
         if arguments.values_may_be_read(y):
             _check_indices(y, x.shape[1], row_weight)
         elif native:
@@ -148,8 +152,8 @@ def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
         )
     if not 1 <= shape[dim] <= x.shape[dim]:
         raise ValueError(
-            f"values of shape {shape} has {shape[dim]} classes on dim {dim}, which must be between "
-            f"1 and the {x.shape[dim]} of input"
+            f"values must have between 1 and {x.shape[dim]} classes on dim {dim} for an input of "
+            f"shape {tuple(x.shape)}, got {shape[dim]} classes in shape {shape}"
         )
     if not same_shape(indices.shape, values.shape):
         raise ValueError(
@@ -160,7 +164,7 @@ def _check_shapes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
 
 
 def _check_indices(y: Tensor, classes: int, row_weight: Tensor | None) -> None:
-    """Raises for an index that is no class, or twice in a row, where the row counts."""
+    """Raise for an index that is out of range or twice in a row, in rows that count."""
     wrong = topk.wrong_rows(y, classes)
     if row_weight is not None:
         wrong = wrong & (row_weight != 0)

@@ -1,16 +1,15 @@
 """Losses of a vocabulary that is sharded over ranks, and means over data-parallel ranks.
 
-The functions are those of :mod:`fastdiv` of the same names, of shards: rank r of ``group`` has the
-next :math:`C_r` classes in rank order.  Class indices are global and the same on every rank;
-probabilities, teachers and class weights are sharded as the input is.  Every rank returns the loss
-of whole rows, and the gradient of a shard is its part of theirs.  A rank whose arguments are
-refused, or that does not fit the others, gives an error on all of them.
+The functions are those of :mod:`fastdiv` of the same names, for shards: in rank order, each rank of
+``group`` has the next :math:`C_r` classes.  Class indices are global and the same on every rank.
+Probabilities, teachers and class weights are sharded like the input.  Every rank returns the loss
+of whole rows, and the gradient of a shard is its part of theirs.  If one rank raises, or the ranks
+do not fit together, all of them raise.
 
-What must be the same on all ranks is compared by checksums: labels, token weights, and the hidden
-states of layers; on a GPU only with ``FASTDIV_CHECK=1``.  ``num_classes`` says how many classes the
-shards must have in all.
+Labels, token weights and the hidden states of layers must be the same on all ranks.  They are
+compared by checksums, on a GPU only with ``FASTDIV_CHECK=1``.
 
-:func:`token_mean` averages over the tokens of data-parallel ranks, of any loss.
+:func:`token_mean` averages any loss over the tokens of data-parallel ranks.
 """
 
 from .._engine.public import set_home as _set_home

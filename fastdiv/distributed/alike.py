@@ -1,4 +1,4 @@
-"""Checksums, by which ranks compare tensors that must be the same on all of them."""
+"""Checksums that ranks compare for tensors that must be the same on all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._engine import arguments
 
-# What every rank of a group must have alike, in the order of the checksums.
+# The tensors that must be the same on every rank of a group, in the order of their checksums.
 ALIKE = (
     "the labels",
     "token_weight",
@@ -19,22 +19,22 @@ ALIKE = (
 )
 HINTS = {
     2: "a dropout before the layer must draw the same numbers on all ranks; data-parallel ranks, "
-    "each with rows of its own, need the whole weight: give it to fastdiv's function of this name",
+    "each with its own rows, need the whole weight: pass it to fastdiv's function of this name",
 }
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-LENGTH = 1 << 16  # entries that are added up at a time, so that no copy of a tensor is made
+LENGTH = 1 << 16  # entries that are summed at a time, so that no tensor is copied whole
 ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 @functools.lru_cache(maxsize=8)
 def _factors(device: torch.device) -> Tensor:
-    """An odd factor for each place, by which the order of the entries counts."""
+    """Return an odd factor for each position, so that the order of the entries matters."""
     place = torch.arange(LENGTH, device=device) * ODD
     return (place ^ (place >> 31)) | 1
 
 
 def checksum(v: Tensor) -> Tensor:
-    """A number, int64, that depends on the bits of all entries and on their order."""
+    """Return an int64 number that depends on the bits of all entries and on their order."""
     bits = v.detach().contiguous().view(-1).view(INTEGERS[v.element_size()])
     factors = _factors(v.device)
     total = torch.zeros((), dtype=torch.int64, device=v.device)
@@ -44,7 +44,7 @@ def checksum(v: Tensor) -> Tensor:
 
 
 def checksums(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """One for each tensor; 0 where there is none, or where its values may not be read."""
+    """Return one checksum per tensor; 0 for None and for values that may not be read."""
     return tuple(
         int(checksum(v)) if v is not None and arguments.values_may_be_read(v) else 0
         for v in tensors
@@ -52,7 +52,7 @@ def checksums(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
 
 
 def ranks_that_differ(values: Sequence[int]) -> str:
-    """Which ranks have the same checksum, in words; nothing if all have."""
+    """Return in words which ranks have the same checksum, or "" if all have."""
     ranks: dict[int, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(str(rank))
@@ -63,11 +63,11 @@ def ranks_that_differ(values: Sequence[int]) -> str:
 
 
 def check_alike(of_ranks: Sequence[Sequence[int]]) -> None:
-    """Raises RuntimeError for the first tensor that is not the same on all ranks."""
+    """Raise RuntimeError for the first tensor that is not the same on all ranks."""
     for i, (name, values) in enumerate(zip(ALIKE, zip(*of_ranks, strict=True), strict=True)):
         if differing := ranks_that_differ(values):
             hint = f" ({HINTS[i]})" if i in HINTS else ""
             raise RuntimeError(
-                f"{name} must be the same on every rank of the group, to the bit, but differ "
+                f"{name} must be the same on every rank of the group, bit by bit, but differ "
                 f"between {differing}{hint}"
             )

@@ -1,4 +1,4 @@
-"""From the arguments of a public function to its loss: checked, agreed upon, computed."""
+"""The way from the arguments of a public function to its loss: check, agree, compute."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from .._engine.torch_private import is_transformed
 from .._losses.cross_entropy import smoothing_rates
 from ..reference import Spec, Stats
 from .alike import checksums
-from .autograd import Call, shard_loss
+from .autograd import ShardCall, shard_loss
 from .mean import token_mean
 from .world import Group, Plan, Shards, World, agree, checked, nothing_is_real, world_of
 
 
 @dataclass
 class Arguments:
-    """Those of a loss, checked as far as one rank can."""
+    """The arguments of a loss, checked as far as one rank can check them."""
 
     spec: Spec
     label: Tensor | None = None  # global
     class_weight: Tensor | None = None
     row_weight: Tensor | None = None
-    smoothing: tuple[float, str] | None = None  # whose rates depend on how many classes there are
+    smoothing: tuple[float, str] | None = (
+        None  # the rates depend on the number of classes of all shards
+    )
     label_name: str = "target"
     stats: bool = False
     num_classes: int | None = None  # of all shards, if the caller says so
@@ -37,7 +39,7 @@ class Arguments:
 
 @dataclass(kw_only=True)
 class RowArguments(Arguments):
-    """Those of a loss of logits."""
+    """The arguments of a loss of logits."""
 
     input: Tensor
     dim: int
@@ -51,15 +53,15 @@ def loss_of(
     mean_group: Group = None,
     num_classes: int | None = None,
 ) -> tuple[Tensor, Stats | None]:
-    """The loss of what ``prepare`` makes of the arguments, in their shape, and statistics."""
+    """Compute the loss of the arguments that ``prepare`` checks, and statistics, in their shape."""
     world = world_of(group)
     a = arguments_of(world, prepare, num_classes)
     shards = shards_of(world, a, a.x, a.x.shape[1], {"mean over": size_of(mean_group)})
     call = call_of(a, shards, mean_group)
-    value, total, stats = shard_loss(call, a.x, a.t, a.label, a.class_weight, a.row_weight)
+    value, divisor, stats = shard_loss(call, a.x, a.t, a.label, a.class_weight, a.row_weight)
     if stats is not None:
         stats = Stats(*(arguments.as_input(s, a.input, a.dim) for s in stats))
-    value = mean_of(a, value, total, mean_group)
+    value = mean_of(a, value, divisor, mean_group)
     if a.spec.reduction == "none":
         value = value.reshape((*value.shape[:-1], *arguments.row_shape(a.input, a.dim)))
     return value, stats
@@ -69,7 +71,7 @@ A = TypeVar("A", bound=Arguments)
 
 
 def arguments_of(world: World, prepare: Callable[[], A], num_classes: int | None) -> A:
-    """The arguments of a rank, checked; where they are refused, all ranks raise."""
+    """Check the arguments of a rank.  If one rank refuses its own, all ranks raise."""
 
     def prepared() -> A:
         if num_classes is not None and not (isinstance(num_classes, int) and num_classes > 0):
@@ -87,7 +89,7 @@ def shards_of(
     more: dict[str, Any],
     hidden: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Shards:
-    """The shards of all ranks, if these mean the same and have all classes between them."""
+    """Return the shards of all ranks, after checking that the ranks call the same loss."""
     plan = plan_of(a, x, classes, more)
     if world.size > 1:
         alike = checksums((a.label, a.row_weight, *hidden))
@@ -103,7 +105,7 @@ def shards_of(
 
 
 def _labels_in_short(a: Arguments) -> tuple[int, int, int]:
-    """The smallest and the largest label that counts, and the sum of all these."""
+    """Return the minimum, the maximum and the sum of the labels that are not ignored."""
     if a.label is None or not arguments.values_may_be_read(a.label):
         return 0, 0, 0
     counting = a.label[a.label != a.spec.ignore_index]
@@ -112,35 +114,35 @@ def _labels_in_short(a: Arguments) -> tuple[int, int, int]:
     return int(counting.min()), int(counting.max()), int(counting.sum())
 
 
-def call_of(a: Arguments, shards: Shards, mean_group: Group) -> Call:
-    """What is asked of the shards, with all that depends on how many classes there are in all."""
+def call_of(a: Arguments, shards: Shards, mean_group: Group) -> ShardCall:
+    """Return the call of the op, with the options that depend on the number of all classes."""
     if a.label is not None and arguments.values_may_be_read(a.label):
-        # On all ranks or on none, for they have the same labels.
+        # All ranks have the same labels, so either all of them raise or none.
         ignored = None if a.label_name == "index" else a.spec.ignore_index
         arguments.check_labels(a.label, shards.classes, a.label_name, ignored)
     spec = a.spec
     if a.smoothing is not None:
-        label, spread = smoothing_rates(*a.smoothing, shards.classes)
-        spec = replace(spec, label=label, spread=spread)
+        confidence, smoothing_per_class = smoothing_rates(*a.smoothing, shards.classes)
+        spec = spec._replace(confidence=confidence, smoothing_per_class=smoothing_per_class)
     if mean_group is not None and spec.reduction == "mean":
-        spec = replace(spec, reduction="sum")
-    return Call(spec, shards, a.stats)
+        spec = spec._replace(reduction="sum")
+    return ShardCall(spec, shards, a.stats)
 
 
-def mean_of(a: Arguments, value: Tensor, total: Tensor, mean_group: Group) -> Tensor:
-    """The value, or its share in the mean over a group."""
+def mean_of(a: Arguments, value: Tensor, divisor: Tensor, mean_group: Group) -> Tensor:
+    """Return the value, or its share in the mean over a group."""
     if mean_group is None or a.spec.reduction != "mean":
         return value
-    return token_mean(value, total, mean_group)
+    return token_mean(value, divisor, mean_group)
 
 
 def size_of(group: Group) -> int | None:
-    """How many ranks a group has, if there is one."""
+    """Return the number of ranks of a group, None without a group."""
     return None if group is None else world_of(group).size
 
 
 def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan:
-    """What all ranks must do alike; under the compiler, which may trace numbers, but for these."""
+    """Return what must be equal on all ranks; compiled code leaves out numbers it may trace."""
     spec, compiling = a.spec, torch.compiler.is_compiling()
     what = {
         "loss": spec.loss,
@@ -163,17 +165,17 @@ def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan
             "ignore_index": spec.ignore_index,
             "1 / temperature": spec.scale,
             "softcap": spec.softcap,
-            "beta": spec.shape,
+            "beta": spec.param,
             "label smoothing": a.smoothing,
             "z_loss": spec.z_loss,
         }
     return Plan(
         tuple(f"{name}: {value}" for name, value in what.items()),
-        operator.index(classes),  # for the compiler: a constant, however dynamic the batch
+        operator.index(classes),  # a constant for the compiler, also with dynamic shapes
     )
 
 
 def global_labels(x: Tensor, dim: int, y: Tensor, name: str) -> Tensor:
-    """Class indices as an int64 vector; their range is known once all ranks have been heard."""
+    """Return class indices as an int64 vector; their range is checked when all ranks agree."""
     arguments.check_label_type(y, name)
     return arguments.row_vector(x, dim, y, name).to(torch.int64)

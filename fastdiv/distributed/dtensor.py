@@ -1,11 +1,10 @@
-"""Losses of DTensors: this package's of their local parts, and DTensors of what comes out.
+"""Losses of DTensors: the loss of their local parts, returned as DTensors.
 
-A dimension of the mesh may share out rows, classes, or nothing.  Where it shares out the classes,
-the ranks compute the loss of :mod:`fastdiv.distributed`.  All other rows are rows like any other,
-and are computed where they are.
+A dimension of the mesh may shard rows, classes, or nothing.  Where it shards classes, the ranks
+compute the loss of :mod:`fastdiv.distributed`.  Otherwise each rank computes the rows it has.
 
-A value for each row is placed as the rows are.  A sum or mean is that of the whole batch: it is
-replicated, or a part of a sum (``Partial()``) over the ranks that share out the rows.
+Values per row are placed like the rows.  A sum or mean is that of the whole batch.  It is
+replicated, or a part of a sum (``Partial()``) over the ranks that shard the rows.
 """
 
 from __future__ import annotations
@@ -32,27 +31,27 @@ Placements = list[Any]
 
 @dataclass
 class Layout:
-    """What each dimension of the mesh shares out, and what it is shared out of."""
+    """What each dimension of the mesh shards, and the shape of all rows."""
 
     mesh: DeviceMesh
-    dim: int  # of the input that a row goes along: of the classes, or of the hidden states
-    axis: int | None  # of the mesh, which shares out the classes
-    rows: Placements  # of one value for each row
+    dim: int  # of the input along a row: that of the classes, or of the hidden states
+    axis: int | None  # the dimension of the mesh that shards the classes
+    rows: Placements  # of a tensor with one value per row
     shape: tuple[int, ...]  # of all rows
 
     @property
     def of_sums(self) -> Placements:
-        """As sums over the rows are placed."""
+        """The placements of a sum over the rows."""
         return [Partial() if p.is_shard() else p for p in self.rows]
 
     @property
     def of_classes(self) -> Placements:
-        """As a tensor is placed that has the classes first."""
+        """The placements of a tensor with the classes first."""
         return [Shard(0) if i == self.axis else Replicate() for i in range(self.mesh.ndim)]
 
     @property
     def of_used_by_rows(self) -> Placements:
-        """As the gradient of such a tensor comes from the rows of this rank."""
+        """The placements of the gradient of such a tensor, from the rows of this rank."""
         return [
             Partial() if rows.is_shard() else p
             for rows, p in zip(self.rows, self.of_classes, strict=True)
@@ -60,12 +59,12 @@ class Layout:
 
     @property
     def row_axes(self) -> list[int]:
-        """Those of the mesh that share out rows."""
+        """The dimensions of the mesh that shard rows."""
         return [i for i, p in enumerate(self.rows) if p.is_shard()]
 
 
 def call(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A function of :mod:`fastdiv` with arguments of which some may be DTensors."""
+    """Call a function of :mod:`fastdiv` with arguments of which some may be DTensors."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
@@ -80,9 +79,9 @@ def call(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def _of_logits(function: Callable[..., Any], given: dict[str, Any]) -> Any:
     x = given["input"]
     if not isinstance(x, DTensor):
-        raise TypeError("input must be a DTensor where another argument is one")
+        raise TypeError("input must be a DTensor if another argument is one")
     if given.get("inplace_backward"):
-        check_no_leaf(x)  # which its local part does not know
+        check_no_leaf(x)  # the local part is never a leaf
     dim = given["dim"]
     dim = (1 if x.dim() > 1 else 0) if dim is None else arguments.class_dim(x, dim)
     axis = _axis_of_classes(x.placements, x, dim, "input")
@@ -104,8 +103,8 @@ def _of_layer(function: Callable[..., Any], given: dict[str, Any], mesh: DeviceM
             raise TypeError(f"{name} must be a Tensor, got {type(v).__name__}")
     if w.dim() > 2:
         raise ValueError(
-            "linear_weight of more than two dimensions is not taken with DTensors, got shape "
-            f"{tuple(w.shape)}: give the logits to cross_entropy"
+            "linear_weight of more than two dimensions is not supported with DTensors, got shape "
+            f"{tuple(w.shape)}: pass the logits to cross_entropy"
         )
     everywhere: Placements = [Replicate()] * mesh.ndim
     of_h, of_w = (v.placements if isinstance(v, DTensor) else everywhere for v in (h, w))
@@ -113,15 +112,15 @@ def _of_layer(function: Callable[..., Any], given: dict[str, Any], mesh: DeviceM
     rows = [p if p.is_shard() else Replicate() for p in of_h]
     if any(p.is_partial() or p.is_shard(last) for p in of_h):
         raise ValueError(
-            "a DTensor input of a layer must have all of its last dimension on every rank, and be "
-            f"a part of a sum over none: got {of_h} of shape {tuple(h.shape)}"
+            "a DTensor input of a layer must have its whole last dimension on every rank, and must "
+            f"not be Partial: got {of_h} of shape {tuple(h.shape)}"
         )
-    # Over ranks that have rows of their own the weight is gathered, as FSDP does.
+    # Over ranks with different rows the weight is gathered, as FSDP does.
     of_alike = [p if not r.is_shard() else Replicate() for p, r in zip(of_w, rows, strict=True)]
     axis = _axis_of_classes(of_alike, w, 0, "linear_weight")
     layout = Layout(mesh, last, axis, rows, tuple(h.shape[:-1]))
     if axis is not None and given.pop("options", None) is not None:
-        raise ValueError("options of torch.nn are not taken with sharded classes: use chunk_size")
+        raise ValueError("options is not supported for sharded classes: use chunk_size")
     dense = [Shard(last) if i == axis else p for i, p in enumerate(rows)]
     hidden = given.get("target_linear_weight") is not None
     placements, of_gradients = {}, {}
@@ -144,7 +143,7 @@ def _call(
     of_gradients: dict[str, Placements],
     classes: int,
 ) -> Any:
-    """The loss of the local parts, placed."""
+    """Compute the loss of the local parts, and place it."""
     options: dict[str, Any] = {}
     if layout.axis is not None:
         function = _sharded(function)
@@ -184,21 +183,21 @@ def _call(
 
 
 def _sharded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of sharded classes of the same name."""
+    """Return the function of :mod:`fastdiv.distributed` of the same name."""
     from .. import distributed
 
     name = function.__name__
     found = getattr(distributed, name, None)
     if found is None:
         raise TypeError(
-            f"{name} does not take a DTensor whose classes are sharded: redistribute it, so that "
+            f"{name} does not support a DTensor with sharded classes: redistribute it, so that "
             "every rank has whole rows"
         )
     return found
 
 
 def _count(given: Any, local: dict[str, Any], layout: Layout, classes: int) -> Tensor:
-    """What a mean over all rows divides by: how many count, or what their weights add up to."""
+    """Return the divisor of a mean over all rows: how many count, or the sum of their weights."""
     x, label, class_weight = local["input"], None, None
     dtype = value_dtype(x.dtype)
     if "ignore_index" in local and not local["target"].is_floating_point():
@@ -223,7 +222,7 @@ def _count(given: Any, local: dict[str, Any], layout: Layout, classes: int) -> T
 
 
 def _axis_of_classes(placements: Any, v: Tensor, dim: int, name: str) -> int | None:
-    """The one dimension of the mesh that shares out the classes, if any does."""
+    """Return the dimension of the mesh that shards the classes; None if none does."""
     axes = [i for i, p in enumerate(placements) if p.is_shard(dim)]
     odd = any(
         p.is_partial() or (name != "input" and p.is_shard() and not p.is_shard(dim))
@@ -233,12 +232,12 @@ def _axis_of_classes(placements: Any, v: Tensor, dim: int, name: str) -> int | N
     if len(axes) > 1 or odd or few:
         raise ValueError(
             f"a DTensor {name} may be sharded along its classes, dimension {dim}, over one "
-            "dimension of the mesh, with a class for every rank, and must not be a part of a sum: "
+            "dimension of the mesh, with at least one class per rank, and must not be Partial: "
             f"got {tuple(placements)} of shape {tuple(v.shape)}"
         )
     return axes[0] if axes else None
 
 
 def _without(placement: Any, dim: int) -> Any:
-    """As rows are placed, which have no dimension of classes."""
+    """Return the placement of rows, which lack the dimension of classes."""
     return Shard(placement.dim - (placement.dim > dim)) if placement.is_shard() else placement

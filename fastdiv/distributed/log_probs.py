@@ -1,4 +1,4 @@
-"""Entropy of sharded rows, and log-probability of their tokens."""
+"""The entropy of sharded rows, and the log-probability of their tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .._engine import arguments
 from ..reference import Spec
+from ..reference.choices import Reduction
 from .call import RowArguments, global_labels, loss_of
 from .world import Group
 
@@ -16,33 +17,40 @@ def entropy(
     dim: int = -1,
     temperature: float = 1.0,
     base: float | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     group: Group = None,
     mean_group: Group = None,
     num_classes: int | None = None,
 ) -> Tensor:
-    r"""Shannon entropy of rows of logits whose classes are sharded.
+    """Compute the Shannon entropy of rows of logits whose classes are sharded.
 
-    That of :func:`fastdiv.entropy` of whole rows, on every rank, with gradient.
+    The value, on every rank, is that of :func:`fastdiv.entropy` for whole rows.  The gradient is
+    this shard's part of theirs.
 
     Args:
-        input: This rank's logits, with its classes on ``dim``; see :func:`cross_entropy`.
+        input: This rank's logits; float32, bfloat16, float16 or float64.  In rank order, each has
+            the next :math:`C_r` classes on ``dim``; all other dimensions are the same.
         dim: Dimension of the classes.
-        temperature: Divides the logits.
-        base: Base of the logarithm: nats by default.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        group: The ranks that share the vocabulary; all processes for None.
-        mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
-        num_classes: All classes of all shards.  If given, shards that do not have as many in all
-            are refused on every rank, as logits that were already gathered would be.
+        temperature: :math:`T`, which divides the logits.
+        base: Base of the logarithm: None for nats, 2 for bits.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` or ``"batchmean"`` (sum /
+            ``input.size(0)``).
+        group: The ranks that share the vocabulary; None for all processes.
+        mean_group: Data-parallel ranks whose rows ``reduction="mean"`` averages over together, as
+            :func:`token_mean` does; None for the rows of this rank only.
+        num_classes: Number of classes of all shards together.  If given, all ranks raise where the
+            shards have another number, for example where each holds all classes.
 
     Returns:
-        The entropy, the same bits on every rank of ``group``.
+        The entropy, float32 (float64 for float64 input), the same bits on every rank of ``group``.
 
     Raises:
-        TypeError: a dtype that is not one of those of :func:`fastdiv.entropy`.
-        ValueError: no classes along ``dim``, an option out of its range.
-        RuntimeError: as of :func:`cross_entropy`.
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: There are no classes along ``dim``, or an option is out of range or requires a
+            gradient.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: There is no process group, tensors are on different devices, another rank
+            raised, or the ranks differ in the call, its options, shapes, labels or token weights.
 
     Example:
         >>> import torch, fastdiv.distributed
@@ -77,27 +85,32 @@ def log_prob(
     group: Group = None,
     num_classes: int | None = None,
 ) -> Tensor:
-    r"""Log-probability of one class a row of logits whose classes are sharded.
+    """Compute the log-probability of one class per row of sharded logits, in nats.
 
-    That of :func:`fastdiv.log_prob` of whole rows, on every rank, with gradient.
+    The value, on every rank, is that of :func:`fastdiv.log_prob` for whole rows.  The gradient is
+    this shard's part of theirs.
 
     Args:
-        input: This rank's logits, with its classes on ``dim``; see :func:`cross_entropy`.
-        index: Class indices, counted over the whole vocabulary and the same on every rank.
+        input: This rank's logits; float32, bfloat16, float16 or float64.  In rank order, each has
+            the next :math:`C_r` classes on ``dim``; all other dimensions are the same.
+        index: Global class indices (int64, int32, uint8), the same on every rank.
         dim: Dimension of the classes.
-        temperature: Divides the logits.
-        group: The ranks that share the vocabulary; all processes for None.
-        num_classes: All classes of all shards.  If given, shards that do not have as many in all
-            are refused on every rank, as logits that were already gathered would be.
+        temperature: :math:`T`, which divides the logits.
+        group: The ranks that share the vocabulary; None for all processes.
+        num_classes: Number of classes of all shards together.  If given, all ranks raise where the
+            shards have another number, for example where each holds all classes.
 
     Returns:
-        One value a row in nats, the same bits on every rank of ``group``.
+        One value per row, float32 (float64 for float64 input), the same bits on every rank of
+        ``group``.
 
     Raises:
-        TypeError: a dtype that is not one of those of :func:`fastdiv.log_prob`.
-        ValueError: shapes that do not fit, an option out of its range.
-        IndexError: an index outside of the vocabulary (on CPU; elsewhere the row is NaN).
-        RuntimeError: as of :func:`cross_entropy`.
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, or an option is out of range or requires a gradient.
+        IndexError: An index is not in the whole vocabulary (on a CPU; elsewhere its row is NaN), or
+            ``input`` has no dimension ``dim``.
+        RuntimeError: There is no process group, tensors are on different devices, another rank
+            raised, or the ranks differ in the call, its options, shapes, labels or token weights.
 
     Example:
         >>> import torch, fastdiv.distributed
@@ -121,13 +134,32 @@ def log_prob_and_entropy(
     group: Group = None,
     num_classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Log-probability of one class a row, and entropy of the row, of sharded logits.
+    """Compute the log-probability of one class per row, and the entropy, of sharded logits.
 
-    Both in one pass and one exchange, with gradient; arguments and errors are those of
-    :func:`log_prob`.
+    The values, on every rank, are those of :func:`fastdiv.log_prob_and_entropy` for whole rows, in
+    one pass and one exchange.  The gradient is this shard's part of theirs.
+
+    Args:
+        input: This rank's logits; float32, bfloat16, float16 or float64.  In rank order, each has
+            the next :math:`C_r` classes on ``dim``; all other dimensions are the same.
+        index: Global class indices (int64, int32, uint8), the same on every rank.
+        dim: Dimension of the classes.
+        temperature: :math:`T`, which divides the logits.
+        group: The ranks that share the vocabulary; None for all processes.
+        num_classes: Number of classes of all shards together.  If given, all ranks raise where the
+            shards have another number, for example where each holds all classes.
 
     Returns:
-        ``(log_prob, entropy)`` in nats, one value a row each.
+        ``(log_prob, entropy)`` in nats, one value per row each, float32 (float64 for float64
+        input), the same bits on every rank of ``group``.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, or an option is out of range or requires a gradient.
+        IndexError: An index is not in the whole vocabulary (on a CPU; elsewhere its row is NaN), or
+            ``input`` has no dimension ``dim``.
+        RuntimeError: There is no process group, tensors are on different devices, another rank
+            raised, or the ranks differ in the call, its options, shapes, labels or token weights.
 
     Example:
         >>> import torch, fastdiv.distributed

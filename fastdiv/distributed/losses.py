@@ -1,8 +1,8 @@
-"""The sharded losses of logits; each is the function of :mod:`fastdiv` of the same name."""
+"""Losses of sharded logits, the functions of :mod:`fastdiv` of the same names."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from .._engine.in_place import check_in_place
 from .._losses.cross_entropy import cross_entropy_spec
 from .._losses.divergence import js_loss
 from ..reference import Spec
+from ..reference.choices import Reduction, Smoothing, TargetType
 from .call import RowArguments, global_labels, loss_of
 from .world import Group
 
@@ -22,9 +23,9 @@ def cross_entropy(
     *,
     dim: int | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    smoothing: Literal["all", "others"] = "all",
+    smoothing: Smoothing = "all",
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -35,46 +36,59 @@ def cross_entropy(
     mean_group: Group = None,
     num_classes: int | None = None,
 ) -> Any:
-    r"""Cross entropy of logits whose classes are sharded over the ranks of a group.
+    r"""Compute the cross entropy of logits whose classes are sharded, in nats.
 
-    The value, on every rank, is that of :func:`fastdiv.cross_entropy` of whole rows; the gradient
-    is this shard's part of theirs.  Label smoothing is over all classes, the z-loss of their
-    log-sum-exp, and all other options mean what they mean there.
+    The value, on every rank, is that of :func:`fastdiv.cross_entropy` for whole rows, which has the
+    formula.  The gradient is this shard's part of theirs.  Label smoothing is over all classes, and
+    the z-loss is that of their log-sum-exp.
 
     Args:
-        input: This rank's logits, with its :math:`C_r` classes on ``dim``; those of rank 0 come
-            first, and so on.  The sizes may differ, all other dimensions may not.
-        target: Class indices, counted over the whole vocabulary and the same on every rank, or this
-            shard's probabilities.
-        weight: Weights of this shard's classes, shape ``(C_r,)``.
-        dim: Dimension of the classes; by default torch's, 1, or 0 for one-dimensional input.
-        ignore_index: Rows with this label do not count.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        label_smoothing: In [0, 1], spread over all classes of all shards.
-        smoothing: ``"all"`` or ``"others"``.
-        temperature: Divides the logits.
-        softcap: Soft cap of the logits.
-        z_loss: Factor of the squared log-sum-exp.
-        token_weight: Weights of the rows, the same on every rank.
-        inplace_backward: The gradient is written over the logits; see
-            :func:`fastdiv.cross_entropy`.
-        return_stats: Also return statistics of the whole rows; the argmax is a global index.
-        group: The ranks that share the vocabulary; all processes for None.
-        mean_group: Data-parallel ranks over whose rows, all of them, ``reduction="mean"`` is to
-            average, as :func:`token_mean` does.  None: over this rank's rows.
-        num_classes: All classes of all shards.  If given, shards that do not have as many in all
-            are refused on every rank, as logits that were already gathered would be.
+        input: This rank's logits; float32, bfloat16, float16 or float64.  In rank order, each has
+            the next :math:`C_r` classes on ``dim``; all other dimensions are the same.
+        target: Global class indices (int64, int32, uint8) of the shape of ``input`` without
+            ``dim``, the same on every rank, or this rank's shard of probabilities (floating).
+        weight: Weights of this rank's classes, shape ``(C_r,)``; 1 by default.
+        dim: Dimension of the classes; by default 1, as in torch, or 0 if ``input`` has one
+            dimension.
+        ignore_index: Rows with this label do not count: their loss and gradient are 0, whatever
+            they hold.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight`` and the class weight of the label; NaN if no row counts) or
+            ``"batchmean"`` (sum / ``input.size(0)``).
+        label_smoothing: :math:`\varepsilon` in [0, 1].
+        smoothing: ``"all"`` spreads :math:`\varepsilon` over all classes, ``"others"`` over all but
+            the label.
+        temperature: :math:`T`, which divides the logits.
+        softcap: Replace the logits by ``softcap * tanh(x / softcap)`` first; None for no cap.
+        z_loss: :math:`z`, the factor of the squared log-sum-exp.  :math:`\omega` is the class
+            weight of the label, and 1 for probabilities.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim`` and the same on
+            every rank.  They multiply the loss and, in a mean, the denominator.  Rows of weight 0
+            do not count, whatever they hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph nor
+            a view of one, and must not share memory with other arguments.  Under ``torch.compile``
+            a fresh gradient is used instead.
+        return_stats: Also return :class:`fastdiv.Stats` of the whole rows, without gradient;
+            ``argmax`` is a global index.
+        group: The ranks that share the vocabulary; None for all processes.
+        mean_group: Data-parallel ranks whose rows ``reduction="mean"`` averages over together, as
+            :func:`token_mean` does; None for the rows of this rank only.
+        num_classes: Number of classes of all shards together.  If given, all ranks raise where the
+            shards have another number, for example where each holds all classes.
 
     Returns:
-        The loss, the same bits on every rank of ``group``, and the statistics if asked for.
+        The loss, float32 (float64 if input or target is), the same bits on every rank of ``group``;
+        with ``return_stats`` a pair of the loss and the statistics.
 
     Raises:
-        TypeError: a dtype that is not one of those of :func:`fastdiv.cross_entropy`.
-        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient,
-            logits that may not be overwritten.
-        IndexError: a label outside of the vocabulary (on CPU; elsewhere such a row is NaN).
-        RuntimeError: another rank's arguments were refused, or it does not call the same loss of as
-            many rows with the same labels; there is no process group.
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: A label is neither in the whole vocabulary nor ``ignore_index`` (on a CPU;
+            elsewhere its row is NaN), or ``input`` has no dimension ``dim``.
+        RuntimeError: There is no process group, tensors are on different devices, another rank
+            raised, or the ranks differ in the call, its options, shapes, labels or token weights.
 
     Example:
         >>> import torch, fastdiv.distributed
@@ -94,7 +108,7 @@ def cross_entropy(
         arguments.check_reduction(reduction)
         spec = cross_entropy_spec(
             target,
-            input.shape[d] + 1,  # one more at least, on the other ranks
+            input.shape[d] + 1,  # at least: other ranks have one more
             batch=input.shape[0],
             reduction=reduction,
             ignore_index=arguments.check_ignored(ignore_index),
@@ -137,6 +151,7 @@ def _divergence(
     loss: str,
     input: Tensor,
     target: Tensor,
+    *,
     target_type: str,
     dim: int,
     reduction: str,
@@ -149,7 +164,7 @@ def _divergence(
     beta: float = 0.0,
 ) -> Tensor:
     def prepare() -> RowArguments:
-        name, shape = (loss, 0.0) if loss != "js_div" else js_loss(beta)
+        name, param = (loss, 0.0) if loss != "js_div" else js_loss(beta)
         arguments.check_logits(input)
         arguments.check_logits(target, "target")
         arguments.check_target_type(target_type)
@@ -166,7 +181,7 @@ def _divergence(
             reduction=reduction,
             batch=input.shape[0],
             scale=arguments.scale_of(temperature),
-            shape=shape,
+            param=param,
             inplace=inplace_backward,
         )
         return RowArguments(spec, row_weight=row_weight, input=input, dim=d, x=x, t=t)
@@ -178,9 +193,9 @@ def kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -188,33 +203,46 @@ def kl_div(
     mean_group: Group = None,
     num_classes: int | None = None,
 ) -> Tensor:
-    r"""Kullback-Leibler divergence of sharded rows, :math:`\mathrm{KL}(p \| q)`.
+    """Compute the Kullback-Leibler divergence of sharded rows.
 
-    That of :func:`fastdiv.kl_div` of whole rows, on every rank, as accurate next to zero.
+    The value, on every rank, is that of :func:`fastdiv.kl_div` for whole rows, and as accurate next
+    to 0.  The gradient is this shard's part of theirs.
 
     Args:
-        input: This rank's logits, with its classes on ``dim``; see :func:`cross_entropy`.
-        target: This shard of the teacher's rows.  Gets a gradient where it requires one.
-        target_type: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+        input: This rank's logits; float32, bfloat16, float16 or float64.  In rank order, each has
+            the next :math:`C_r` classes on ``dim``; all other dimensions are the same.
+        target: This rank's shard of the teacher's rows, of the shape of ``input`` and any of its
+            dtypes.  It gets a gradient if it requires one.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
         dim: Dimension of the classes.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        temperature: Divides the input's logits, and the target's where it has some.
-        token_weight: Weights of the rows, the same on every rank.
-        inplace_backward: The gradient is written over the logits; see
-            :func:`fastdiv.cross_entropy`.
-        group: The ranks that share the vocabulary; all processes for None.
-        mean_group: Data-parallel ranks that ``reduction="mean"`` is to average over.
-        num_classes: All classes of all shards.  If given, shards that do not have as many in all
-            are refused on every rank, as logits that were already gathered would be.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim`` and the same on
+            every rank.  They multiply the loss and, in a mean, the denominator.  Rows of weight 0
+            do not count, whatever they hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph nor
+            a view of one, and must not share memory with other arguments.  Under ``torch.compile``
+            a fresh gradient is used instead.
+        group: The ranks that share the vocabulary; None for all processes.
+        mean_group: Data-parallel ranks whose rows ``reduction="mean"`` averages over together, as
+            :func:`token_mean` does; None for the rows of this rank only.
+        num_classes: Number of classes of all shards together.  If given, all ranks raise where the
+            shards have another number, for example where each holds all classes.
 
     Returns:
-        The divergence in nats, the same bits on every rank of ``group``.
+        The divergence in nats, float32 (float64 if input or target is), the same bits on every rank
+        of ``group``.
 
     Raises:
-        TypeError: a dtype that is not one of those of :func:`fastdiv.kl_div`.
-        ValueError: shapes that do not fit, an option out of its range, or that requires a gradient,
-            logits that may not be overwritten.
-        RuntimeError: as of :func:`cross_entropy`.
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: There is no process group, tensors are on different devices, another rank
+            raised, or the ranks differ in the call, its options, shapes, labels or token weights.
 
     Example:
         >>> import torch, fastdiv.distributed
@@ -228,17 +256,29 @@ def kl_div(
 
     Source: :func:`fastdiv.kl_div`, by the chain rule over groups of classes.
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return _divergence("kl_div", input, target, *how, group, mean_group, num_classes)
+    return _divergence(
+        "kl_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        group=group,
+        mean_group=mean_group,
+        num_classes=num_classes,
+    )
 
 
 def reverse_kl_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -246,10 +286,46 @@ def reverse_kl_div(
     mean_group: Group = None,
     num_classes: int | None = None,
 ) -> Tensor:
-    r"""Reverse Kullback-Leibler divergence of sharded rows, :math:`\mathrm{KL}(q \| p)`.
+    """Compute the reverse Kullback-Leibler divergence of sharded rows.
 
-    That of :func:`fastdiv.reverse_kl_div` of whole rows; arguments, result and errors are those of
-    :func:`kl_div`.
+    The value, on every rank, is that of :func:`fastdiv.reverse_kl_div` for whole rows, and as
+    accurate next to 0.  The gradient is this shard's part of theirs.
+
+    Args:
+        input: This rank's logits; float32, bfloat16, float16 or float64.  In rank order, each has
+            the next :math:`C_r` classes on ``dim``; all other dimensions are the same.
+        target: This rank's shard of the teacher's rows, of the shape of ``input`` and any of its
+            dtypes.  It gets a gradient if it requires one.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim`` and the same on
+            every rank.  They multiply the loss and, in a mean, the denominator.  Rows of weight 0
+            do not count, whatever they hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph nor
+            a view of one, and must not share memory with other arguments.  Under ``torch.compile``
+            a fresh gradient is used instead.
+        group: The ranks that share the vocabulary; None for all processes.
+        mean_group: Data-parallel ranks whose rows ``reduction="mean"`` averages over together, as
+            :func:`token_mean` does; None for the rows of this rank only.
+        num_classes: Number of classes of all shards together.  If given, all ranks raise where the
+            shards have another number, for example where each holds all classes.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is), the same bits on every rank
+        of ``group``.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: There is no process group, tensors are on different devices, another rank
+            raised, or the ranks differ in the call, its options, shapes, labels or token weights.
 
     Example:
         >>> import torch, fastdiv.distributed
@@ -263,18 +339,30 @@ def reverse_kl_div(
 
     Source: :func:`fastdiv.reverse_kl_div`.
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return _divergence("reverse_kl_div", input, target, *how, group, mean_group, num_classes)
+    return _divergence(
+        "reverse_kl_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        group=group,
+        mean_group=mean_group,
+        num_classes=num_classes,
+    )
 
 
 def js_div(
     input: Tensor,
     target: Tensor,
     *,
-    target_type: str,
+    target_type: TargetType,
     beta: float = 0.5,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -282,13 +370,48 @@ def js_div(
     mean_group: Group = None,
     num_classes: int | None = None,
 ) -> Tensor:
-    r"""Generalised Jensen-Shannon divergence of sharded rows.
+    r"""Compute the generalised Jensen-Shannon divergence of sharded rows.
 
-    That of :func:`fastdiv.js_div` of whole rows.  It takes two exchanges where the others take one:
-    a mixture of two rows can only be looked at once both are normalised.
+    The value, on every rank, is that of :func:`fastdiv.js_div` for whole rows, which has the
+    formula.  The gradient is this shard's part of theirs.  It takes two exchanges where other
+    losses take one, since the mixture of two rows needs both of them normalised.
 
-    ``beta`` is that of :func:`fastdiv.js_div`; all other arguments, result and errors are those of
-    :func:`kl_div`.
+    Args:
+        input: This rank's logits; float32, bfloat16, float16 or float64.  In rank order, each has
+            the next :math:`C_r` classes on ``dim``; all other dimensions are the same.
+        target: This rank's shard of the teacher's rows, of the shape of ``input`` and any of its
+            dtypes.  It gets a gradient if it requires one.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
+        beta: :math:`\beta` in [0, 1], the share of the target in the mixture.
+        dim: Dimension of the classes.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.
+        token_weight: Weights of the rows, of the shape of ``input`` without ``dim`` and the same on
+            every rank.  They multiply the loss and, in a mean, the denominator.  Rows of weight 0
+            do not count, whatever they hold.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph nor
+            a view of one, and must not share memory with other arguments.  Under ``torch.compile``
+            a fresh gradient is used instead.
+        group: The ranks that share the vocabulary; None for all processes.
+        mean_group: Data-parallel ranks whose rows ``reduction="mean"`` averages over together, as
+            :func:`token_mean` does; None for the rows of this rank only.
+        num_classes: Number of classes of all shards together.  If given, all ranks raise where the
+            shards have another number, for example where each holds all classes.
+
+    Returns:
+        The divergence in nats, float32 (float64 if input or target is), the same bits on every rank
+        of ``group``.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype or layout, or an option is not a number.
+        ValueError: Shapes do not match, an option is out of range, a weight or an option requires a
+            gradient, or the logits may not be overwritten.
+        IndexError: ``input`` has no dimension ``dim``.
+        RuntimeError: There is no process group, tensors are on different devices, another rank
+            raised, or the ranks differ in the call, its options, shapes, labels or token weights.
 
     Example:
         >>> import torch, fastdiv.distributed
@@ -302,5 +425,18 @@ def js_div(
 
     Source: :func:`fastdiv.js_div`.
     """
-    how = (target_type, dim, reduction, temperature, token_weight, inplace_backward)
-    return _divergence("js_div", input, target, *how, group, mean_group, num_classes, beta)
+    return _divergence(
+        "js_div",
+        input,
+        target,
+        target_type=target_type,
+        dim=dim,
+        reduction=reduction,
+        temperature=temperature,
+        token_weight=token_weight,
+        inplace_backward=inplace_backward,
+        group=group,
+        mean_group=mean_group,
+        num_classes=num_classes,
+        beta=beta,
+    )

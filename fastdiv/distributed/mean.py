@@ -1,4 +1,4 @@
-"""Means over all tokens of a batch that data-parallel ranks share."""
+"""The mean over all tokens of a batch on several data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from .world import Group, sum_over, world_of
 
 
 def token_mean(total: Tensor, count: Tensor | float, group: Group = None) -> Tensor:
-    r"""A rank's share in the mean over all tokens of a data-parallel group.
+    r"""Compute this rank's share in the mean over all tokens of a data-parallel group.
 
     .. math:: \frac{W \sum_{\text{tokens of this rank}} \ell}{\sum_{\text{ranks}} \text{count}}
 
-    :math:`W` is the number of ranks, so that the average over the ranks, which is what DDP and FSDP
-    make of gradients, and what one logs, is the mean over all tokens, each of the same weight on
-    whatever rank it is.  (The average of the ranks' own means is not: it gives the tokens of a rank
-    with few of them more weight, and is NaN if a rank has none.)
+    :math:`W` is the number of ranks.  Averaged over them, as DDP and FSDP average gradients, the
+    shares give the mean over all tokens, each with the same weight. (The average of the ranks' own
+    means gives the tokens of a rank with few of them more weight, and is NaN if a rank has none.)
 
     Args:
-        total: Sum of the losses of this rank's tokens; 0 on a rank that has none.
-        count: How many these are, or what their weights add up to; gets no gradient.
-        group: The data-parallel ranks; all processes for None.
+        total: Sum of the losses of this rank's tokens; 0 for no tokens.
+        count: Number of these tokens, or the sum of their weights; it gets no gradient.
+        group: The data-parallel ranks; None for all processes.
 
     Returns:
-        The share, differentiable in ``total``.  NaN on every rank where no rank has a token.
+        The share, differentiable in ``total``.  It is NaN on every rank if no rank has a token.
 
     Raises:
-        RuntimeError: no process group.
+        RuntimeError: There is no process group.
 
     Example:
         >>> import torch, fastdiv, fastdiv.distributed
@@ -39,8 +38,8 @@ def token_mean(total: Tensor, count: Tensor | float, group: Group = None) -> Ten
         tensor(1.3863)
         >>> dist.destroy_process_group()
 
-    Source: *Fixing gradient accumulation* in Hugging Face Transformers (2024), which has the same
-    mistake in time instead of over ranks.
+    Source: *Fixing gradient accumulation* in Hugging Face Transformers (2024), on the same mistake
+    over steps instead of ranks.
     """
     world = world_of(group)
     of_rank = torch.as_tensor(count, device=total.device).detach().to(total.dtype)

@@ -1,7 +1,7 @@
-r"""What the shards of a row come to: the chain rule over groups of classes.
+r"""Whole rows from their shards, by the chain rule over groups of classes.
 
-A shard :math:`s` knows its rows as if they were whole: log-sum-exps, and a value that is accurate
-next to zero.  With :math:`P_s, Q_s` what the shard has of all of :math:`p` and :math:`q`,
+A shard :math:`s` computes its rows as if they were whole: log-sum-exps, and a value that is
+accurate near zero.  With :math:`P_s, Q_s` its shares of :math:`p` and :math:`q`,
 
 .. math::
     -\sum_c r_c \log q_c &= \sum_s \bigl(\mathrm{CE}_s - r_s \log Q_s\bigr) \\
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from ..reference import Spec
 from ..reference.divergences import masked_product
-from .local import NOTHING_INFINITE
+from .infinite_rows import NOTHING_INFINITE
 
-APART = 0.25
+WELL_SEPARATED = 0.25
 
 
 @dataclass
 class Parts:
-    """What the shards know of their rows, one column of ``[W, R]`` each; see ``Row`` in C++."""
+    """Numbers of the shards, one column of ``[W, R]`` each; see ``Row`` in C++."""
 
     column: dict[str, Tensor]
-    dtype: torch.dtype  # that the shards compute in
+    dtype: torch.dtype  # in which the shards compute
 
     def __getitem__(self, name: str) -> Tensor:
         return self.column[name]
@@ -40,13 +40,13 @@ class Parts:
         return name in self.column
 
     def side(self, spec: Spec, name: str) -> Side:
-        """The shards of the input, "x", or of a target of logits, "t"."""
+        """Return the shards of the input, "x", or of a target of logits, "t"."""
         return Side(self[f"{name}_max"], self[f"{name}_logz"], spec.scale, self.dtype)
 
 
 @dataclass
 class Whole:
-    """What is known of whole rows: the value, and the record for the backward."""
+    """Whole rows: their value, and the record for the backward."""
 
     value: Tensor  # [R]; [2, R] for log_prob_and_entropy
     record: dict[str, Tensor]
@@ -55,27 +55,27 @@ class Whole:
 
 
 class Side:
-    """One of the two distributions, from the log-sum-exps of its shards."""
+    """The student's or the teacher's distribution, from the log-sum-exps of its shards."""
 
     def __init__(self, largest: Tensor, logz: Tensor, scale: float, dtype: torch.dtype) -> None:
         self.max = largest.amax(0)
         self.empty = logz == -torch.inf
-        # Of shards, as seen from the largest maximum.
+        # Log-sum-exps of the shards, relative to the maximum of all.
         self.log_sums = (largest - self.max) * scale + logz
         self.logz = torch.logsumexp(self.log_sums, 0)
         self.log_share = self.log_sums - self.logz
-        # What float32 cannot hold has no mass, as in the kernels.
+        # A share below the range of normal numbers counts as 0, as in the kernels.
         share = self.log_share.exp()
         self.share = torch.where(share < torch.finfo(dtype).tiny, 0.0, share)
 
 
 def average(share: Tensor, value: Tensor) -> Tensor:
-    """Over the shards, of which those without mass do not count."""
+    """Average over the shards; those without mass add nothing."""
     return masked_product(share, value).sum(0)
 
 
 def of_owner(v: Tensor, owner: Tensor) -> Tensor:
-    """The entry of the shard that has the label of a row."""
+    """Return the entry of the shard that has the label of a row."""
     return v.gather(0, owner.unsqueeze(0)).squeeze(0)
 
 
@@ -83,17 +83,20 @@ def of_owner(v: Tensor, owner: Tensor) -> Tensor:
 
 
 def entropy_of(x: Side, of_shards: Tensor) -> Tensor:
-    """H(Q) + sum Q H."""
+    """Compute H(Q) + sum Q H."""
     return average(x.share, of_shards - x.log_share)
 
 
 def log_prob_of(x: Side, of_shards: Tensor, owner: Tensor) -> Tensor:
-    """Of the label: log q of its shard's, and log Q."""
+    """Compute log q of the label: its log q within its shard, plus log Q."""
     return of_owner(torch.where(x.empty, 0.0, of_shards) + x.log_share, owner)
 
 
 def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
-    """Of a label, a soft target, or a label smoothed; a = sum r + 2 z omega lse, b: the label's."""
+    """Compute the cross entropy of whole rows, for hard, smoothed and soft targets.
+
+    Record: a = sum r + 2 z omega lse, the factor of q in the gradient; b = the mass of the label.
+    """
     x = parts.side(spec, "x")
     zero = torch.zeros_like(x.logz)
     value, mass, taken, omega = zero, zero, zero, None
@@ -104,7 +107,7 @@ def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
     if owner is not None:
         weight = parts.column.get("weight")
         omega = zero + 1 if weight is None else of_owner(weight, owner)
-        taken = spec.label * omega
+        taken = spec.confidence * omega
         value = value - masked_product(taken, log_prob_of(x, parts["label"], owner))
     lse = x.logz + x.max * spec.scale
     z = zero + spec.z_loss * (1 if omega is None else omega)
@@ -117,7 +120,7 @@ def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
 
 
 def _log_prob_and_argmax(x: Side, parts: Parts, owner: Tensor | None) -> list[Tensor]:
-    """Of the target, sum p log q; and the shard that has the first largest logit, or a NaN."""
+    """Compute sum p log q of the target, and the class of the first maximum, or of a NaN."""
     if owner is None:
         inside = torch.where(x.empty, 0.0, parts["log_prob"])
         log_prob = (inside + masked_product(parts["p"], x.log_share)).sum(0)
@@ -128,14 +131,14 @@ def _log_prob_and_argmax(x: Side, parts: Parts, owner: Tensor | None) -> list[Te
 
 
 def entropy(spec: Spec, parts: Parts) -> Whole:
-    """Row: a = H."""
+    """Compute the entropy.  Record: a = H."""
     x = parts.side(spec, "x")
     value = entropy_of(x, parts["entropy"])
     return Whole(value, {"x_max": x.max, "x_logz": x.logz, "a": value})
 
 
 def log_prob_and_entropy(spec: Spec, parts: Parts, owner: Tensor) -> Whole:
-    """Both; row: a = H."""
+    """Compute both.  Record: a = H."""
     whole = entropy(spec, parts)
     x = parts.side(spec, "x")
     whole.value = torch.stack([log_prob_of(x, parts["label"], owner), whole.value])
@@ -146,7 +149,7 @@ def log_prob_and_entropy(spec: Spec, parts: Parts, owner: Tensor) -> Whole:
 
 
 def between(share: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``log(sum share e^log_ratio)`` where that is near the mean of the ratios.
+    """Compute ``log(sum share e^log_ratio)``, accurately near the mean of the ratios.
 
     Returns the mean, what the logarithm exceeds it by (without cancellation, however small), and
     where the ratios are close enough for that.
@@ -158,49 +161,54 @@ def between(share: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, average(share, torch.expm1(deviation) - deviation).clamp(min=0).log1p(), close
 
 
-class Pair:
-    """Both rows of a divergence of logits, and what the shards of one are to those of the other."""
+class Sides:
+    """Student and teacher of a divergence of logits, and the ratios of their shards."""
 
     def __init__(self, spec: Spec, parts: Parts) -> None:
         self.x = x = parts.side(spec, "x")
         self.t = t = parts.side(spec, "t")
         maxima = (parts["x_max"] - x.max) - (parts["t_max"] - t.max)
-        # log(sum e^x / sum e^t) of a shard; the kernel's gap has the digits of its small ones.
-        self.log_ratio = maxima * spec.scale + parts["gap"]
-        # Through the ratio where there is one, that x be to t as exactly as the shards know it.
+        # log(sum e^x / sum e^t) of a shard.  The kernels' log_z_ratio is accurate near 0.
+        self.log_ratio = maxima * spec.scale + parts["log_z_ratio"]
+        # The ratio keeps the digits of the difference of x and t, where both have mass.
         both = ~x.empty & ~t.empty
         log_sums = torch.where(both, t.log_share + self.log_ratio, x.log_sums - t.logz)
-        self.gap = torch.logsumexp(log_sums, 0)
+        self.log_z_ratio = torch.logsumexp(log_sums, 0)
 
     def forward(self) -> Tensor:
-        """KL(P || Q), and the gap that goes with it."""
+        """Compute KL(P || Q), and the log_z_ratio that belongs to it."""
         mean, excess, close = between(self.t.share, self.log_ratio)
         close &= ((self.x.share == 0) == (self.t.share == 0)).all(0)
-        self.gap = torch.where(close, mean + excess, self.gap)
-        return torch.where(close, excess, self.gap - mean)
+        self.log_z_ratio = torch.where(close, mean + excess, self.log_z_ratio)
+        return torch.where(close, excess, self.log_z_ratio - mean)
 
     def reverse(self) -> Tensor:
-        """KL(Q || P), likewise."""
+        """Compute KL(Q || P), and the log_z_ratio that belongs to it."""
         mean, excess, close = between(self.x.share, -self.log_ratio)
         close &= ((self.x.share == 0) == (self.t.share == 0)).all(0)
-        self.gap = torch.where(close, -(mean + excess), self.gap)
-        return torch.where(close, excess, -(mean + self.gap))
+        self.log_z_ratio = torch.where(close, -(mean + excess), self.log_z_ratio)
+        return torch.where(close, excess, -(mean + self.log_z_ratio))
 
     def record(self) -> dict[str, Tensor]:
-        """What all divergences keep."""
+        """Return the part of the record that all divergences have."""
         x, t = self.x, self.t
         record = {"x_max": x.max, "x_logz": x.logz, "t_max": t.max, "t_logz": t.logz}
-        return {**record, "gap": self.gap}
+        return {**record, "log_z_ratio": self.log_z_ratio}
 
 
 def kl_div(spec: Spec, parts: Parts) -> Whole:
-    """Row: a = 1 - sum p, b = the value, c: whether the rows are apart."""
+    """Compute KL(p || q).
+
+    Record: a = 1 - sum p; b = the value; c = 1 if the rows are well separated, else 0.
+    """
     if spec.target_type == "logits":
-        pair = Pair(spec, parts)
-        between_shards = pair.forward()
-        inside, slope = _infinite(parts, pair.t.share, pair.x.empty, pair.gap - pair.log_ratio)
+        sides = Sides(spec, parts)
+        between_shards = sides.forward()
+        inside, slope = _infinite(
+            parts, sides.t.share, sides.x.empty, sides.log_z_ratio - sides.log_ratio
+        )
         value = between_shards + inside
-        record, mass = pair.record(), torch.ones_like(value)
+        record, mass = sides.record(), torch.ones_like(value)
     else:
         x = parts.side(spec, "x")
         inside = torch.where(x.empty, 0.0, parts["value"])
@@ -208,30 +216,32 @@ def kl_div(spec: Spec, parts: Parts) -> Whole:
         record, mass = {"x_max": x.max, "x_logz": x.logz}, parts["mass"].sum(0)
     a = torch.where(value.isnan(), value, 1 - mass)
     b = torch.where(value.isinf(), slope, value)
-    return Whole(value, {**record, "a": a, "b": b, "c": apart(value)})
+    return Whole(value, {**record, "a": a, "b": b, "c": well_separated(value)})
 
 
 def reverse_kl_div(spec: Spec, parts: Parts) -> Whole:
-    """Row: a = the value, b = sum p - 1, c as above."""
+    """Compute KL(q || p).  Record: a = the value; b = sum p - 1; c as for ``kl_div``."""
     if spec.target_type == "logits":
-        pair = Pair(spec, parts)
-        between_shards = pair.reverse()
-        inside, slope = _infinite(parts, pair.x.share, pair.t.empty, pair.log_ratio - pair.gap)
+        sides = Sides(spec, parts)
+        between_shards = sides.reverse()
+        inside, slope = _infinite(
+            parts, sides.x.share, sides.t.empty, sides.log_ratio - sides.log_z_ratio
+        )
         value = between_shards + inside
-        record, mass = pair.record(), torch.ones_like(value)
+        record, mass = sides.record(), torch.ones_like(value)
     else:
         x = parts.side(spec, "x")
         inside, slope = _infinite(parts, x.share, torch.zeros_like(x.empty), x.log_share)
         value = average(x.share, x.log_share) + inside
         record, mass = {"x_max": x.max, "x_logz": x.logz}, parts["mass"].sum(0)
     a = torch.where(value.isinf(), slope, value)
-    return Whole(value, {**record, "a": a, "b": mass - 1, "c": apart(value)})
+    return Whole(value, {**record, "a": a, "b": mass - 1, "c": well_separated(value)})
 
 
 def _infinite(
     parts: Parts, share: Tensor, absent: Tensor, log_ratio: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The mean of what shards know of their rows, and the sum of u or v where that is infinite.
+    """Average the values of the shards, and the sum of u or v where the value is infinite.
 
     An infinite term is -1 times its mass, a finite one its mass times the log of a ratio, which is
     the shard's and ``log_ratio``.  Where the other row is ``absent`` from a shard all are infinite.
@@ -246,12 +256,12 @@ def _infinite(
 
 
 def of_terms(spec: Spec, record: dict[str, Tensor], sums: dict[str, Tensor]) -> Whole:
-    """A sum of terms; row: a = sum u, b = sum v, over what the probabilities add up to."""
+    """Return the sum of terms.  Record: a = sum u, b = sum v, over the sum of the probabilities."""
     logits = spec.target_type == "logits"
     a, b = sums["u"] / sums["q"], sums["v"] / sums["p"] if logits else sums["v"]
     return Whole(sums["f"], {**record, "a": a, "b": b})
 
 
-def apart(value: Tensor) -> Tensor:
-    """Where the textbook's terms will do, 1; see its namesake in divergence_value.h."""
-    return ((value > APART) & ~value.isinf()).to(value.dtype)
+def well_separated(value: Tensor) -> Tensor:
+    """Return 1 where the direct terms are accurate, as ``well_separated`` in divergence_value.h."""
+    return ((value > WELL_SEPARATED) & ~value.isinf()).to(value.dtype)

@@ -1,4 +1,4 @@
-"""This rank's part of a tensor, and the way back of its gradient."""
+"""The part of a tensor on this rank, with its gradient, and the way back to a DTensor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate
 class _ToLocal(torch.autograd.Function):
     """``DTensor.to_local``, whose gradient has the shape and strides of the whole.
 
-    torch derives the strides from this rank's part.  They are wrong where the parts differ in size,
-    and its release 2.11 then replicates the gradient of a leaf that is sharded.
+    torch derives the strides from this rank's part.  They are wrong where the parts differ in size.
+    torch 2.11 then replicates the gradient of a sharded leaf.
     """
 
     @staticmethod
@@ -32,24 +32,24 @@ class _ToLocal(torch.autograd.Function):
 
 
 def local_part(v: Tensor, mesh: DeviceMesh, placements: Any, of_gradient: Any, name: str) -> Tensor:
-    """This rank's part of a tensor that is to be placed so, with a gradient that comes so.
+    """Return this rank's part of a tensor placed like ``placements``.
 
-    A plain tensor is the same on all ranks, and is cut.  A gradient is brought back to where its
-    tensor is: parts of a sum are added up.
+    Its gradient comes placed like ``of_gradient``, and is redistributed to the placements of the
+    tensor; parts of a sum are added.  A plain tensor is the same on all ranks, and is cut.
     """
     if not isinstance(v, DTensor):
         v = DTensor.from_local(v, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if v.device_mesh != mesh:
-        raise ValueError(f"{name} must be on the mesh of the others, {mesh}, got {v.device_mesh}")
+        raise ValueError(f"{name} must be on the mesh of the input, {mesh}, got {v.device_mesh}")
     if any(p.is_partial() for p in v.placements):
-        raise ValueError(f"{name} must not be a part of a sum, got {v.placements}")
+        raise ValueError(f"{name} must not be Partial, got {v.placements}")
     if tuple(v.placements) != tuple(placements) or tuple(of_gradient) != tuple(placements):
         v = v.redistribute(placements=placements)
     return _ToLocal.apply(v, tuple(of_gradient))
 
 
 def placed_as(v: Tensor, mesh: DeviceMesh, placements: Any, shape: tuple[int, ...]) -> DTensor:
-    """The DTensor of this shape that has this part here."""
+    """Return the DTensor of this shape whose part on this rank is ``v``."""
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         v, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides

@@ -1,7 +1,7 @@
 """Plain tensors beside DTensors must be the same on all ranks, and are compared.
 
-They are where two readings meet.  A weight may be sharded because ranks share out the classes of
-the same rows, or (FSDP2) because they share out memory, and each has rows of its own.
+A sharded weight has two readings.  In tensor parallelism the ranks have the same rows, and each has
+some classes.  In FSDP2 the weight is sharded to save memory, and each rank has its own rows.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .world import every_call, gather, gather_numbers, nothing_is_real, world_of
 
 DIFFERS = """{name} must be the same on every rank, as it is a plain tensor beside DTensors, but it
 differs between {ranks}.
-  If the ranks share out the classes of the same rows (tensor parallelism), give all of them the
-  same tensor; a dropout before must draw the same numbers on all ranks.
-  If each rank has rows of its own (data parallelism, FSDP2), call the module that holds the weight,
-  or say so: input=DTensor.from_local(input, mesh, [Shard(0)]), and likewise for all tensors of
+  If the ranks have the same rows and shard the classes (tensor parallelism), pass the same tensor
+  on all of them; a dropout before must draw the same numbers on all ranks.
+  If each rank has its own rows (data parallelism, FSDP2), call the module that holds the weight,
+  or pass input=DTensor.from_local(input, mesh, [Shard(0)]), and likewise all other tensors of
   rows; the loss is then that of all rows, and the weight is gathered."""
 
 
 def check_alike(mesh: DeviceMesh, given: dict[str, Any]) -> Tensor | None:
-    """Raises RuntimeError on all ranks for a plain tensor that differs between them.
+    """Raise RuntimeError on all ranks for a plain tensor that differs between them.
 
-    Where looking would wait for a device: what to multiply the loss by, 1, or NaN if one differs.
+    Where that would wait for a device, return a factor for the loss: 1, or NaN if one differs.
     """
     plain = {
         name: v for name, v in given.items() if isinstance(v, Tensor) and not isinstance(v, DTensor)
@@ -44,7 +44,7 @@ def check_alike(mesh: DeviceMesh, given: dict[str, Any]) -> Tensor | None:
         if world.size == 1:
             continue
         if readable or every_call(world.name):
-            # Who knows of a difference passes it on along the next dimension: all are to raise.
+            # A difference is passed on along the next dimension, so that all ranks raise.
             own = [differing, *(_in_short(v, readable) for v in plain.values())]
             known, *of_all = zip(*gather_numbers(world, own), strict=True)
             differing = max(known)
@@ -62,7 +62,7 @@ def check_alike(mesh: DeviceMesh, given: dict[str, Any]) -> Tensor | None:
 
 
 def _in_short(v: Tensor, readable: bool) -> int:
-    """What tells a tensor from another rank's, as far as may be looked at."""
+    """Return a digest of shape and dtype, and of the values where they may be read."""
     meta = repr((tuple(v.shape), v.dtype)).encode()
     digest = hashlib.blake2b(meta, digest_size=8).digest()
     of_values = int(checksum(v)) if readable else 0

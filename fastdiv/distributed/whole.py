@@ -1,8 +1,8 @@
-"""Whole rows on every rank, by differentiable collectives: where no kernel fits.
+"""Whole rows on every rank, by differentiable collectives, where the kernels do not serve.
 
-All ranks compute the same loss of the same rows, so what comes back from upstream is the same on
-all of them, and each takes its part; by that convention the pairs below are each other's
-derivatives, of any order.
+All ranks compute the same loss of the same rows, so the upstream gradient is the same on all of
+them, and each takes its part.  By this convention gather and part are each other's derivatives, and
+so are copy and sum, of any order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .world import Shards, gather, sum_over
 
 
 class _Gather(torch.autograd.Function):
-    """The last dimension of all shards, one after the other."""
+    """Concatenates the last dimension of all shards."""
 
     @staticmethod
     def forward(shards: Shards, v: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Part(torch.autograd.Function):
-    """This rank's part of the last dimension."""
+    """Takes this rank's part of the last dimension."""
 
     @staticmethod
     def forward(shards: Shards, v: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class _Part(torch.autograd.Function):
 
 
 class _Copy(torch.autograd.Function):
-    """What all ranks have alike; every rank's use of it adds to its gradient."""
+    """Copies a tensor that is equal on all ranks; its gradient is the sum over the ranks."""
 
     @staticmethod
     def forward(shards: Shards, v: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks, on all of them."""
+    """Sums over the ranks."""
 
     @staticmethod
     def forward(shards: Shards, v: Tensor) -> Tensor:
@@ -115,10 +115,10 @@ class _Sum(torch.autograd.Function):
 
 
 def gathered(shards: Shards, v: Tensor) -> Tensor:
-    """All classes of a tensor whose last dimension is sharded."""
+    """Gather all classes of a tensor whose last dimension is sharded."""
     return _Gather.apply(shards, v)
 
 
 def shared(shards: Shards, v: Tensor) -> Tensor:
-    """A tensor that all ranks have alike, of which each computes another part of the loss."""
+    """Return a tensor that is equal on all ranks, for a different part of the loss on each."""
     return _Copy.apply(shards, v)

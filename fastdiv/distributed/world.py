@@ -1,8 +1,8 @@
-"""The ranks that share a vocabulary, and how they make sure that all of them mean the same.
+"""The ranks that share a vocabulary, and the check that all of them make the same call.
 
-Before anything else of a call, every rank tells the others in a few numbers what it is about to do.
-So a rank whose arguments are refused, and shards that do not fit each other, raise everywhere,
-where a collective would wait for ever or mix what does not belong together.
+Every call begins with an exchange of a few numbers that say what a rank is about to do.  If one
+rank raises, or the shards do not fit together, all ranks raise.  Without it a collective would wait
+for ever, or mix unrelated data.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .._engine.torch_private import constant, is_fake, is_jit_traced
 from .alike import ALIKE, check_alike
 
 T = TypeVar("T")
-Group = Any  # torch.distributed.ProcessGroup, of which a torch without distributed has none
+Group = Any  # torch.distributed.ProcessGroup, which a torch without distributed lacks
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a process group, by the group's name, which ops and the compiler can take."""
+    """The ranks of a process group, by its name, which ops and the compiler accept."""
 
     name: str
     rank: int
@@ -36,24 +36,24 @@ class World:
 
 @dataclass(frozen=True)
 class Shards:
-    """Which classes every rank has."""
+    """How many classes every rank has."""
 
     world: World
     sizes: tuple[int, ...]
 
     @property
     def classes(self) -> int:
-        """All of them."""
+        """The number of all classes."""
         return sum(self.sizes)
 
     @property
     def first(self) -> int:
-        """The class that this rank's begin with."""
+        """The first class of this rank."""
         return sum(self.sizes[: self.world.rank])
 
 
 def world_of(group: Group) -> World:
-    """The ranks of a group; of all processes for None."""
+    """Return the ranks of a group, or of all processes for None."""
     if is_jit_traced():
         raise RuntimeError(
             "torch.jit.trace cannot record the collectives of fastdiv.distributed: trace a model "
@@ -80,22 +80,22 @@ def _default_world() -> tuple[str, int, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What must be the same on all ranks (``call``), and what each has of its own."""
+    """What must be the same on all ranks (``call``), and what may differ."""
 
     call: tuple[str, ...]
     classes: int = 0
     labels: tuple[int, int, int] = (0, 0, 0)  # smallest, largest, sum; of those that count
-    alike: tuple[int, ...] = (0,) * len(ALIKE)  # checksums of tensors that all ranks have alike
+    alike: tuple[int, ...] = (0,) * len(ALIKE)  # checksums of tensors that must be the same
 
     def header(self, failed: bool = False) -> list[int]:
-        """Of one length and dtype whatever the plan: the one exchange that cannot mismatch."""
+        """Return numbers of one length and dtype for every plan, so their exchange always fits."""
         digest = hashlib.blake2b(repr(self.call).encode(), digest_size=8).digest()
         code = int.from_bytes(digest, "little", signed=True)
         return [int(failed), code, self.classes, *self.labels, *self.alike]
 
 
 def checked(world: World, prepare: Callable[[], T]) -> T:
-    """What ``prepare`` makes of a rank's arguments; where it raises, all ranks do."""
+    """Return what ``prepare`` returns; if it raises on one rank, raise on all ranks."""
     if torch.compiler.is_compiling():
         return prepare()
     try:
@@ -108,7 +108,7 @@ def checked(world: World, prepare: Callable[[], T]) -> T:
 
 
 def agree(world: World, plan: Plan) -> Shards:
-    """The shards of all ranks, if all are about to do the same."""
+    """Return the shards of all ranks; raise if the ranks are about to do different things."""
     if world.size == 1 or nothing_is_real():
         return Shards(world, (plan.classes,) * world.size)
     if torch.compiler.is_compiling() or not every_call(world.name):
@@ -122,9 +122,9 @@ _agreed: dict[tuple[Any, Any], tuple[int, ...]] = {}
 
 @constant
 def _agree_once(world: tuple[str, int, int], plan: tuple[Any, ...]) -> tuple[int, ...]:
-    """The sizes; plain values only, for the compiler can pass and take no others."""
+    """Return the sizes, from plain values, the only ones that the compiler can pass."""
     if (world, plan) not in _agreed:
-        if len(_agreed) >= 1024:  # of groups that are gone, or of ever new numbers of rows
+        if len(_agreed) >= 1024:  # entries of dead groups, or of ever new numbers of rows
             _agreed.clear()
         _agreed[world, plan] = _agree(World(*world), Plan(*plan))
     return _agreed[world, plan]
@@ -143,21 +143,21 @@ def _agree(world: World, plan: Plan) -> tuple[int, ...]:
         common = set.intersection(*map(set, calls))
         differing = [", ".join(i for i in call if i not in common) for call in calls]
         raise RuntimeError(
-            "the ranks of the group do not call the same loss alike:\n" + _by_rank(differing)
+            "the ranks of the group do not make the same call:\n" + _by_rank(differing)
         )
     if len(set(zip(*labels, strict=True))) > 1:
-        texts = [f"{a} to {b}, which add up to {s}" for a, b, s in zip(*labels, strict=True)]
+        texts = [f"{a} to {b}, with sum {s}" for a, b, s in zip(*labels, strict=True)]
         raise RuntimeError(
-            "every rank must have the same labels, all of them global:\n" + _by_rank(texts)
+            "every rank must have the same labels, as global indices:\n" + _by_rank(texts)
         )
     check_alike(list(zip(*alike, strict=True)))
     return classes
 
 
 def nothing_is_real() -> bool:
-    """Tells whether new tensors are fake, so that no rank can be asked anything.
+    """Return whether new tensors are fake, so that ranks cannot exchange numbers.
 
-    The others are taken to have as many classes as this one.
+    The other ranks are then assumed to have as many classes as this one.
     """
     return not torch.compiler.is_compiling() and is_fake(torch.empty(0))
 
@@ -170,7 +170,7 @@ def _by_rank(texts: list[str]) -> str:
 
 
 def _device(name: str) -> torch.device:
-    """Where headers travel: between CPUs where the group can, so that no GPU is waited for."""
+    """Return the device of headers: the CPU if the group supports it, to wait for no GPU."""
     if "cpu:" in dist.get_backend_config(_group(name)):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -181,7 +181,7 @@ def _group(name: str) -> Any:
 
 
 def every_call(name: str) -> bool:
-    """Whether ranks compare every call, or only those of a new kind, to wait for no GPU."""
+    """Return whether ranks compare every call, or only new kinds of calls, to wait for no GPU."""
     return _device(name).type == "cpu" or os.environ.get("FASTDIV_CHECK") == "1"
 
 
@@ -198,13 +198,13 @@ def _gather_objects(world: World, mine: Any) -> list[Any]:
 
 
 def gather(world: World, mine: Tensor) -> Tensor:
-    """The same tensor of all ranks, in their order: ``[W, ...]``."""
+    """Return this tensor of all ranks, in rank order: ``[W, ...]``."""
     ops = torch.ops._c10d_functional
     flat = ops.all_gather_into_tensor(mine.contiguous().view(-1), world.size, world.name)
     return ops.wait_tensor(flat).view(world.size, *mine.shape)
 
 
 def sum_over(name: str, v: Tensor) -> Tensor:
-    """The sum of the tensors of all ranks of a group, as a new one."""
+    """Return the sum of this tensor over all ranks of a group, as a new tensor."""
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.all_reduce(v.contiguous(), "sum", name))

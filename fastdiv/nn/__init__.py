@@ -1,4 +1,4 @@
-"""The losses as modules: options in the constructor, tensors in the call."""
+"""The losses as modules: the constructor takes the options, the call takes the tensors."""
 
 from .._engine.public import set_home as _set_home
 from .cross_entropy import CrossEntropyLoss

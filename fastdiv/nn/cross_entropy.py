@@ -6,23 +6,48 @@ from torch import Tensor, nn
 
 from .._losses.cross_entropy import cross_entropy
 from ..reference import Stats
+from ..reference.choices import Reduction, Smoothing
 
 
 class CrossEntropyLoss(nn.Module):
-    """Module form of :func:`fastdiv.cross_entropy`; a drop-in for ``torch.nn.CrossEntropyLoss``.
+    r"""Cross entropy of logits with class indices or probabilities, as a module.
+
+    It calls :func:`fastdiv.cross_entropy`, which has the formula and lists the errors.  It is a
+    drop-in for ``torch.nn.CrossEntropyLoss``.
 
     Args:
-        weight: Class weights, kept as a buffer.
-        ignore_index: See the function, as for all that follow.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        label_smoothing: In [0, 1].
-        dim: Dimension of the classes.
-        smoothing: ``"all"`` or ``"others"``.
-        temperature: Divides the logits.
-        softcap: Soft cap of the logits.
-        z_loss: Factor of the squared log-sum-exp.
-        inplace_backward: Write the gradient over the logits.
-        return_stats: Also return statistics of the rows.
+        weight: Weights of the classes, shape ``(C,)``, kept as a buffer; 1 by default.
+        ignore_index: Rows with this label do not count: their loss and gradient are 0, whatever
+            they hold.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight`` and the class weight of the label; NaN if no row counts) or
+            ``"batchmean"`` (sum / ``input.size(0)``).
+        label_smoothing: :math:`\varepsilon` in [0, 1].
+        dim: Dimension of the classes; by default 1, as in torch, or 0 if ``input`` has one
+            dimension.
+        smoothing: ``"all"`` spreads :math:`\varepsilon` over all classes, ``"others"`` over all but
+            the label.
+        temperature: :math:`T`, which divides the logits.
+        softcap: Replace the logits by ``softcap * tanh(x / softcap)`` first; None for no cap.
+        z_loss: :math:`z`, the factor of the squared log-sum-exp.  :math:`\omega` is the class
+            weight of the label, and 1 for probabilities.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
+        return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
+            ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
+            the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
+
+    Shape:
+        * ``input``: logits of any shape and strides, with the :math:`C` classes on ``dim``;
+          float32, bfloat16, float16 or float64.
+        * ``target``: class indices (int64, int32, uint8) of the shape of ``input`` without ``dim``,
+          or probabilities (floating) of the shape of ``input``.
+        * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
+          optional.
+        * Result: a scalar, or with ``reduction="none"`` one value per row; with ``return_stats`` a
+          pair of it and the statistics.
 
     Example:
         >>> import torch, fastdiv
@@ -30,6 +55,8 @@ class CrossEntropyLoss(nn.Module):
         ...     torch.zeros(2, 4), torch.tensor([0, 3])
         ... )
         tensor(1.3863)
+
+    Source: :func:`fastdiv.cross_entropy`, :class:`torch.nn.CrossEntropyLoss`.
     """
 
     weight: Tensor | None
@@ -38,11 +65,11 @@ class CrossEntropyLoss(nn.Module):
         self,
         weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         *,
         dim: int | None = None,
-        smoothing: str = "all",
+        smoothing: Smoothing = "all",
         temperature: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
@@ -65,8 +92,8 @@ class CrossEntropyLoss(nn.Module):
     def forward(
         self, input: Tensor, target: Tensor, token_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Stats]:
-        """The loss of these logits."""
-        return cross_entropy(
+        """Compute the loss of these logits."""
+        return cross_entropy(  # type: ignore[misc]  # of so many words, mypy tries no unions
             input,
             target,
             self.weight,
@@ -84,7 +111,7 @@ class CrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options."""
+        """Return the options as text."""
         return (
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing}, dim={self.dim}, "

@@ -1,9 +1,9 @@
-"""The module of distillation: cross entropy with labels, and a divergence from a teacher."""
+"""The module of distillation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,42 +12,52 @@ from .._engine import arguments
 from .._engine.recording import recordable
 from .._engine.symbolic import term, times
 from .._losses.cross_entropy import cross_entropy
+from ..reference.choices import Divergence, Reduction, TargetType, check_choice
 from .divergence import FUNCTIONS
+
+DIVERGENCES = get_args(Divergence)
 
 
 class DistillationLoss(nn.Module):
-    r"""Distillation: cross entropy with the labels, and a divergence from the teacher.
+    r"""Distillation: the cross entropy with labels plus a divergence from a teacher, as a module.
 
     .. math::
         \ell = (1 - \alpha)\, \mathrm{CE}(x, y)
         + \alpha\, T^2\, D\bigl(\mathrm{softmax}(t / T), \mathrm{softmax}(x / T)\bigr)
 
-    without the factor :math:`T^2` unless ``scale_by_temperature``, and with the cross entropy at
-    temperature 1.  Both parts are reduced alike, over the rows whose label is not
-    ``ignore_index``; the others may hold anything, in student and teacher.  A part of weight 0 is
-    not computed.
+    The factor :math:`T^2` is there with ``scale_by_temperature`` only; the cross entropy has
+    temperature 1.  Both parts are reduced alike, over the rows whose label is not ``ignore_index``.
+    All other rows may hold anything, in student and teacher.  A part of weight 0 is not computed.
+    There is no ``inplace_backward``, since both parts need the logits.
 
     Args:
-        divergence: Name of the function that is :math:`D`: ``"kl_div"``, ``"reverse_kl_div"``,
-            ``"js_div"`` or another divergence of :mod:`fastdiv`.
+        divergence: Name of the function :math:`D`: ``"kl_div"``, ``"reverse_kl_div"``,
+            ``"js_div"``, ``"skew_kl_div"``, ``"alpha_div"``, ``"renyi_div"``, ``"tv_distance"`` or
+            ``"hellinger_distance"``.
         alpha: :math:`\alpha` in [0, 1], the weight of the divergence.
-        temperature: :math:`T`, of student and teacher logits in the divergence.
+        temperature: :math:`T` of student and teacher in the divergence.
         scale_by_temperature: Multiply the divergence by :math:`T^2`, which keeps the size of its
-            gradient about the same for every temperature.
-        target_type: What the teacher gives: ``"logits"``, ``"log_probs"`` or ``"probs"``.
-        ignore_index: Label of the rows that do not count.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` (over the rows that count) or ``"batchmean"``
-            (sum / ``input.size(0)``).
+            gradient about the same for all temperatures.
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
+            Probabilities are used as they are, normalised or not.
+        ignore_index: Rows with this label do not count: their loss and gradient are 0, whatever
+            they hold.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
         dim: Dimension of the classes.
-        divergence_options: What else the divergence takes, as ``{"beta": 0.1}`` for ``js_div``.
+        divergence_options: Other options of the divergence, such as ``{"beta": 0.1}`` for
+            ``"js_div"``.
 
     Shape:
-        ``input``, the student's logits, and ``target``, the teacher: any one shape with the classes
-        on ``dim``; ``labels`` (int64, int32, uint8) and ``token_weight``, weights of the rows: that
-        shape without ``dim``.  Dtypes, result and errors are those of :func:`fastdiv.cross_entropy`
-        and :func:`fastdiv.kl_div`.  A teacher that requires a gradient gets one.
-
-    There is no ``inplace_backward``: both parts need the logits.
+        * ``input``: the student's logits, of any shape and strides, with the classes on ``dim``;
+          float32, bfloat16, float16 or float64.
+        * ``target``: the teacher's rows, of the shape of ``input`` and any of its dtypes.  It gets
+          a gradient if it requires one.
+        * ``labels``: class indices (int64, int32, uint8) of the shape of ``input`` without ``dim``.
+        * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
+          optional.
+        * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
+          ``input`` without ``dim``.
 
     Example:
         >>> import torch, fastdiv
@@ -64,21 +74,19 @@ class DistillationLoss(nn.Module):
 
     def __init__(
         self,
-        divergence: str = "kl_div",
+        divergence: Divergence = "kl_div",
         *,
         alpha: float = 0.5,
         temperature: float = 1.0,
         scale_by_temperature: bool = False,
-        target_type: str = "logits",
+        target_type: TargetType = "logits",
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         dim: int = -1,
         divergence_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if divergence not in FUNCTIONS:
-            names = ", ".join(map(repr, FUNCTIONS))
-            raise ValueError(f"divergence must be one of {names}, got {divergence!r}")
+        check_choice(divergence, DIVERGENCES, "divergence")
         arguments.check_target_type(target_type)
         arguments.check_reduction(reduction)
         self.divergence = divergence
@@ -95,6 +103,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self, input: Tensor, target: Tensor, labels: Tensor, token_weight: Tensor | None = None
     ) -> Tensor:
+        """Compute the loss of these logits."""
         arguments.check_logits(input)
         dim = arguments.class_dim(input, self.dim)
         y = arguments.labels(input, dim, labels, "labels", self.ignore_index)
@@ -109,7 +118,7 @@ class DistillationLoss(nn.Module):
                 token_weight=token_weight,
             )
             parts.append(times(hard, 1 - term(self.alpha)))
-        elif arguments.values_may_be_read(y):  # no kernel of the cross entropy does
+        elif arguments.values_may_be_read(y):  # without a cross entropy, no kernel checks them
             arguments.check_labels(y, input.shape[dim], "labels", self.ignore_index)
         if self.alpha > 0:
             counts: Tensor = labels != self.ignore_index
@@ -132,6 +141,7 @@ class DistillationLoss(nn.Module):
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def extra_repr(self) -> str:
+        """Return the options as text."""
         options = "".join(f", {name}={v!r}" for name, v in self.divergence_options.items())
         return (
             f"{self.divergence!r}, alpha={self.alpha}, temperature={self.temperature}, "

@@ -5,21 +5,33 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .._losses.entropy import entropy
+from ..reference.choices import Reduction
 
 
 class EntropyLoss(nn.Module):
-    """Module form of :func:`fastdiv.entropy`, with a mean by default.
+    """Entropy of logits as a module, with a mean by default.
+
+    It calls :func:`fastdiv.entropy`, which has the formula and lists the errors.
 
     Args:
         dim: Dimension of the classes.
-        temperature: :math:`T`.
-        base: Base of the logarithm; nats by default.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
+        temperature: :math:`T`, which divides the logits.
+        base: Base of the logarithm: None for nats, 2 for bits.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` or ``"batchmean"`` (sum /
+            ``input.size(0)``).
+
+    Shape:
+        * ``input``: logits of any shape and strides, with the :math:`C` classes on ``dim``;
+          float32, bfloat16, float16 or float64.
+        * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
+          ``input`` without ``dim``.
 
     Example:
         >>> import torch, fastdiv
         >>> fastdiv.nn.EntropyLoss(base=2)(torch.zeros(3, 8))
         tensor(3.)
+
+    Source: :func:`fastdiv.entropy`.
     """
 
     def __init__(
@@ -28,7 +40,7 @@ class EntropyLoss(nn.Module):
         dim: int = -1,
         temperature: float = 1.0,
         base: float | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -37,7 +49,7 @@ class EntropyLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, input: Tensor) -> Tensor:
-        """The entropy of these logits."""
+        """Compute the entropy of these logits."""
         return entropy(
             input,
             dim=self.dim,
@@ -47,7 +59,7 @@ class EntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options."""
+        """Return the options as text."""
         return (
             f"dim={self.dim}, temperature={self.temperature}, base={self.base}, "
             f"reduction={self.reduction!r}"

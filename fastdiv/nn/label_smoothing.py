@@ -1,4 +1,4 @@
-"""The module of label smoothing as speech toolkits have it: a KL divergence."""
+"""Label smoothing as speech toolkits define it, a KL divergence."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .._losses.cross_entropy import cross_entropy
 class LabelSmoothingLoss(nn.Module):
     r"""KL divergence of the prediction from the smoothed label, as WeNet and ESPnet train with it.
 
-    A drop-in for their class of this name: same constructor, value and gradient.  With :math:`V`
-    classes, :math:`q = \mathrm{softmax}(x)`, and a true distribution :math:`p` of
+    It is a drop-in for their class of this name: same constructor, value and gradient.  With
+    :math:`V` classes, :math:`q = \mathrm{softmax}(x)`, and a true distribution :math:`p` of
     :math:`1 - \varepsilon` on the label and :math:`\varepsilon / (V - 1)` on every other class,
 
     .. math::
@@ -25,26 +25,33 @@ class LabelSmoothingLoss(nn.Module):
         = \frac1n \sum_{y_i \ne \mathrm{padding}} \bigl(H(p_i, q_i) - H(p_i)\bigr),
 
     where :math:`n` is the batch size, or with ``normalize_length`` the number of labels that are
-    not padding.  The cross entropy takes one pass over the logits, :math:`H(p)` is a constant; the
-    true distributions, which theirs writes out, are never held, and no number goes to the host.
+    not padding.  The cross entropy takes one pass over the logits, and :math:`H(p)` is a constant.
+    The true distributions are never written out, and the host waits for no number.
+
+    A model that holds the module can be scripted, as WeNet scripts its own; the loss does not run
+    there.
 
     Args:
         size: Number of classes :math:`V`.
-        padding_idx: Label of padding; what the logits hold there does not matter.
+        padding_idx: Label of padding.  The logits may hold anything there.
         smoothing: :math:`\varepsilon` in [0, 1].
         normalize_length: Divide by the number of labels instead of the batch size.
-        inplace_backward: Write the gradient over the logits, see :func:`fastdiv.cross_entropy`.
+        inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
+            another backward still needs them.  They must be neither a leaf of autograd's graph
+            nor a view of one, and must not share memory with other arguments.  Under
+            ``torch.compile`` a fresh gradient is used instead.
 
     Shape:
-        ``x``, the logits: ``(batch, length, size)``, of a dtype that :func:`fastdiv.cross_entropy`
-        takes; ``target``: ``(batch, length)``, int64 or int32.  The result is a scalar in nats,
-        float32 (float64 for float64 logits): 0 of a batch that is all padding, NaN with
-        ``normalize_length``, both with gradient 0.
+        * ``x``: the logits, ``(batch, length, size)``; float32, bfloat16, float16 or float64.
+        * ``target``: ``(batch, length)``, int64 or int32.
+        * Result: a scalar in nats, float32 (float64 for float64 logits).  For a batch that is all
+          padding it is 0, or NaN with ``normalize_length``, with gradient 0.
 
     Raises:
-        TypeError: a dtype that is none of these.
-        ValueError: shapes that do not fit, a smoothing outside [0, 1] or of a single class.
-        IndexError: a label that is neither a class nor padding (on CPU; elsewhere it gives NaN).
+        TypeError: A tensor has another dtype.
+        ValueError: Shapes do not match, or the smoothing is not in [0, 1] or there is one class
+            only.
+        IndexError: A label is neither a class nor padding (on a CPU; elsewhere the value is NaN).
 
     Example:
         >>> import torch, fastdiv
@@ -55,8 +62,8 @@ class LabelSmoothingLoss(nn.Module):
     A model that holds it can be scripted, as WeNet scripts its own; the loss does not run there.
 
     Source: ``wenet/models/transformer/label_smoothing_loss.py``,
-    ``espnet/nets/pytorch_backend/transformer/label_smoothing_loss.py``, whose argument
-    ``criterion`` it has not.
+    ``espnet/nets/pytorch_backend/transformer/label_smoothing_loss.py``, without the argument
+    ``criterion`` of the latter.
     """
 
     def __init__(
@@ -75,9 +82,10 @@ class LabelSmoothingLoss(nn.Module):
         self.normalize_length = normalize_length
         self.inplace_backward = inplace_backward
 
-    @torch.jit.unused  # a recogniser is scripted for its users with the loss it was trained with
+    @torch.jit.unused  # users script a recogniser together with its training loss
     @recordable
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss of these logits."""
         arguments.check_logits(x, "x")
         if x.dim() != 3 or x.shape[-1] != self.size:
             raise ValueError(f"x must be of shape (batch, length, {self.size}), got {(*x.shape,)}")
@@ -98,6 +106,7 @@ class LabelSmoothingLoss(nn.Module):
         return (value - entropy).to(value.dtype)
 
     def extra_repr(self) -> str:
+        """Return the options as text."""
         return (
             f"size={self.size}, padding_idx={self.padding_idx}, smoothing={self.smoothing}, "
             f"normalize_length={self.normalize_length}"
@@ -105,7 +114,7 @@ class LabelSmoothingLoss(nn.Module):
 
 
 def _entropy_of_smoothed_label(epsilon: float, classes: int) -> float | Tensor:
-    """Adds the entropy of label or not to that of which other class."""
+    """Add the entropy of label or not to that of which other class."""
     if epsilon == 0:
         return 0.0
     other = epsilon * (math.log(max(classes - 1, 1)) - log(epsilon))

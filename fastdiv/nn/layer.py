@@ -1,9 +1,9 @@
 """How the modules of the linear losses call their layer.
 
 A layer is more than its weight: hooks, pruning, weight normalisation, LoRA and FSDP all act when
-it is *called*.  So the modules call it, and the linear loss takes the place of the matrix product
-inside.  Where that could change what a hook sees, the layer's real logits are used instead: the
-value is right either way, but the logits are held in memory.
+it is *called*.  So the modules call it, and the linear loss replaces the matrix product inside.
+Where that could change what a hook sees, the loss uses the layer's real logits.  The value is the
+same, but the logits are held in memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ TENSOR_PARALLEL = "torch.distributed.tensor"
 def loss_through(
     layer: nn.Module, input: Tensor, of_layer: OfLayer[T], of_logits: OfLogits[T]
 ) -> T:
-    """The loss of ``layer(input)``, without holding the logits where that is safe.
+    """Compute the loss of ``layer(input)``, without holding the logits where that is safe.
 
     Args:
-        layer: Makes logits of hidden states; usually a ``torch.nn.Linear``.
+        layer: The layer that computes logits, usually a ``torch.nn.Linear``.
         input: The hidden states.
         of_layer: Computes the loss from hidden states, weight and bias.
         of_logits: Computes the same loss from logits.
@@ -49,7 +49,7 @@ def loss_through(
                 return of_layer(input, weight, bias)
         elif TENSOR_PARALLEL in before | after:
             raise RuntimeError(
-                "the layer of this loss has hooks of parallelize_module and others, of "
+                "the layer of this loss has hooks of parallelize_module and of "
                 f"{', '.join(sorted((before | after) - {TENSOR_PARALLEL}))}: apply fully_shard to "
                 "the module that holds the loss instead of to its layer, and remove other hooks"
             )
@@ -70,21 +70,21 @@ def _inside(of_layer: OfLayer[T], of_logits: OfLogits[T], layer: nn.Linear, inpu
 
 
 def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Tells whether calling the layer means ``F.linear`` of its weight and bias."""
+    """Return whether calling the layer computes ``F.linear`` of its weight and bias."""
     forward = getattr(type(layer), "forward", None)
     return forward is nn.Linear.forward and "forward" not in vars(layer)
 
 
 def _is_known(v: Tensor | None) -> bool:
-    """Tells whether the linear losses take such a weight or bias."""
+    """Return whether the linear losses take this kind of weight or bias."""
     if v is None or type(v) in (Tensor, Parameter):
-        return not hasattr(v, "ds_id")  # DeepSpeed's, which may be empty for now
+        return not hasattr(v, "ds_id")  # of DeepSpeed, and possibly empty for now
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(v, module.DTensor)
 
 
 def _owners(hooks: list[Any]) -> set[str]:
-    """The packages that these hooks come from."""
+    """Return the packages that these hooks come from."""
     owners = set()
     for hook in hooks:
         home = getattr(hook, "__module__", None) or type(hook).__module__
@@ -94,7 +94,7 @@ def _owners(hooks: list[Any]) -> set[str]:
 
 
 def _of_adapted(layer: nn.Module, input: Tensor, of_layer: OfLayer[T], of_logits: OfLogits[T]) -> T:
-    """The loss of a PEFT layer, whose sum of products is one product of longer hidden states."""
+    """Compute the loss of a PEFT layer, as one product of longer hidden states."""
     from ..integrations.transformers import forward as model_forward
     from ..integrations.transformers.logits import DeferredLogits
 

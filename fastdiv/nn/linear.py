@@ -1,15 +1,16 @@
-"""The linear losses as modules, which hold the layer: ``linear`` is a ``torch.nn.Linear``.
+"""The linear losses as modules that hold their layer, ``linear``, a ``torch.nn.Linear``.
 
-A head that shares its weight with an embedding says ``loss.linear.weight = embedding.weight``.
-The layer is called as any other, so what hangs on it keeps its meaning (see ``layer``).
+To share its weight with an embedding, assign ``loss.linear.weight = embedding.weight``.  The layer
+is called like any other, so hooks and parametrisations of it keep working (see ``layer``).
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +23,44 @@ from .._losses.cross_entropy import cross_entropy
 from .._losses.divergence import js_div, kl_div, reverse_kl_div
 from .._losses.entropy import log_prob_and_entropy
 from ..reference import Stats
+from ..reference.choices import Reduction, Smoothing, TargetType
 from .layer import loss_through
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack  # which torch brings along
+
+
+class CrossEntropyOptions(TypedDict, total=False):
+    """What :class:`LinearCrossEntropyLoss` passes on to its function."""
+
+    ignore_index: int | None
+    label_smoothing: float
+    options: Any
+    smoothing: Smoothing
+    temperature: float
+    softcap: float | None
+    z_loss: float
+    return_stats: bool
+    chunk_size: int | None
+
+
+class DivergenceOptions(TypedDict, total=False):
+    """What the modules of divergences pass on; only :class:`LinearJSDivLoss` takes ``beta``."""
+
+    target_type: TargetType | None
+    beta: float
+    reduction: Reduction
+    temperature: float
+    chunk_size: int | None
 
 
 class _LinearLoss(nn.Module):
-    """A layer and options."""
+    """A linear layer, and the options of its loss."""
 
     function: ClassVar[Callable[..., Any]]
-    of_logits: ClassVar[Callable[..., Any]]  # the same of logits, for layers that must make them
+    of_logits: ClassVar[Callable[..., Any]]  # the same loss of logits, where they must be computed
 
     def __init__(
         self,
@@ -51,35 +82,65 @@ class _LinearLoss(nn.Module):
 
     @property
     def options_of_logits(self) -> dict[str, Any]:
-        """The options without those that say how many logits are held."""
+        """The options without those that set how many logits are held."""
         return {k: v for k, v in self.options.items() if k not in ("chunk_size", "options")}
 
     def extra_repr(self) -> str:
-        """The options."""
+        """Return the options as text."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class LinearCrossEntropyLoss(_LinearLoss):
-    """Module form of :func:`fastdiv.linear_cross_entropy`.
+    r"""Cross entropy of the logits of a linear layer, as a module.
 
-    A drop-in for ``torch.nn.LinearCrossEntropyLoss``, parameters included.
+    It holds the layer, ``linear``, and calls :func:`fastdiv.linear_cross_entropy`, which has the
+    formula and lists the errors.  It is a drop-in for ``torch.nn.LinearCrossEntropyLoss``,
+    parameters included.
 
     Args:
-        in_features: Size of the hidden states.
-        num_classes: Number of classes.
-        out_features: Sizes of further dimensions, as torch has them; with them logits are held.
+        in_features: Size :math:`H` of the hidden states.
+        num_classes: Number :math:`C` of classes.
+        out_features: Sizes of further dimensions of the logits, as in torch.  With them all logits
+            are held.
         bias: Whether the layer has a bias.
-        device: Where the layer is.
-        dtype: Of the layer.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        weight: Class weights, kept as a buffer.
-        **options: All others of the function.
+        device: Device of the layer.
+        dtype: Dtype of the layer.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight`` and the class weight of the label; NaN if no row counts) or
+            ``"batchmean"`` (sum / ``input.size(0)``).
+        weight: Weights of the classes, shape ``(C,)``, kept as a buffer; 1 by default.
+        ignore_index: Rows with this label do not count: their loss and gradient are 0, whatever
+            they hold.  On a CPU their logits are not computed.  None means -100.
+        label_smoothing: :math:`\varepsilon` in [0, 1].
+        options: ``torch.nn.LinearCrossEntropyOptions``, of which only ``batch_chunk_size`` is used,
+            if ``chunk_size`` is None.
+        smoothing: ``"all"`` spreads :math:`\varepsilon` over all classes, ``"others"`` over all but
+            the label.
+        temperature: :math:`T`, which divides the logits.
+        softcap: Replace the logits by ``softcap * tanh(x / softcap)`` first; None for no cap.
+        z_loss: :math:`z`, the factor of the squared log-sum-exp.
+        return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
+            ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
+            the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
+
+    Shape:
+        * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
+          float64.
+        * ``target``: class indices (int64, int32, uint8), shape ``(...)``, or probabilities
+          (floating), shape ``(..., num_classes)``.
+        * ``token_weight``: weights of the rows, shape ``(...)``; optional.
+        * Result: a scalar, or with ``reduction="none"`` one value per row; with ``return_stats`` a
+          pair of it and the statistics.
 
     Example:
         >>> import torch, fastdiv
         >>> loss = fastdiv.nn.LinearCrossEntropyLoss(2, 4, label_smoothing=0.1)
         >>> loss(torch.zeros(3, 2), torch.tensor([0, 3, 1]))
         tensor(1.3863, grad_fn=<_LinearLossBackward>)
+
+    Source: :func:`fastdiv.linear_cross_entropy`, ``torch.nn.LinearCrossEntropyLoss``.
     """
 
     function = staticmethod(linear_cross_entropy)
@@ -95,9 +156,9 @@ class LinearCrossEntropyLoss(_LinearLoss):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         weight: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[CrossEntropyOptions],
     ) -> None:
         outputs = math.prod(out_features, start=num_classes)
         super().__init__(
@@ -115,7 +176,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
     def forward(
         self, input: Tensor, target: Tensor, token_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Stats]:
-        """The loss of these hidden states."""
+        """Compute the loss of these hidden states."""
         weights: dict[str, Any] = {"weight": self.weight, "token_weight": token_weight}
 
         def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -126,7 +187,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
 
         def of_logits(logits: Tensor) -> Any:
             options = self.options_of_logits
-            if options.get("ignore_index", 0) is None:  # linear_cross_entropy's word for -100
+            if options.get("ignore_index", 0) is None:  # which linear_cross_entropy takes for -100
                 del options["ignore_index"]
             logits = logits.unflatten(-1, self.shape)
             return self.of_logits(logits, target, dim=input.dim() - 1, **weights, **options)
@@ -135,7 +196,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
 
 
 class _LinearDivergenceLoss(_LinearLoss):
-    """Options that every divergence has."""
+    """The options of every divergence."""
 
     def __init__(
         self,
@@ -146,7 +207,7 @@ class _LinearDivergenceLoss(_LinearLoss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         scale_by_temperature: bool = False,
-        **options: Any,
+        **options: Unpack[DivergenceOptions],
     ) -> None:
         super().__init__(in_features, num_classes, bias=bias, device=device, dtype=dtype, **options)
         self.scale_by_temperature = scale_by_temperature
@@ -160,7 +221,7 @@ class _LinearDivergenceLoss(_LinearLoss):
         target_linear_weight: Tensor | None = None,
         target_linear_bias: Tensor | None = None,
     ) -> Tensor:
-        """The divergence of these hidden states from the target, a teacher's with its layer."""
+        """Compute the divergence of these hidden states from the target, or from a teacher's."""
         teacher = (target_linear_weight, target_linear_bias)
 
         def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -194,22 +255,44 @@ class _LinearDivergenceLoss(_LinearLoss):
 
 
 class LinearKLDivLoss(_LinearDivergenceLoss):
-    """Module form of :func:`fastdiv.linear_kl_div`: KL(p || q) with q of the module's layer.
+    """KL divergence KL(p || q) of the logits of a linear layer from a target p, as a module.
+
+    It holds the layer, ``linear``, and calls :func:`fastdiv.linear_kl_div`, which has the formula
+    and lists the errors.
 
     Args:
-        in_features: Size of the hidden states.
-        num_classes: Number of classes.
+        in_features: Size :math:`H` of the hidden states.
+        num_classes: Number :math:`C` of classes.
         bias: Whether the layer has a bias.
-        device: Where the layer is.
-        dtype: Of the layer.
-        scale_by_temperature: Multiply the value by T squared (Hinton et al., 2015).
-        **options: ``target_type``, ``reduction``, ``temperature``, ``chunk_size`` of the function.
+        device: Device of the layer.
+        dtype: Dtype of the layer.
+        scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
+            gradient about the same for all temperatures (Hinton et al., 2015).
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
+            unless it holds hidden states.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
+
+    Shape:
+        * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
+          float64.
+        * ``target``: the teacher's rows, shape ``(..., num_classes)``, or its hidden states, shape
+          ``(..., K)``.
+        * ``token_weight``: weights of the rows, shape ``(...)``; optional.
+        * ``target_linear_weight``, ``target_linear_bias``: the teacher's layer, shapes
+          ``(num_classes, K)`` and ``(num_classes,)``, if the target holds hidden states.
+        * Result: a scalar, or with ``reduction="none"`` one value per row, shape ``(...)``.
 
     Example:
         >>> import torch, fastdiv
         >>> kl = fastdiv.nn.LinearKLDivLoss(2, 3, target_type="probs")
         >>> kl(torch.zeros(1, 2), torch.tensor([[9 / 25, 12 / 25, 4 / 25]])).item()
         0.0853
+
+    Source: :func:`fastdiv.linear_kl_div`.
     """
 
     function = staticmethod(linear_kl_div)
@@ -217,13 +300,44 @@ class LinearKLDivLoss(_LinearDivergenceLoss):
 
 
 class LinearReverseKLDivLoss(_LinearDivergenceLoss):
-    """Module form of :func:`fastdiv.linear_reverse_kl_div`; arguments of :class:`LinearKLDivLoss`.
+    """Reverse KL divergence KL(q || p) of the logits of a linear layer, as a module.
+
+    It holds the layer, ``linear``, and calls :func:`fastdiv.linear_reverse_kl_div`, which has the
+    formula and lists the errors.
+
+    Args:
+        in_features: Size :math:`H` of the hidden states.
+        num_classes: Number :math:`C` of classes.
+        bias: Whether the layer has a bias.
+        device: Device of the layer.
+        dtype: Dtype of the layer.
+        scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
+            gradient about the same for all temperatures (Hinton et al., 2015).
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
+            unless it holds hidden states.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
+
+    Shape:
+        * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
+          float64.
+        * ``target``: the teacher's rows, shape ``(..., num_classes)``, or its hidden states, shape
+          ``(..., K)``.
+        * ``token_weight``: weights of the rows, shape ``(...)``; optional.
+        * ``target_linear_weight``, ``target_linear_bias``: the teacher's layer, shapes
+          ``(num_classes, K)`` and ``(num_classes,)``, if the target holds hidden states.
+        * Result: a scalar, or with ``reduction="none"`` one value per row, shape ``(...)``.
 
     Example:
         >>> import torch, fastdiv
         >>> kl = fastdiv.nn.LinearReverseKLDivLoss(2, 3, target_type="probs")
         >>> kl(torch.zeros(1, 2), torch.tensor([[9 / 25, 12 / 25, 4 / 25]])).item()
         0.0975
+
+    Source: :func:`fastdiv.linear_reverse_kl_div`.
     """
 
     function = staticmethod(linear_reverse_kl_div)
@@ -231,15 +345,45 @@ class LinearReverseKLDivLoss(_LinearDivergenceLoss):
 
 
 class LinearJSDivLoss(_LinearDivergenceLoss):
-    """Module form of :func:`fastdiv.linear_js_div`.
+    r"""Jensen-Shannon divergence of the logits of a linear layer, as a module.
 
-    Arguments are those of :class:`LinearKLDivLoss`, and ``beta``.
+    It holds the layer, ``linear``, and calls :func:`fastdiv.linear_js_div`, which has the formula
+    and lists the errors.
+
+    Args:
+        in_features: Size :math:`H` of the hidden states.
+        num_classes: Number :math:`C` of classes.
+        bias: Whether the layer has a bias.
+        device: Device of the layer.
+        dtype: Dtype of the layer.
+        scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
+            gradient about the same for all temperatures (Hinton et al., 2015).
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
+            unless it holds hidden states.
+        beta: :math:`\beta` in [0, 1], the share of the target in the mixture.
+        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
+            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
+        temperature: :math:`T`, which divides all logits, also those of the target.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
+
+    Shape:
+        * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
+          float64.
+        * ``target``: the teacher's rows, shape ``(..., num_classes)``, or its hidden states, shape
+          ``(..., K)``.
+        * ``token_weight``: weights of the rows, shape ``(...)``; optional.
+        * ``target_linear_weight``, ``target_linear_bias``: the teacher's layer, shapes
+          ``(num_classes, K)`` and ``(num_classes,)``, if the target holds hidden states.
+        * Result: a scalar, or with ``reduction="none"`` one value per row, shape ``(...)``.
 
     Example:
         >>> import torch, fastdiv
         >>> js = fastdiv.nn.LinearJSDivLoss(2, 3, beta=0.1)  # from a teacher's hidden states
         >>> js(torch.zeros(1, 2), torch.zeros(1, 5), target_linear_weight=torch.ones(3, 5)).item()
         0.0
+
+    Source: :func:`fastdiv.linear_js_div`.
     """
 
     function = staticmethod(linear_js_div)
@@ -247,28 +391,41 @@ class LinearJSDivLoss(_LinearDivergenceLoss):
 
 
 class LinearLogProbAndEntropy(_LinearLoss):
-    """Module form of :func:`fastdiv.linear_log_prob_and_entropy`.
+    """Log-probability and entropy of the logits of a linear layer, as a module.
+
+    It holds the layer, ``linear``, and calls :func:`fastdiv.linear_log_prob_and_entropy`, which has
+    the formula and lists the errors.
 
     Args:
-        in_features: Size of the hidden states.
-        num_classes: Number of classes.
+        in_features: Size :math:`H` of the hidden states.
+        num_classes: Number :math:`C` of classes.
         bias: Whether the layer has a bias.
-        device: Where the layer is.
-        dtype: Of the layer.
-        **options: ``temperature`` and ``chunk_size`` of the function.
+        device: Device of the layer.
+        dtype: Dtype of the layer.
+        temperature: :math:`T`, which divides the logits.
+        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
+            memory of all logits.
+
+    Shape:
+        * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
+          float64.
+        * ``index``: class indices (int64, int32, uint8), shape ``(...)``.
+        * Result: ``(log_prob, entropy)``, shape ``(...)`` each.
 
     Example:
         >>> import torch, fastdiv
         >>> both = fastdiv.nn.LinearLogProbAndEntropy(2, 4)
         >>> [v.item() for v in both(torch.zeros(1, 2), torch.tensor([2]))]
         [-1.3863, 1.3863]
+
+    Source: :func:`fastdiv.linear_log_prob_and_entropy`.
     """
 
     function = staticmethod(linear_log_prob_and_entropy)
     of_logits = staticmethod(log_prob_and_entropy)
 
     def forward(self, input: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-probabilities and entropies of these hidden states."""
+        """Compute the log-probabilities and entropies of these hidden states."""
 
         def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
             return self.function(input, weight, index, linear_bias=bias, **self.options)

@@ -1,6 +1,6 @@
-"""What every loss is, in plain torch operations: specification, fallback, oracle of the tests.
+"""Every loss in plain torch operations: specification, fallback, and oracle of the tests.
 
-This room imports torch only.
+It imports torch only.
 """
 
 from .divergences import DIVERGENCES

@@ -1,8 +1,8 @@
-"""The formulas of the divergences in plain torch, the part of :mod:`fastdiv.reference` about them.
+"""The formulas of the divergences, in plain torch operations.
 
-A divergence gives one term for every class from log-probabilities and probabilities of both sides,
-and its value is their sum, or what ``OUTER`` has for it.  Masses of 0 and infinite terms are as the
-reference defines them.
+A divergence computes one term per class from log-probabilities and probabilities of both sides.
+Its value is their sum, unless ``FINALIZE`` has another function.  ``losses`` says what masses of 0
+and infinite terms are.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 def masked_product(mass: Tensor, factor: Tensor) -> Tensor:
-    """``mass * factor`` where a mass of 0 gives 0, also as gradient, whatever the factor."""
+    """Compute ``mass * factor``, where a mass of 0 gives value and gradient 0 for any factor."""
     empty = mass == 0
     return torch.where(empty, 0.0, mass * torch.where(empty, 0.0, factor))
 
 
 def log_ratio_term(mass: Tensor, log_mass: Tensor, log_other: Tensor) -> Tensor:
-    """``mass * (log_mass - log_other)``; where infinite, only ``log_other`` gets gradient."""
+    """Compute ``mass * (log_mass - log_other)``; if infinite, only ``log_other`` gets gradient."""
     infinite = (mass != 0) & torch.isinf(log_other)
     mass = torch.where(infinite, mass.detach(), mass)
     log_mass = torch.where(infinite, log_mass.detach(), log_mass)
@@ -31,14 +31,14 @@ def log_ratio_term(mass: Tensor, log_mass: Tensor, log_other: Tensor) -> Tensor:
 
 
 def log_of(p: Tensor) -> Tensor:
-    """Logarithm with ``log 0 = -inf`` and no gradient there."""
+    """Compute the logarithm, with ``log 0 = -inf`` and no gradient there."""
     empty = p == 0
     return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, p)))
 
 
 def log_mixture(lp: Tensor, lq: Tensor, share: float) -> Tensor:
-    """``log(share p + (1 - share) q)``, which exists also where either product underflows."""
-    one = torch.ones((), dtype=torch.float64, device="cpu")  # for a share that is no constant
+    """Compute ``log(share p + (1 - share) q)``, also where a product underflows."""
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # a share may be a symbol
     log_share, log_rest = (one * share).log(), (one * (1 - share)).log()
     parts = torch.stack([lp + log_share, lq + log_rest])
     empty = torch.isinf(parts).all(0)
@@ -46,37 +46,37 @@ def log_mixture(lp: Tensor, lq: Tensor, share: float) -> Tensor:
 
 
 def kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
-    """KL(p || q): ``p (log p - log q)``."""
+    """Compute the terms of KL(p || q): ``p (log p - log q)``."""
     return log_ratio_term(p, lp, lq)
 
 
 def reverse_kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
-    """KL(q || p): ``q (log q - log p)``."""
+    """Compute the terms of KL(q || p): ``q (log q - log p)``."""
     return log_ratio_term(q, lq, lp)
 
 
 def js_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, beta: float) -> Tensor:
-    """``beta p log(p / m) + (1 - beta) q log(q / m)``, ``m = beta p + (1 - beta) q``."""
+    """Compute ``beta p log(p / m) + (1 - beta) q log(q / m)``, ``m = beta p + (1 - beta) q``."""
     lm = log_mixture(lp, lq, beta)
     return beta * log_ratio_term(p, lp, lm) + (1 - beta) * log_ratio_term(q, lq, lm)
 
 
 def skew_kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, skew: float) -> Tensor:
-    """KL(p || m): ``p log(p / m)``, ``m = skew p + (1 - skew) q``."""
+    """Compute the terms of KL(p || m): ``p log(p / m)``, ``m = skew p + (1 - skew) q``."""
     return log_ratio_term(p, lp, log_mixture(lp, lq, skew))
 
 
 def reverse_skew_kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, skew: float) -> Tensor:
-    """KL(q || m): ``q log(q / m)``, ``m = skew q + (1 - skew) p``."""
+    """Compute the terms of KL(q || m): ``q log(q / m)``, ``m = skew q + (1 - skew) p``."""
     return log_ratio_term(q, lq, log_mixture(lq, lp, skew))
 
 
 def log_powers(
     lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``log w`` and ``log(w / q)`` of ``w = p^alpha q^(1 - alpha)``, and where ``w`` is infinite.
+    """Compute ``log w``, ``log(w / q)`` and ``w == inf`` for ``w = p^alpha q^(1 - alpha)``.
 
-    Where it is, as where it is 0, both logs are -inf and have no gradient.
+    Where ``w`` is infinite or 0, both logarithms are -inf and have no gradient.
     """
     apart = torch.isinf(lq + lp)  # one side has no mass; a NaN stays one
     log_ratio = torch.where(apart, 0.0, lp) - torch.where(apart, 0.0, lq)
@@ -90,13 +90,13 @@ def log_powers(
 
 
 def alpha_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, alpha: float) -> Tensor:
-    """``(w - q) / (alpha (alpha - 1))``, ``w = p^alpha q^(1 - alpha)``; the q add up to 1."""
+    """Compute ``(w - q) / (alpha (alpha - 1))``, ``w = p^alpha q^(1 - alpha)``, sum q = 1."""
     log_w, above_q, infinite = log_powers(lq, lp, q, p, alpha)
     infinite = infinite | (log_w.exp() == torch.inf)
     log_w, above_q = (torch.where(infinite, -torch.inf, v) for v in (log_w, above_q))
-    # The larger of the two times an expm1 that is in [-1, 0]: no overflow, no cancellation where
-    # they are close.  Elsewhere torch's derivative of expm1, which is that plus 1, would cancel.
-    # Not clamp: where p = q, its derivative at its bound is 1 or 0, depending on torch's version.
+    # Where w and q are close, w - q is the larger of them times an expm1 in [-1, 0]: nothing
+    # overflows or cancels.  Elsewhere torch's derivative of expm1, expm1 + 1, would cancel.
+    # No clamp: where p = q, its derivative at the bound is 1 or 0, depending on torch's version.
     w = log_w.exp()
     above = above_q > 0
     larger, smaller = torch.where(above, above_q, 0.0), torch.where(above, 0.0, above_q)
@@ -106,13 +106,13 @@ def alpha_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, alpha: float) -> Ten
 
 
 def renyi_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, alpha: float) -> Tensor:
-    """``log(p^alpha q^(1 - alpha))``, of which :func:`log_of_sum` makes the divergence."""
+    """Compute ``log(p^alpha q^(1 - alpha))``; :func:`log_of_sum` gives the divergence."""
     log_w, _, infinite = log_powers(lq, lp, q, p, alpha)
     return torch.where(infinite, torch.inf, log_w)
 
 
 def log_of_sum(log_w: Tensor, alpha: float) -> Tensor:
-    """``log(sum w) / (alpha - 1)``; infinite ``w`` make it infinite and have no gradient."""
+    """Compute ``log(sum w) / (alpha - 1)``; infinite ``w`` make it infinite without gradient."""
     infinite = log_w == torch.inf
     finite = torch.where(infinite, -torch.inf, log_w)
     empty = (finite == -torch.inf).all(-1)
@@ -122,15 +122,15 @@ def log_of_sum(log_w: Tensor, alpha: float) -> Tensor:
 
 
 def tv_distance(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
-    """``|p - q| / 2``."""
+    """Compute ``|p - q| / 2``."""
     difference = p - q
-    # What abs() has for a slope, but that is 0 also of NaN.
+    # The slope of abs(), which torch gives as 0 for NaN, too.
     slope = torch.where(difference.isnan(), torch.nan, difference.sign())
     return slope * difference / 2
 
 
 def hellinger_distance(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:
-    """``(sqrt p - sqrt q)^2 / 2``; by the logs, for a root has no slope at 0."""
+    """Compute ``(sqrt p - sqrt q)^2 / 2`` from logarithms, since a root has no slope at 0."""
     return ((lp / 2).exp() - (lq / 2).exp()) ** 2 / 2
 
 
@@ -146,5 +146,5 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     "hellinger_distance": hellinger_distance,
 }
 
-# The value from the terms and the shape parameter, where that is not the sum of the terms.
-OUTER: dict[str, Callable[[Tensor, float], Tensor]] = {"renyi_div": log_of_sum}
+# The value from the terms and the parameter, where it is not the sum of the terms.
+FINALIZE: dict[str, Callable[[Tensor, float], Tensor]] = {"renyi_div": log_of_sum}

@@ -1,18 +1,16 @@
-r"""Every loss in plain torch operations: specification, fallback and oracle of the tests.
+r"""Every loss of rows in plain torch operations: specification, fallback and oracle of the tests.
 
-It and the formulas of the divergences, which stand in a module of their own, import torch only.  It
-works on rows: ``x`` and ``t`` are matrices ``[R, C]`` of input logits and targets, ``label`` and
-``row_weight`` have one entry for each row.  What it defines, and the kernels repeat:
+``x`` and ``t`` are matrices ``[R, C]`` of input logits and targets.  ``label`` and ``row_weight``
+have one entry per row.  The reference defines these conventions, and the kernels follow them:
 
 * A class without mass adds nothing: :math:`0 \cdot \infty = 0`, in values and gradients.
-* An infinite term (mass of one distribution where the other has none) makes the value infinite and
-  is otherwise a constant: it gives no gradient to the mass that multiplies it.  So is an infinite
-  power of the alpha divergences, whose gradients are those of the finite ones.
-* A probability target of exactly 0 receives no gradient from a divergence.
+* An infinite term (mass of one distribution where the other has none) makes the value infinite.
+  It is otherwise a constant, and gives no gradient to the mass that multiplies it.  The same holds
+  for infinite powers of the alpha divergences; the finite powers give the gradient.
+* A probability target of exactly 0 gets no gradient from a divergence.
 * A row that does not count (``ignore_index``, ``row_weight`` 0) is 0, whatever it holds.
 
-Its derivatives of any order are torch's own, so it also serves as the second derivative of the
-kernels.
+Its derivatives of any order are torch's own, so the kernels use it for second derivatives.
 """
 
 from __future__ import annotations
@@ -20,13 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .divergences import DIVERGENCES, OUTER, log_of, masked_product
+from .divergences import DIVERGENCES, FINALIZE, log_of, masked_product
 from .spec import Spec, Stats, value_dtype
 from .topk import TOPK, topk_kl_div
 
 
 def capped_and_scaled(spec: Spec, x: Tensor) -> Tensor:
-    """The logits that the softmax is of."""
+    """Return the logits after soft capping and division by the temperature."""
     if spec.softcap:
         x = spec.softcap * torch.tanh(x / spec.softcap)
     return x * spec.scale
@@ -36,7 +34,7 @@ def capped_and_scaled(spec: Spec, x: Tensor) -> Tensor:
 
 
 def divergence(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
-    """Divergence of the rows with log-probabilities ``lq`` from the targets, or all its terms."""
+    """Compute the divergence of rows with log-probabilities ``lq``, or all its terms."""
     if spec.target_type == "logits":
         lp = torch.log_softmax(t * spec.scale, -1)
         p = lp.exp()
@@ -45,29 +43,29 @@ def divergence(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
     else:
         p = torch.where(t == 0, t.detach(), t)
         lp = log_of(p)
-    terms = DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.shape)
+    terms = DIVERGENCES[spec.loss](lq, lp, lq.exp(), p, spec.param)
     if spec.reduction == "pointwise":
         return terms
-    return OUTER[spec.loss](terms, spec.shape) if spec.loss in OUTER else terms.sum(-1)
+    return FINALIZE[spec.loss](terms, spec.param) if spec.loss in FINALIZE else terms.sum(-1)
 
 
 # --- losses of one row of logits --------------------------------------------------------------
 
 
 def entropy(lq: Tensor) -> Tensor:
-    """H(q) = -sum q log q."""
+    """Compute H(q) = -sum q log q."""
     return -masked_product(lq.exp(), lq).sum(-1)
 
 
 def expected(r: Tensor, lq: Tensor) -> Tensor:
-    """``r log q`` for a target that is not a function of q: linear in r also at 0."""
+    """Compute ``r log q`` for a target that does not depend on q, linear in r also at 0."""
     infinite = torch.isinf(lq)
     finite = r * torch.where(infinite, 0.0, lq)
     return torch.where(infinite, masked_product(r.detach(), lq), finite)
 
 
 def of_class(v: Tensor, y: Tensor) -> Tensor:
-    """The entry of class y in every row."""
+    """Return the entry of class y in every row."""
     return v.gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
@@ -79,21 +77,23 @@ def cross_entropy(
     y: Tensor | None,
     class_weight: Tensor | None,
 ) -> Tensor:
-    """``-sum r log q + z omega lse^2`` with ``r = class_weight (label p + spread)``.
+    """Compute ``-sum r log q + z omega lse^2``.
 
-    ``p`` is ``t``, or all of it is on the class ``y``.  ``omega`` is the class weight of the label,
-    1 for soft targets.
+    The smoothed target is ``r = class_weight (confidence p + smoothing_per_class)``.
+
+    ``p`` is ``t``, or 1 at the class ``y``.  ``omega`` is the class weight of the label, and 1 for
+    soft targets.
     """
     omega: Tensor | float = 1.0
     if t is not None:
-        r = spec.label * t + spec.spread
+        r = spec.confidence * t + spec.smoothing_per_class
         value = -expected(r if class_weight is None else r * class_weight, lq).sum(-1)
     else:
         assert y is not None
         omega = torch.ones_like(lq[..., 0]) if class_weight is None else class_weight[y]
-        value = -expected(spec.label * omega, of_class(lq, y))
-        if isinstance(spec.spread, Tensor) or spec.spread:
-            r = torch.zeros_like(lq) + spec.spread
+        value = -expected(spec.confidence * omega, of_class(lq, y))
+        if isinstance(spec.smoothing_per_class, Tensor) or spec.smoothing_per_class:
+            r = torch.zeros_like(lq) + spec.smoothing_per_class
             value = value - expected(r if class_weight is None else r * class_weight, lq).sum(-1)
     return value + spec.z_loss * omega * torch.logsumexp(x, -1) ** 2 if spec.z_loss else value
 
@@ -104,10 +104,10 @@ def cross_entropy(
 def row_weights(
     ignore_index: int, x: Tensor, label: Tensor | None, row_weight: Tensor | None
 ) -> Tensor:
-    """Weight of every row; 0: it does not count."""
+    """Return the weight of every row, 0 where it does not count."""
     dtype = value_dtype(x.dtype)
     weight = x.new_ones(x.shape[:-1], dtype=dtype) if row_weight is None else row_weight
-    if label is None or label.dim() == x.dim():  # or the k classes that a teacher names
+    if label is None or label.dim() == x.dim():  # or label has the k classes of a teacher
         return weight
     return torch.where(label == ignore_index, 0.0, weight)
 
@@ -119,7 +119,7 @@ def mean_weights(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
 ) -> Tensor:
-    """Weight of every row in a mean: with class weights, that of its label too."""
+    """Return the weight of every row in a mean, with the class weight of its label."""
     weight = row_weights(ignore_index, x, label, row_weight)
     if label is None or class_weight is None:
         return weight
@@ -135,14 +135,15 @@ def rows(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
 ) -> Tensor:
-    """Weighted value of every row; two rows of them for log_prob_and_entropy; pointwise, all terms.
+    """Compute the weighted value of every row.
 
-    A label outside ``[0, C)`` that is not ``ignore_index`` makes its row NaN.
+    ``log_prob_and_entropy`` gives two rows of values, and ``reduction="pointwise"`` all terms.  A
+    label that is neither in ``[0, C)`` nor ``ignore_index`` makes its row NaN.
     """
     dtype = value_dtype(x.dtype)
     weight = row_weights(spec.ignore_index, x, label, row_weight)
     counts = (weight != 0).unsqueeze(-1)
-    # What a row that does not count holds must not reach its gradient, where 0 * NaN is NaN.
+    # The values of a row that does not count must not reach its gradient: 0 * NaN is NaN.
     x = torch.where(counts, x.to(dtype), 0.0)
     if t is not None:
         t = torch.where(counts, t.to(dtype), 0.0)
@@ -180,7 +181,7 @@ def loss(
     class_weight: Tensor | None,
     row_weight: Tensor | None,
 ) -> Tensor:
-    """The reduced loss."""
+    """Compute the reduced loss."""
     value = rows(spec, x, t, label, class_weight, row_weight)
     if spec.reduction in ("none", "pointwise"):
         return value
@@ -193,9 +194,9 @@ def loss(
 def stats(
     spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None, row_weight: Tensor | None
 ) -> Stats:
-    """Log-sum-exp, entropy, argmax and log-probability of the target of every row.
+    """Compute log-sum-exp, entropy, argmax and log-probability of the target of every row.
 
-    All rows have them; only the label of a row that does not count is not looked at.
+    Rows that do not count have them, too, but for the log-probability, which is 0 for labels.
     """
     x = x.detach().to(value_dtype(x.dtype))
     x = capped_and_scaled(spec, x)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class Spec:
-    """One loss with all of its options that are not tensors."""
+class Spec(NamedTuple):
+    """One loss with all of its options that are not tensors, in the order of the ops.
+
+    ``inplace`` comes last, since no op takes it.
+    """
 
     loss: str
     target_type: str = "none"  # "none", "logits", "log_probs" or "probs"
@@ -20,9 +21,9 @@ class Spec:
     ignore_index: int = -100
     scale: float = 1.0  # 1 / temperature
     softcap: float = 0.0  # 0: none
-    shape: float = 0.0  # beta, skew or alpha of a divergence
-    label: float = 1.0  # see cross_entropy
-    spread: float = 0.0
+    param: float = 0.0  # beta, skew or alpha of a divergence
+    confidence: float = 1.0  # see cross_entropy
+    smoothing_per_class: float = 0.0
     z_loss: float = 0.0
     inplace: bool = False
 

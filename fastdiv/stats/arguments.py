@@ -1,4 +1,4 @@
-"""How arguments of :mod:`fastdiv.stats` become distributions, and results what was given."""
+"""Arguments of :mod:`fastdiv.stats`: from arrays or tensors to distributions, and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,11 @@ from torch import Tensor
 from .. import reference
 from .._engine import arguments
 from .._engine.torch_private import without_fake_mode
+from ..reference.choices import NanPolicy, check_choice
 
 Vector = Tensor | npt.ArrayLike
 Axis = int | Sequence[int] | None
-NanPolicy = Literal["propagate", "omit", "raise"]
-NAN_POLICIES = ("propagate", "omit", "raise")
+NAN_POLICIES = get_args(NanPolicy)
 FAR = 2.0**64  # more than any number of summands, and a power of two: products with it are exact
 
 
@@ -41,13 +41,12 @@ def evaluate(
     keepdims: bool = False,
     **given: Vector,
 ) -> Any:
-    """Calls ``function`` with distributions and the size of a nat in units of ``base``.
+    """Call ``function`` with distributions and the size of a nat in units of ``base``.
 
     Tensors give a tensor, arrays and lists a NumPy array or scalar.
     """
     unit = arguments.log_of_base(base)
-    if nan_policy not in NAN_POLICIES:
-        raise ValueError(f"nan_policy must be one of {NAN_POLICIES}, got {nan_policy!r}")
+    check_choice(nan_policy, NAN_POLICIES, "nan_policy")
     if _are_tensors(given):
         return _value(function, unit, axis, nan_policy, keepdims, given)
     with without_fake_mode():
@@ -74,7 +73,7 @@ def _are_tensors(given: dict[str, Vector]) -> bool:
     tensors = [isinstance(v, Tensor) for v in given.values()]
     if any(tensors) and not all(tensors):
         kinds = " and ".join(f"{name} is a {type(v).__name__}" for name, v in given.items())
-        raise TypeError(f"{kinds}: give both as tensors, or neither")
+        raise TypeError(f"{kinds}: pass two tensors, or two arrays")
     return all(tensors)
 
 
@@ -84,7 +83,7 @@ def _from_array(v: Any, name: str) -> Tensor:
         kind = type(v).__name__
         raise TypeError(f"{name} must hold real numbers, got a {kind} of {array.dtype}")
     short = array.dtype.kind == "f" and array.dtype.itemsize <= 4
-    # A copy in C order: torch knows no negative strides, and warns of read-only memory.
+    # Copy in C order: torch has no negative strides, and warns about read-only memory.
     return torch.from_numpy(np.array(array, dtype=np.float32 if short else np.float64, order="C"))
 
 
@@ -111,7 +110,7 @@ def _distributions(axis: Axis, nan_policy: NanPolicy, given: dict[str, Tensor]) 
 
 
 def _common_dtype(given: dict[str, Tensor]) -> torch.dtype:
-    """The dtype of all computation; that of integers alone is torch's default."""
+    """Return the dtype of all computation, which for integers alone is torch's default."""
     for name, v in given.items():
         arguments.check_tensor(v, name)
         if v.dtype not in arguments.FLOATS and (v.is_floating_point() or v.is_complex()):
@@ -124,7 +123,7 @@ def _common_dtype(given: dict[str, Tensor]) -> torch.dtype:
 
 
 def _common_shape(axis: Axis, given: dict[str, Tensor]) -> tuple[int, ...]:
-    """The shape that vectors are broadcast to; with ``axis=None`` each is made flat first."""
+    """Return the shape that vectors are broadcast to; ``axis=None`` flattens each first."""
     shapes = [tuple(v.shape) for v in given.values()]
     if not any(shapes):
         raise ValueError(f"{' and '.join(given)} must have at least one dimension, got a scalar")
@@ -138,7 +137,7 @@ def _common_shape(axis: Axis, given: dict[str, Tensor]) -> tuple[int, ...]:
 
 
 def _dims(axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes counted from 0."""
+    """Return the axes, counted from 0."""
     if axis is None:
         return tuple(range(len(shape)))
     axes = axis if isinstance(axis, (tuple, list)) else (axis,)
@@ -150,16 +149,16 @@ def _dims(axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
         raise IndexError(f"axis {axis} is out of range for probabilities of shape {shape}")
     dims = tuple(a % len(shape) for a in axes)
     if not dims or len(set(dims)) < len(dims):
-        raise ValueError(f"axis must name each axis of shape {shape} at most once, got {axis}")
+        raise ValueError(f"axis must have each axis of shape {shape} at most once, got {axis}")
     return dims
 
 
 def _check_values(v: Tensor, name: str, nan_policy: NanPolicy) -> None:
-    """Raises for negative numbers where a look is free, and for NaN where it was asked for."""
+    """Raise for negative numbers where reading them is free, and for NaN if asked to."""
     if arguments.values_may_be_read(v) and bool((v < 0).any()):
         raise ValueError(
             f"{name} must hold probabilities, got {v[v < 0].min().item()}: take the softmax of "
-            "logits, or give them to the functions of fastdiv itself"
+            "logits, or pass logits to the functions of fastdiv itself"
         )
     if nan_policy == "raise" and arguments.values_exist(v):
         if bool((nans := v.isnan()).any()):
@@ -170,14 +169,14 @@ def _check_values(v: Tensor, name: str, nan_policy: NanPolicy) -> None:
 
 
 def _normalised(v: Tensor, dims: tuple[int, ...], omitted: Tensor | None) -> Tensor:
-    """The entries divided by their sum; of none, as of all omitted, there is no sum.
+    """Divide entries by their sum, unless there are none or all of them are omitted.
 
-    Vectors near the ends of the range are scaled first, so that neither the sum nor the derivative,
-    which has its reciprocal, overflows.
+    Vectors near the ends of the range are scaled first.  So neither the sum overflows nor the
+    derivative, which contains its reciprocal.
     """
     if any(v.shape[d] == 0 for d in dims):
         return v
-    # A negative number that nobody looked at, as on other devices, makes its vector NaN.
+    # A negative number that was not checked, as on other devices, makes its vector NaN.
     v = torch.where(v < 0, torch.nan, v)
     if omitted is not None:
         v = torch.where(omitted, 0.0, v)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import reference
 from .._engine.recording import recordable
+from ..reference.choices import NanPolicy
 from ..reference.divergences import log_of, masked_product
-from .arguments import Axis, Distributions, NanPolicy, Vector, evaluate
+from .arguments import Axis, Distributions, Vector, evaluate
 
 
 @recordable
@@ -21,14 +22,35 @@ def information_content(
     *,
     nan_policy: NanPolicy = "propagate",
 ) -> Any:
-    r"""Information content of every event: what its observation tells.
+    r"""Compute the information content of every event.
 
     .. math:: I(p_c) = -\log p_c
 
-    0 for a certain event, infinite for an impossible one, and additive for independent events.
+    It is 0 for a certain event, infinite for an impossible one, and additive for independent
+    events.
 
-    Arguments and errors are those of :func:`entropy`; the result has the shape of ``pk``, and NaN
-    where ``nan_policy="omit"`` leaves an entry out.
+    Args:
+        pk: Probabilities or counts of any shape, an array, list or tensor of real numbers (a tensor
+            of float32, bfloat16, float16, float64 or integers).  They are divided by their sum.
+        base: Base of the logarithm: None for nats, 2 for bits.
+        axis: The axis of a vector, or a tuple of axes whose entries together are one.  None
+            flattens each argument first.
+        nan_policy: ``"propagate"`` makes the result NaN for a vector with NaN.  ``"omit"`` leaves
+            out NaN and the same entry of the other vector.  ``"raise"`` raises ValueError; compiled
+            or transformed code gives NaN instead.
+
+    Returns:
+        The information content, of the shape of ``pk``, and NaN where ``nan_policy="omit"`` leaves
+        an entry out; for its type and dtype see :func:`entropy`.
+
+    Raises:
+        TypeError: The input does not hold real numbers, or ``axis`` is neither an int nor a tuple
+            of ints.
+        ValueError: The input is a scalar; an axis is given twice; ``base`` is not positive and
+            finite, or is 1; ``nan_policy`` is unknown, or ``"raise"`` and there are NaN; a
+            probability is negative (on a CPU; elsewhere, and in compiled or transformed code, the
+            value is NaN).
+        IndexError: The input does not have this axis.
 
     Example:
         >>> import fastdiv
@@ -50,38 +72,38 @@ def entropy(
     nan_policy: NanPolicy = "propagate",
     keepdims: bool = False,
 ) -> Any:
-    r"""Shannon entropy of a probability vector, or its divergence from a second one.
+    r"""Compute the Shannon entropy of a probability vector, or its divergence from a second one.
 
     .. math:: H(p) = -\sum_c p_c \log p_c, \qquad
         \mathrm{KL}(p \,\|\, q) = \sum_c p_c \,(\log p_c - \log q_c)
 
     Args:
-        pk: Probabilities or counts, an array, list or tensor of any shape and real dtype (of
-            tensors float32, bfloat16, float16, float64 or integers); divided by their sum.
-        qk: A second vector of the same kind, for the relative entropy :func:`kl_div`; the two are
+        pk: Probabilities or counts of any shape, an array, list or tensor of real numbers (a tensor
+            of float32, bfloat16, float16, float64 or integers).  They are divided by their sum.
+        qk: A second vector of the same kind, for the relative entropy :func:`kl_div`.  The two are
             broadcast against each other.
-        base: Base of the logarithm: nats by default, bits for ``base=2``.
-        axis: The axis that the probabilities are on, or a tuple of axes, whose entries together are
-            one vector.  ``None`` ravels each argument first.
-        nan_policy: ``"propagate"`` makes the result of a vector with NaN NaN.  ``"omit"`` leaves
-            NaN out, and with it the same entry of the other vector.  ``"raise"`` raises a
-            ValueError; compiled or transformed code cannot raise, and gives NaN.
-        keepdims: Whether the result keeps the axes of ``axis`` with size 1.
+        base: Base of the logarithm: None for nats, 2 for bits.
+        axis: The axis of a vector, or a tuple of axes whose entries together are one.  None
+            flattens each argument first.
+        nan_policy: ``"propagate"`` makes the result NaN for a vector with NaN.  ``"omit"`` leaves
+            out NaN and the same entry of the other vector.  ``"raise"`` raises ValueError; compiled
+            or transformed code gives NaN instead.
+        keepdims: Whether the result keeps the axes of ``axis``, with size 1.
 
     Returns:
-        Of arrays and lists an array without ``axis``, or a NumPy scalar; of tensors a tensor.  Its
-        dtype is that of the input, float32 for half precision, float64 for integers in NumPy and
-        torch's default dtype for integer tensors.  A vector of zeros, or with an infinity, gives
-        NaN.  A vector without entries gives 0, also one whose entries are all left out.
+        The entropy, without ``axis``: of arrays and lists an array or NumPy scalar, of tensors a
+        tensor.  It has the dtype of the input, but float32 for half precision, float64 for integers
+        in NumPy and torch's default dtype for integer tensors.  A vector of zeros or with an
+        infinity gives NaN.  A vector without entries, or with all of them omitted, gives 0.
 
     Raises:
-        TypeError: The input is not of real numbers, only one of the two is a tensor, or ``axis`` is
-            no int and no tuple of ints.
-        ValueError: The shapes do not broadcast, or are those of scalars; an axis is named twice;
-            ``base`` is not positive and finite, or is 1; ``nan_policy`` is unknown, or
-            ``"raise"`` and there are NaN; a probability is negative (on CPU; elsewhere, and in
-            compiled or transformed code, the value is NaN).
-        IndexError: The vectors do not have this axis.
+        TypeError: The input does not hold real numbers, one of the vectors is a tensor and the
+            other is not, or ``axis`` is neither an int nor a tuple of ints.
+        ValueError: The shapes do not broadcast, or the input is a scalar; an axis is given twice;
+            ``base`` is not positive and finite, or is 1; ``nan_policy`` is unknown, or ``"raise"``
+            and there are NaN; a probability is negative (on a CPU; elsewhere, and in compiled or
+            transformed code, the value is NaN).
+        IndexError: The input does not have this axis.
         RuntimeError: The tensors are on different devices.
 
     Example:
@@ -111,11 +133,35 @@ def cross_entropy(
     nan_policy: NanPolicy = "propagate",
     keepdims: bool = False,
 ) -> Any:
-    r"""Cross entropy of two probability vectors.
+    r"""Compute the cross entropy of two probability vectors.
 
     .. math:: H(p, q) = -\sum_c p_c \log q_c = H(p) + \mathrm{KL}(p \,\|\, q)
 
-    Arguments, result and errors are those of :func:`entropy`.
+    Args:
+        pk: Probabilities or counts of any shape, an array, list or tensor of real numbers (a tensor
+            of float32, bfloat16, float16, float64 or integers).  They are divided by their sum.
+        qk: A second vector of the same kind.  The two are broadcast against each other.
+        base: Base of the logarithm: None for nats, 2 for bits.
+        axis: The axis of a vector, or a tuple of axes whose entries together are one.  None
+            flattens each argument first.
+        nan_policy: ``"propagate"`` makes the result NaN for a vector with NaN.  ``"omit"`` leaves
+            out NaN and the same entry of the other vector.  ``"raise"`` raises ValueError; compiled
+            or transformed code gives NaN instead.
+        keepdims: Whether the result keeps the axes of ``axis``, with size 1.
+
+    Returns:
+        The cross entropy, without ``axis``; for its type, dtype and empty vectors see
+        :func:`entropy`.
+
+    Raises:
+        TypeError: The input does not hold real numbers, one of the vectors is a tensor and the
+            other is not, or ``axis`` is neither an int nor a tuple of ints.
+        ValueError: The shapes do not broadcast, or the input is a scalar; an axis is given twice;
+            ``base`` is not positive and finite, or is 1; ``nan_policy`` is unknown, or ``"raise"``
+            and there are NaN; a probability is negative (on a CPU; elsewhere, and in compiled or
+            transformed code, the value is NaN).
+        IndexError: The input does not have this axis.
+        RuntimeError: The tensors are on different devices.
 
     Example:
         >>> import fastdiv
@@ -137,13 +183,36 @@ def kl_div(
     nan_policy: NanPolicy = "propagate",
     keepdims: bool = False,
 ) -> Any:
-    r"""Kullback-Leibler divergence of the second vector from the first.
+    r"""Compute the Kullback-Leibler divergence of the second vector from the first.
 
     .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c \,(\log p_c - \log q_c)
 
-    Infinite where ``pk`` has mass and ``qk`` none; rounding does not make it negative.
+    It is infinite where ``pk`` has mass and ``qk`` has none.  Rounding does not make it negative.
 
-    Arguments, result and errors are those of :func:`entropy`.
+    Args:
+        pk: Probabilities or counts of any shape, an array, list or tensor of real numbers (a tensor
+            of float32, bfloat16, float16, float64 or integers).  They are divided by their sum.
+        qk: A second vector of the same kind.  The two are broadcast against each other.
+        base: Base of the logarithm: None for nats, 2 for bits.
+        axis: The axis of a vector, or a tuple of axes whose entries together are one.  None
+            flattens each argument first.
+        nan_policy: ``"propagate"`` makes the result NaN for a vector with NaN.  ``"omit"`` leaves
+            out NaN and the same entry of the other vector.  ``"raise"`` raises ValueError; compiled
+            or transformed code gives NaN instead.
+        keepdims: Whether the result keeps the axes of ``axis``, with size 1.
+
+    Returns:
+        The divergence, without ``axis``; for its type, dtype and empty vectors see :func:`entropy`.
+
+    Raises:
+        TypeError: The input does not hold real numbers, one of the vectors is a tensor and the
+            other is not, or ``axis`` is neither an int nor a tuple of ints.
+        ValueError: The shapes do not broadcast, or the input is a scalar; an axis is given twice;
+            ``base`` is not positive and finite, or is 1; ``nan_policy`` is unknown, or ``"raise"``
+            and there are NaN; a probability is negative (on a CPU; elsewhere, and in compiled or
+            transformed code, the value is NaN).
+        IndexError: The input does not have this axis.
+        RuntimeError: The tensors are on different devices.
 
     Example:
         >>> import fastdiv
@@ -165,14 +234,37 @@ def js_div(
     nan_policy: NanPolicy = "propagate",
     keepdims: bool = False,
 ) -> Any:
-    r"""Jensen-Shannon divergence of two probability vectors.
+    r"""Compute the Jensen-Shannon divergence of two probability vectors.
 
     .. math:: \mathrm{JS}(p, q) = \tfrac12 \bigl(\mathrm{KL}(p \,\|\, m)
         + \mathrm{KL}(q \,\|\, m)\bigr), \qquad m = \tfrac12 (p + q)
 
-    Symmetric, and in [0, ln 2]: in [0, 1] for ``base=2``.
+    It is symmetric and in [0, ln 2], or in [0, 1] for ``base=2``.
 
-    Arguments, result and errors are those of :func:`entropy`.
+    Args:
+        pk: Probabilities or counts of any shape, an array, list or tensor of real numbers (a tensor
+            of float32, bfloat16, float16, float64 or integers).  They are divided by their sum.
+        qk: A second vector of the same kind.  The two are broadcast against each other.
+        base: Base of the logarithm: None for nats, 2 for bits.
+        axis: The axis of a vector, or a tuple of axes whose entries together are one.  None
+            flattens each argument first.
+        nan_policy: ``"propagate"`` makes the result NaN for a vector with NaN.  ``"omit"`` leaves
+            out NaN and the same entry of the other vector.  ``"raise"`` raises ValueError; compiled
+            or transformed code gives NaN instead.
+        keepdims: Whether the result keeps the axes of ``axis``, with size 1.
+
+    Returns:
+        The divergence, without ``axis``; for its type, dtype and empty vectors see :func:`entropy`.
+
+    Raises:
+        TypeError: The input does not hold real numbers, one of the vectors is a tensor and the
+            other is not, or ``axis`` is neither an int nor a tuple of ints.
+        ValueError: The shapes do not broadcast, or the input is a scalar; an axis is given twice;
+            ``base`` is not positive and finite, or is 1; ``nan_policy`` is unknown, or ``"raise"``
+            and there are NaN; a probability is negative (on a CPU; elsewhere, and in compiled or
+            transformed code, the value is NaN).
+        IndexError: The input does not have this axis.
+        RuntimeError: The tensors are on different devices.
 
     Example:
         >>> import fastdiv
@@ -194,13 +286,36 @@ def jensenshannon(
     keepdims: bool = False,
     nan_policy: NanPolicy = "propagate",
 ) -> Any:
-    r"""Jensen-Shannon distance of two probability vectors: a metric.
+    r"""Compute the Jensen-Shannon distance of two probability vectors, a metric.
 
     .. math:: \sqrt{\mathrm{JS}(p, q)}
 
-    The square root of :func:`js_div`, with gradient 0 where the two are equal.
+    It is the square root of :func:`js_div`, with gradient 0 where the two are equal.
 
-    Arguments, result and errors are those of :func:`entropy`; ``axis`` is given by its name.
+    Args:
+        p: Probabilities or counts of any shape, an array, list or tensor of real numbers (a tensor
+            of float32, bfloat16, float16, float64 or integers).  They are divided by their sum.
+        q: A second vector of the same kind.  The two are broadcast against each other.
+        base: Base of the logarithm: None for nats, 2 for bits.
+        axis: The axis of a vector, or a tuple of axes whose entries together are one.  None
+            flattens each argument first.
+        keepdims: Whether the result keeps the axes of ``axis``, with size 1.
+        nan_policy: ``"propagate"`` makes the result NaN for a vector with NaN.  ``"omit"`` leaves
+            out NaN and the same entry of the other vector.  ``"raise"`` raises ValueError; compiled
+            or transformed code gives NaN instead.
+
+    Returns:
+        The distance, without ``axis``; for its type, dtype and empty vectors see :func:`entropy`.
+
+    Raises:
+        TypeError: The input does not hold real numbers, one of the vectors is a tensor and the
+            other is not, or ``axis`` is neither an int nor a tuple of ints.
+        ValueError: The shapes do not broadcast, or the input is a scalar; an axis is given twice;
+            ``base`` is not positive and finite, or is 1; ``nan_policy`` is unknown, or ``"raise"``
+            and there are NaN; a probability is negative (on a CPU; elsewhere, and in compiled or
+            transformed code, the value is NaN).
+        IndexError: The input does not have this axis.
+        RuntimeError: The tensors are on different devices.
 
     Example:
         >>> import fastdiv
@@ -208,7 +323,7 @@ def jensenshannon(
         np.float64(0.1778)
 
     Source: :func:`scipy.spatial.distance.jensenshannon`, which has no ``nan_policy``, and gives NaN
-    for vectors so close that rounding makes the divergence negative; here that is 0.
+    for vectors so close that rounding makes the divergence negative.  Here that is 0.
     """
     return evaluate(_jensenshannon, base, axis, nan_policy, keepdims, p=p, q=q)
 
@@ -238,7 +353,7 @@ def _kl_div(given: Distributions, unit: float | Tensor) -> Tensor:
 
 def _js_div(given: Distributions, unit: float | Tensor) -> Tensor:
     p, q = given.vectors
-    # Both sides doubled: half of the smallest number would be 0.
+    # Both sides are doubled: half of the smallest number would be 0.
     mixture = p + q
     terms = _relative_entropy(2 * p, mixture) + _relative_entropy(2 * q, mixture)
     return _not_negative(terms.sum(given.dims) / 4) / unit
@@ -254,15 +369,15 @@ def _jensenshannon(given: Distributions, unit: float | Tensor) -> Tensor:
 
 
 def _information(p: Tensor) -> Tensor:
-    """-log p; subtracted from 0, since the negative of log 1 is -0."""
+    """Compute -log p, as a difference from 0, since the negative of log 1 is -0."""
     return 0.0 - log_of(p)
 
 
 def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:
-    """``p log(p / q) + q - p``; what is added has no sum, and takes the first order in p - q away.
+    """Compute ``p log(p / q) + q - p``, where ``q - p`` adds up to 0 and cancels the first order.
 
-    The sum of ``p log(p / q)`` alone is off by as much as the two sums are from each other, which
-    between close vectors is more than their divergence.
+    The error of the sum of ``p log(p / q)`` alone is as large as the difference between the sums of
+    p and q.  For close vectors that is larger than their divergence.
     """
     empty, lost = p == 0, q == 0
     near = (p - q).abs() < q / 2
@@ -274,5 +389,5 @@ def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _not_negative(divergence: Tensor) -> Tensor:
-    """Lifted to 0 where rounding took it below, with the derivatives it had."""
+    """Raise a value that rounding made negative to 0, and keep its derivatives."""
     return divergence - divergence.detach().clamp(max=0)

@@ -13,16 +13,16 @@ constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;  // of a block
 constexpr unsigned kMaxCluster = 16;    // blocks; 8 on a device that was not asked for more
 
-// Opens when all threads that are expected have arrived; those that exit are expected no more.
+// Opens when all expected threads have arrived.  Threads that exit are no longer expected.
 struct Barrier {
   unsigned expected = 0, arrived = 0;
   unsigned generation = 0;  // how often it has opened
-  // What TSan knows the order of threads by.  A fast thread may arrive at the next barrier before
-  // a slow one has left this one, which must not learn of what the fast one did in between: two
-  // in turn.  (It cannot be two barriers ahead.)
+  // The addresses by which TSan knows the order of threads.  A fast thread may arrive at the next
+  // barrier before a slow one has left this one.  The slow one must not be ordered after what the
+  // fast one did in between, so two addresses alternate.  No thread can be two barriers ahead.
   uint64_t order[2] = {};
 
-  // True if this was the last one.
+  // Return whether this was the last one.
   bool arrive() { return ++arrived == expected && (open(), true); }
   void leave() {
     if (--expected == arrived && arrived != 0) open();
@@ -34,13 +34,14 @@ struct Barrier {
 
 struct Warp {
   unsigned live = 0;  // lanes that exist and have not exited
-  // Lanes that have arrived here agree on these; it expects the live lanes of the mask.
+  // The barrier expects the live lanes of the mask.  Lanes that have arrived agree on what and
+  // mask.
   Barrier barrier;
   const char* what = nullptr;
   unsigned mask = 0;
 
-  // What lanes hand each other at the barrier of this generation, and which lanes did: two in
-  // turn, as above.
+  // The values that lanes exchange at the barrier of this generation, and which lanes arrived.  Two
+  // alternate, as above.
   struct Exchange {
     unsigned lanes = 0;
     uint64_t value[kWarpSize];
@@ -66,7 +67,7 @@ struct Block {
   SharedMemory memory;
   std::array<Warp, kMaxThreads / kWarpSize> warps;
 
-  // Threads 0 to n - 1 are about to start.
+  // Prepare for threads 0 to n - 1.
   void start(unsigned block_index, unsigned cluster_rank, unsigned n, const SharedLayout& layout) {
     index = block_index;
     rank = cluster_rank;
@@ -79,14 +80,14 @@ struct Block {
   }
 };
 
-// A CUDA thread.  Its fiber lives on and is one of the next block's threads after this block's.
+// A CUDA thread.  After this block its fiber runs a thread of the next block.
 struct Thread {
   Fiber fiber;
   Block* block = nullptr;
   unsigned index = 0;  // threadIdx.x
   bool done = true;
 
-  // What it waits at, if anything: until `barrier` is past this generation.
+  // If it waits, then until `barrier` is past this generation.
   const Barrier* barrier = nullptr;
   unsigned generation = 0;
   const char* where = "";

@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the CPU, for tests on machines without a GPU.  Kernel sources are compiled
-// as C++17 with this header in place of cuda_runtime.h; nothing of a CUDA toolkit is needed.
+// as C++17 with this header in place of cuda_runtime.h.  No CUDA toolkit is needed.
 //
 // Each CUDA thread is a fiber.  The threads of a block, or of a cluster, take turns on one OS
 // thread, in an order chosen by FASTDIV_SHIM_ORDER (scheduler.h); blocks run one after the other.
@@ -13,8 +13,8 @@
 //   -fsanitize=undefined   vector accesses that are not aligned: a GPU faults, x86 does not
 //   -fsanitize=thread      accesses of two threads that no barrier or shuffle orders
 //
-// What is not modelled: the rounding of approximate functions, races between blocks that are not
-// of one cluster, warps that wait for another block by spinning, memory fences, speed.
+// Not modelled: the rounding of approximate functions, races between blocks of different clusters,
+// warps that wait for another block by spinning, memory fences, speed.
 #pragma once
 
 #include "emulated_gpu.h"
@@ -28,19 +28,19 @@
 #define __forceinline__ inline __attribute__((always_inline))
 // g++ knows __restrict__ itself; threadIdx, blockIdx, blockDim and gridDim are in device.h.
 
-// T* name: n elements of the block's own, aligned to 16 bytes.
-#define FD_SHARED(T, name, n)                                                            \
-  static char name##_site; /* its address is what all threads know the declaration by */ \
+// Declares T* name: n elements that belong to the block, aligned to 16 bytes.
+#define FD_SHARED(T, name, n)                                                           \
+  static char name##_site; /* its address identifies the declaration for all threads */ \
   T* const name = ::cuda_on_cpu::static_shared<T>(&name##_site, n)
 
-// unsigned char* name: the bytes that the launch asked for, aligned to 16 bytes.
+// Declares unsigned char* name: the bytes that the launch asked for, aligned to 16 bytes.
 #define FD_DYNAMIC_SHARED(name) unsigned char* const name = ::cuda_on_cpu::dynamic_shared()
 
 inline void __syncthreads() { cuda_on_cpu::block_sync(); }
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_cpu::warp_sync(mask); }
 
-// T of 4 or 8 bytes.  Lanes of a warp must not wait with different masks at the same time, which
-// CUDA allows.
+// T has 4 or 8 bytes.  Unlike in CUDA, lanes of a warp must not wait with different masks at the
+// same time.
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return cuda_on_cpu::shuffle("__shfl_xor_sync", mask, value,
@@ -57,8 +57,8 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 inline void cluster_sync() { cuda_on_cpu::cluster_sync(); }
 inline unsigned cluster_rank() { return cuda_on_cpu::cluster_rank(); }
 
-// The same place as p, in the shared memory of the block of that rank.  That block must have
-// started, and must not have finished when the memory is accessed: hence a cluster_sync() before
+// Return the same place as p in the shared memory of the block of that rank.  That block must have
+// started, and must not have finished when the memory is accessed.  So call cluster_sync() before
 // the first access and after the last.
 template <class T>
 T* cluster_peer(T* p, unsigned rank) {

@@ -1,4 +1,4 @@
-// The report of a deadlock: which threads wait where.
+// Reports a deadlock: which threads wait where.
 #pragma once
 
 #include <map>

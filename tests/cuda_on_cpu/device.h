@@ -1,4 +1,4 @@
-// The device: one per process.  What CUDA threads do that concerns other threads.
+// The device, one per process, and what CUDA threads do that concerns other threads.
 #pragma once
 
 #include <cstdarg>
@@ -19,7 +19,7 @@ struct Device {
   // The launch
   const std::function<void()>* body = nullptr;
   unsigned threads_per_block = 0, cluster_size = 0;
-  size_t allowed_shared = 0;  // what the next launch may ask for beyond the default
+  size_t allowed_shared = 0;  // bytes that the next launch may ask for beyond the default
   SharedLayout layout;
   uint64_t order = 0;  // for TSan: the host, and blocks that run one after the other
 
@@ -36,12 +36,12 @@ inline Device device;
 
 }  // namespace cuda_on_cpu
 
-// Of the current thread.  Only x is used: kernels of this project are one-dimensional.
+// The indices of the current thread.  The kernels of this project are one-dimensional.
 inline cuda_on_cpu::Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
-// The current thread did what no CUDA thread may do.
+// Stop: the current thread did what no CUDA thread may do.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void misuse(const char* format, ...) {
   const Thread& thread = *device.current;
   std::fprintf(stderr, "cuda_on_cpu: block %u, thread %u (warp %u, lane %u): ", thread.block->index,
@@ -54,7 +54,7 @@ namespace cuda_on_cpu {
   std::abort();
 }
 
-// --- waiting.  Callers are Unwatched: the bookkeeping is no memory of the kernel.
+// --- waiting.  Callers are Unwatched, because the bookkeeping is not memory of the kernel.
 
 inline void wait_at(Barrier& barrier, const char* where, bool orders_memory = true) {
   const unsigned generation = barrier.generation;
@@ -70,7 +70,7 @@ inline void wait_at(Barrier& barrier, const char* where, bool orders_memory = tr
   if (orders_memory) sanitizers::acquire(&barrier.order[generation % 2]);
 }
 
-// Waits for the other lanes; returns what they handed in.
+// Wait for the other lanes; return their values.
 inline const Warp::Exchange& exchange(const char* what, unsigned mask, uint64_t value,
                                       bool orders_memory) {
   const Thread& thread = *device.current;
@@ -102,10 +102,10 @@ inline void warp_sync(unsigned mask) {
   exchange("__syncwarp", mask, 0, true);
 }
 
-// Whether TSan is to take a shuffle for what orders memory.  CUDA does not promise it.
+// Whether TSan takes shuffles to order memory.  CUDA does not promise it.
 constexpr bool kShufflesOrderMemory = false;
 
-// Source: the lane to get the value of, as a function of the lane that gets it.
+// `source` maps a lane to the one whose value it gets.
 template <class T, class Source>
 T shuffle(const char* what, unsigned mask, T value, Source source) {
   static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),

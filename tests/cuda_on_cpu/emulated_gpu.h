@@ -1,5 +1,5 @@
-// The GPU that the launch shapes are for, an H100 unless the environment says otherwise:
-// FASTDIV_SHIM_ARCHITECTURE=80 has no clusters, FASTDIV_SHIM_SHARED_KB=64 keeps less of a row.
+// The GPU that is emulated: an H100, unless the environment says otherwise.
+// FASTDIV_SHIM_ARCHITECTURE=80 has no clusters; FASTDIV_SHIM_SHARED_KB=64 caches less of a row.
 #pragma once
 
 #include <cstdint>

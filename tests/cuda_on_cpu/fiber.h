@@ -1,5 +1,5 @@
-// A fiber: a stack of its own, and where its execution stands.  Switching takes 15 instructions;
-// ucontext's swapcontext would add a system call for the signal mask.
+// A fiber: a stack, and where its execution stands.  Switching takes 15 instructions.  ucontext's
+// swapcontext would add a system call for the signal mask.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,11 +14,11 @@
 #error "cuda_on_cpu switches stacks with x86-64 assembly: add that of this CPU"
 #endif
 
-// Pushes the registers that a function must preserve, stores the stack pointer at *save and goes on
-// where the stack `load` was left.  Written outside of any function, so that the compiler takes it
-// for what it is, a call that may change all memory; weak, since every source that includes this
-// defines it.  It ends with a jump because the CPU would predict the target of a return from the
-// calls of the other stack, always wrongly: shuffles are a third faster.
+// Push the registers that a function must preserve, store the stack pointer at *save and continue
+// where the stack `load` was left.  It is assembly outside of any function, so that the compiler
+// sees a call that may change all memory.  It is weak, because every source that includes this
+// defines it. It ends with a jump: the CPU would predict the target of a return from the calls of
+// the other stack, always wrongly.  With the jump, shuffles are a third faster.
 extern "C" __attribute__((visibility("hidden"))) void cuda_on_cpu_switch(void** save, void* load);
 asm(R"(
   .pushsection .text.cuda_on_cpu_switch, "axG", @progbits, cuda_on_cpu_switch, comdat
@@ -53,11 +53,11 @@ class Fiber {
   static constexpr size_t kStackBytes = 256 << 10;  // only pages that are touched take memory
   static constexpr size_t kGuardBytes = 4096;
 
-  // The execution that is under way: a stack that somebody else made.
+  // The running execution, on a stack that was not made here.
   Fiber() = default;
 
-  // A new execution.  `entry` starts at the first switch, calls entered(), and never returns.
-  // Its stack is never freed: fibers are kept until the process ends.
+  // A new execution.  `entry` starts at the first switch, calls entered() and never returns.  The
+  // stack is never freed: fibers are kept until the process ends.
   explicit Fiber(void (*entry)()) : tsan_thread_(sanitizers::new_thread()) {
     void* const bottom = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -67,7 +67,7 @@ class Fiber {
     }
     stack_.bottom = bottom;
     stack_.bytes = kStackBytes;
-    // As if `entry` had been called by nobody, and had switched before its first instruction.
+    // As if `entry` had been called, and had switched before its first instruction.
     void** top = reinterpret_cast<void**>(static_cast<char*>(bottom) + kStackBytes);
     *--top = nullptr;  // where entry would return to; it finds the stack aligned as after a call
     *--top = reinterpret_cast<void*>(entry);
@@ -80,7 +80,7 @@ class Fiber {
 
   void adopt_running_thread() { tsan_thread_ = sanitizers::this_thread(); }
 
-  // Leaves this fiber, which must be the running one, until `other` switches back.
+  // Leave this fiber, which must be the running one, until `other` switches back.
   void switch_to(Fiber& other) {
     sanitizers::leave_stack(stack_, other.stack_);
     sanitizers::switch_thread(other.tsan_thread_);
@@ -88,7 +88,7 @@ class Fiber {
     sanitizers::enter_stack(stack_, other.stack_);
   }
 
-  // The rest of the first switch_to(*this), which `other` did.
+  // Complete the first switch_to(*this), which `other` called.
   void entered(Fiber& other) { sanitizers::enter_stack(stack_, other.stack_); }
 
  private:

@@ -1,4 +1,4 @@
-// How a launch goes.
+// Runs a launch, cluster by cluster.
 #pragma once
 
 #include <utility>
@@ -7,7 +7,7 @@
 
 namespace cuda_on_cpu {
 
-// The end of the current thread's part in its block.
+// End the current thread.
 inline void exit_thread() {
   Thread& thread = *device.current;
   Block& block = *thread.block;
@@ -30,7 +30,7 @@ inline void exit_thread() {
   thread.fiber.switch_to(device.scheduler);
 }
 
-// What every fiber runs: a thread of this block, then one of the next.
+// Every fiber runs this: a thread of this block, then one of the next.
 inline void thread_main() {
   {
     sanitizers::Unwatched bookkeeping;
@@ -53,13 +53,13 @@ inline void check_launch(unsigned blocks, unsigned threads, unsigned cluster) {
   std::abort();
 }
 
-// Allows the next launch this many bytes of dynamic shared memory, as cudaFuncSetAttribute with
-// cudaFuncAttributeMaxDynamicSharedMemorySize does.  CUDA remembers the value for the kernel; here
-// it holds for one launch, so that no earlier launch hides that a later one did not ask.
+// Allow the next launch this many bytes of dynamic shared memory, as cudaFuncSetAttribute with
+// cudaFuncAttributeMaxDynamicSharedMemorySize does.  CUDA remembers the value for the kernel.  Here
+// it holds for one launch, so that a launch that does not ask is noticed.
 inline void allow_dynamic_shared(size_t bytes) { device.allowed_shared = bytes; }
 
-// Every CUDA thread executes body(), which calls a kernel with its arguments.  cluster: blocks of
-// one, 1 if the kernel knows nothing of clusters.
+// Let every CUDA thread execute body(), which calls a kernel.  `cluster` is the number of blocks of
+// a cluster; 1: there are no clusters.
 inline void launch(unsigned blocks, unsigned threads, unsigned cluster, size_t shared_bytes,
                    const std::function<void()>& body) {
   sanitizers::Unwatched bookkeeping;

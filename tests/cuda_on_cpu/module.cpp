@@ -1,11 +1,11 @@
-// fastdiv._C of a build whose CPU ops are the CUDA kernels, run on the CPU.
+// The module fastdiv._C of a build whose CPU ops are the CUDA kernels, which run on the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
 
-#include "common/registry.h"
+#include "losses/registry.h"
 
 PYBIND11_MODULE(_C, m) {
   const std::vector<std::string> names{"cuda_on_cpu"};

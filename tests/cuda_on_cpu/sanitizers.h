@@ -1,4 +1,5 @@
-// What the sanitizers must be told of fibers, shared memory and barriers; nothing without them.
+// Tells the sanitizers about fibers, shared memory and barriers.  Without sanitizers it does
+// nothing.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +27,7 @@ void __tsan_ignore_thread_end();
 
 namespace cuda_on_cpu::sanitizers {
 
-// --- AddressSanitizer: which stack is in use, and which memory may be touched
+// --- AddressSanitizer: which stack is in use, and which memory may be accessed
 
 struct Stack {
   const void* bottom = nullptr;
@@ -50,9 +51,9 @@ inline void poison(const void*, size_t) {}
 inline void unpoison(const void*, size_t) {}
 #endif
 
-// --- ThreadSanitizer: each fiber is a thread of its own, and only what we call release() and
-// acquire() on orders the accesses of two of them.  Switching fibers orders nothing, although all
-// run on one OS thread: this is what makes TSan a race detector for CUDA threads.
+// --- ThreadSanitizer: each fiber is a thread, and only release() and acquire() order the accesses
+// of two of them.  Switching fibers orders nothing, although all run on one OS thread.  So TSan
+// detects races of CUDA threads.
 
 #ifdef __SANITIZE_THREAD__
 inline void* new_thread() { return __tsan_create_fiber(0); }
@@ -61,7 +62,7 @@ inline void switch_thread(void* to) { __tsan_switch_to_fiber(to, __tsan_switch_t
 inline void release(void* order) { __tsan_release(order); }
 inline void acquire(void* order) { __tsan_acquire(order); }
 
-// While one exists, what its fiber reads and writes is not looked at: our own bookkeeping.
+// While one exists, TSan ignores what its fiber reads and writes: the bookkeeping of this folder.
 struct Unwatched {
   Unwatched() { __tsan_ignore_thread_begin(); }
   ~Unwatched() { __tsan_ignore_thread_end(); }

@@ -1,4 +1,4 @@
-// Which thread runs when; how a launch goes.
+// Decides which thread runs when.
 #pragma once
 
 #include <algorithm>
@@ -11,10 +11,10 @@ namespace cuda_on_cpu {
 // A schedule, chosen by FASTDIV_SHIM_ORDER:
 //   forward   (default) each warp in turn runs until all its lanes wait for other warps
 //   reverse   the same from the last lane of the last block to the first
-//   lockstep  every thread runs to its next wait, in turn: all warps advance together
+//   lockstep  each thread in turn runs to its next wait: all warps advance together
 //   <seed>    warps and lanes in random order, each warp for a random number of steps
-// The first two let warps run ahead of each other as far as can be, the third not at all.  A
-// kernel must give the same result under all of them.
+// The first two let warps run ahead of each other as far as possible, the third not at all.  A
+// kernel must give the same result with all of them.
 class Scheduler {
  public:
   Scheduler() {
@@ -44,11 +44,11 @@ class Scheduler {
 
   bool reverse() const { return reverse_; }
 
-  // Every thread of the cluster to its end.
+  // Run every thread of the cluster to its end.
   void run_cluster() {
     while (device.cluster_barrier.expected != 0) {
-      // A random sweep may pass over all that could run.
-      if (!sweep(random_) && !(random_ && sweep(false))) report_deadlock();
+      // A random pass may skip all that could run.
+      if (!pass(random_) && !(random_ && pass(false))) report_deadlock();
     }
   }
 
@@ -57,8 +57,8 @@ class Scheduler {
     unsigned first, lanes;
   };
 
-  // Goes once through the warps; false if no thread ran.
-  bool sweep(bool at_random) {
+  // Go once through the warps; return false if no thread ran.
+  bool pass(bool at_random) {
     if (at_random) {
       std::shuffle(warps_.begin(), warps_.end(), Random{random_state_});
       std::shuffle(lanes_.begin(), lanes_.end(), Random{random_state_});
@@ -73,7 +73,7 @@ class Scheduler {
     return progress;
   }
 
-  // Lets each lane that can run do so until it waits; false if none could.
+  // Let each lane that can run do so until it waits; return false if none could.
   bool step(const WarpOfThreads& warp) {
     bool progress = false;
     for (const unsigned lane : lanes_) {

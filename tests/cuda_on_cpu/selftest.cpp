@@ -1,5 +1,5 @@
-// Small kernels that check cuda_on_cpu itself, and faults for it and the sanitizers to report.
-// Built and run by test_cuda_on_cpu.py; an argument plants a fault.
+// Small kernels that check cuda_on_cpu, and faults that it or the sanitizers must report.  Built
+// and run by test_cuda_on_cpu.py.  The argument is the fault to plant.
 #include "cuda_on_cpu.h"
 
 #include <cmath>
@@ -49,7 +49,7 @@ void test_shuffles() {
   }
 }
 
-// Very many blocks of one warp.
+// Many blocks of one warp.
 void test_warps() {
   std::vector<float> out(500);
   cuda_on_cpu::launch(unsigned(out.size()), 32, 1, 0, [&] {
@@ -63,7 +63,7 @@ void test_warps() {
 
 constexpr int kRounds = 3;
 
-// Sums of blockDim.x numbers, the same slots round after round.
+// Sum blockDim.x numbers, with the same slots in every round.
 __global__ void block_sums(const float* in, float* out) {
   FD_SHARED(float, of_warp, 32);
   const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -92,8 +92,8 @@ void test_block_sums() {
   }
 }
 
-// Every thread hands a number to the one opposite through dynamic memory of just that size, and
-// looks at what it and the static memory held before.
+// Every thread passes a number to the opposite one through dynamic memory of exactly that size, and
+// checks what this and the static memory held before.
 __global__ void reversal(int* out, int* fresh) {
   FD_SHARED(double, scratch, 40);
   FD_DYNAMIC_SHARED(bytes);
@@ -117,7 +117,7 @@ void test_reversal() {
   }
 }
 
-// As much dynamic memory as a block has by default, and one static array beside it.
+// As much dynamic memory as a block has by default, and a static array.
 void test_much_shared_memory() {
   const size_t dynamic_bytes = 48 << 10, most = 227 << 10;
   std::vector<float> out(32);
@@ -137,7 +137,7 @@ void test_much_shared_memory() {
   });
   for (unsigned i = 0; i < out.size(); ++i) expect("in much memory", out[i], 62. - 2 * i);
 
-  // What an earlier launch was allowed does not count, and the default needs no permission.
+  // The permission of an earlier launch does not count, and the default needs none.
   const size_t left = dynamic_bytes - sizeof(float) + (fault("shared-by-a-byte") ? 1 : 0);
   cuda_on_cpu::launch(1, 1, 1, left, [&] {
     FD_SHARED(float, own, 1);
@@ -147,7 +147,7 @@ void test_much_shared_memory() {
   expect("in all of the default memory", out[0], 3);
 }
 
-// Threads leave, others go on to barriers and shuffles.
+// Some threads exit; the others go on to barriers and shuffles.
 __global__ void early_exit(int* out) {
   FD_SHARED(int, numbers, 96);
   if (threadIdx.x % 32 >= 8) return;
@@ -172,7 +172,7 @@ void test_early_exit() {
 
 // --- clusters
 
-// Every block sums what all blocks of its cluster hold.
+// Every block sums the numbers of all blocks of its cluster.
 __global__ void cluster_sums(float* out) {
   FD_SHARED(float, mine, 1);
   FD_DYNAMIC_SHARED(bytes);
@@ -199,7 +199,7 @@ void test_cluster_sums() {
   }
 }
 
-// --- what only a fault makes interesting
+// --- tests that matter only with a fault
 
 struct alignas(16) Pack {
   float v[4];

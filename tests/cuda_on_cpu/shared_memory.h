@@ -1,4 +1,4 @@
-// The shared memory of a block, and where in it the arrays of a kernel lie.
+// The shared memory of a block, and where the arrays of a kernel lie in it.
 #pragma once
 
 #include <cstdio>
@@ -18,15 +18,15 @@ constexpr size_t kMaxSharedBytes = 227 << 10;  // the most that any GPU here giv
 
 // One array in shared memory.
 struct Slot {
-  const void* site;  // the declaration, by the address of a static of its own; null: dynamic
+  const void* site;  // the address of a static that identifies the declaration; null: dynamic
   size_t offset, bytes;
 };
 
 // The arrays of a kernel, at the same places in every block of a launch.  A declaration gets its
-// place when the first thread comes to it.  Between arrays lie bytes that nobody may touch.
+// place when the first thread reaches it.  The bytes between arrays must not be accessed.
 class SharedLayout {
  public:
-  // `allowed`: the dynamic bytes that the launch was allowed to ask for; 0: it did not ask.
+  // `allowed` is how many dynamic bytes the launch was allowed to ask for; 0: it did not ask.
   void reset(size_t dynamic_bytes, size_t allowed) {
     slots_.clear();
     end_ = static_bytes_ = 0;
@@ -50,11 +50,11 @@ class SharedLayout {
     return add(site, bytes);
   }
 
-  // Of a block's memory, with the bytes between the arrays.
+  // The size of a block's memory with the bytes between the arrays.
   static constexpr size_t kArena = kMaxSharedBytes + (64 << 10);
 
  private:
-  // Aligned to 16 bytes and no better, so that UBSan sees who relies on more.
+  // The alignment is 16 bytes and no better, so that UBSan finds code that relies on more.
   const Slot& add(const void* site, size_t bytes) {
     constexpr size_t kAlignment = 16, kGap = 128;
     const size_t offset = (end_ / kGap + 2) * kGap + kAlignment;
@@ -65,8 +65,8 @@ class SharedLayout {
     return slots_.back();
   }
 
-  // The rules by which a GPU refuses a launch.  Static arrays count from where a thread comes to
-  // their declaration; on a GPU they count all, whether or not the kernel comes to them.
+  // Check the rules of a GPU.  Here a static array counts once a thread reaches its declaration; on
+  // a GPU all of a kernel's arrays count.
   void check_sizes() const {
     if (static_bytes_ > kDefaultSharedBytes) too_much("ptxas accepts 49152 static bytes");
     if (allowed_bytes_ == 0) {
@@ -90,7 +90,7 @@ class SharedLayout {
   size_t end_ = 0, static_bytes_ = 0, dynamic_bytes_ = 0, allowed_bytes_ = 0;
 };
 
-// A block's own bytes.  Outside of a block's lifetime they are NaN bits, and poisoned under ASan.
+// The bytes of a block.  Outside of a block's lifetime they are NaN bits, and poisoned with ASan.
 class SharedMemory {
  public:
   SharedMemory() : bytes_(static_cast<char*>(std::aligned_alloc(128, SharedLayout::kArena))) {
@@ -101,7 +101,7 @@ class SharedMemory {
   char* at(const Slot& slot) const { return bytes_.get() + slot.offset; }
   char* at(size_t offset) const { return bytes_.get() + offset; }
 
-  // Offset of an address within, or kArena if it is not.
+  // Return the offset of an address, or kArena if it lies outside.
   size_t offset_of(const void* p) const {
     const char* const c = static_cast<const char*>(p);
     const bool inside = c >= bytes_.get() && c < bytes_.get() + SharedLayout::kArena;
@@ -113,8 +113,8 @@ class SharedMemory {
     for (const Slot& slot : layout.slots()) open(slot);
   }
 
-  // Called by the last thread of the block, while TSan looks: the fill is a write that must come
-  // after whatever the block's cluster peers read here.
+  // The last thread of the block calls this, watched by TSan: the fill is a write that must come
+  // after all reads by the other blocks of the cluster.
   void close(const SharedLayout& layout) {
     for (const Slot& slot : layout.slots()) {
       std::memset(at(slot), kNaN, slot.bytes);
@@ -123,7 +123,7 @@ class SharedMemory {
   }
 
  private:
-  static constexpr int kNaN = 0xff;  // every floating-point type made of such bytes is NaN
+  static constexpr int kNaN = 0xff;  // a floating-point number of such bytes is NaN
 
   struct Free {
     void operator()(char* p) const {

@@ -33,7 +33,7 @@ CUDA_SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # A loss of each kind, where the others would show the same: a third of the time to compile.
 FEW_LOSSES = ["-include", f"{ROOT / 'tests/few_losses.h'}"]
 
-REGISTRY = (ROOT / "csrc/common/registry.h").read_text()
+REGISTRY = (ROOT / "csrc/losses/registry.h").read_text()
 
 
 def policies_of(table: str) -> dict[str, str]:

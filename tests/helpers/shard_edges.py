@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-from fastdiv.distributed import local
+from fastdiv.distributed import infinite_rows
 from helpers.cases import make_inputs
 from helpers.shards import SIZES, classes_of, digest, size_of
 from helpers.values import same, uneven, value_and_gradients
@@ -69,12 +69,12 @@ def divergences(group: Any, rank: int) -> list[str]:
 
 
 def divergences_like_gpu(group: Any, rank: int) -> list[str]:
-    asked = local._are_none
-    local._are_none = lambda found: False
+    asked = infinite_rows.none_found
+    infinite_rows.none_found = lambda found: False
     try:
         return divergences(group, rank)
     finally:
-        local._are_none = asked
+        infinite_rows.none_found = asked
 
 
 def rows_of_logits(group: Any, rank: int) -> list[str]:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiv
 import fastdiv.distributed as sharded
-from fastdiv.distributed import local
+from fastdiv.distributed import infinite_rows
 from helpers.cases import make_inputs
 from helpers.shards import SIZES, classes_of, digest, size_of
 from helpers.values import same, value_and_gradients
@@ -104,9 +104,9 @@ def infinite(group: Any, rank: int, like_gpu: bool) -> list[str]:
     def layers(m: Any, h: Tensor, g: Tensor, w: Tensor, v: Tensor, b: Tensor, **o: Any) -> Tensor:
         return m.linear_kl_div(h, w, g, target_linear_weight=v, linear_bias=b, **o)
 
-    asked = local._are_none
+    asked = infinite_rows.none_found
     if like_gpu:
-        local._are_none = lambda found: False
+        infinite_rows.none_found = lambda found: False
     try:
         for name, bias in (("one class", one), ("a shard", shard)):
             for kind, target in (("layers", teacher), ("logits", t), ("probs", p)):
@@ -140,7 +140,7 @@ def infinite(group: Any, rank: int, like_gpu: bool) -> list[str]:
                         wrong.append(f"{name}, {kind}, tensor {i}: {error}")
                 found.append(digest(*ours[:2]))
     finally:
-        local._are_none = asked
+        infinite_rows.none_found = asked
     assert not wrong, "\n".join(wrong)
     return found
 

@@ -20,6 +20,7 @@ from ..._engine.torch_private import (
     is_transformed,
 )
 from ..._losses.cross_entropy import cross_entropy as ours
+from ...reference.choices import Reduction
 
 on = False  # whether a patch stands
 torchs: Callable[..., Tensor] = F.cross_entropy  # as found by the patch
@@ -62,7 +63,7 @@ def fused(
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
     """Ours in the dtype of torch's, or None where it would mean something else."""

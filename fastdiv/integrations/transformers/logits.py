@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._engine.torch_private import parse_to, tree_map_only
-from ..._linear.layer import as_autocast
+from ..._linear.head import as_autocast
 from ..torch import cross_entropy
 from .formula import Formula, one_product
 

@@ -1,12 +1,13 @@
-// The private ops on CUDA: the device and stream of a call, launches, no synchronisation.
+// The private ops on CUDA: finds the device and stream of a call and launches, without
+// synchronising.
 #include <mutex>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/kernels.h"
-#include "row_call.h"
+#include "ops/call.h"
 
-#if defined(FD_CUDA_ON_CPU)  // the tests': kernels run on the host, on tensors that live there
+#if defined(FD_CUDA_ON_CPU)  // in the tests, kernels run on the CPU and on its tensors
 
 #define FD_CUDA_KEY CPU
 namespace fastdiv {
@@ -24,13 +25,13 @@ struct Current {
 #define FD_CUDA_KEY CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-// Lives in libtorch_cuda: weak, so that the same binary loads with a CPU-only torch.
+// Defined in libtorch_cuda.  It is weak, so that the same binary loads with a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace fastdiv {
 namespace {
-// The device of the call's tensors is current while this lives, and so is its stream.
+// Makes the device of the call's tensors current, as long as this object exists; has its stream.
 struct Current {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
@@ -82,16 +83,18 @@ struct CudaDevice {
     check(kernel(args, gpu(index), current.stream));
   }
 
-  // Reading them would synchronise: a label that is no class makes its row NaN.
+  // Reading labels would synchronise.  Instead, a label out of range makes its row NaN.
   static void check_labels(const RowArgs&) {}
 
   static void clear(Tensor number) { torch::stable::zero_(number); }
-  void reduce(const RowArgs& a, bool mean, double divisor, void* value, void* total) const {
-    check(cuda::reduce_rows(a, mean, divisor, value, total, current.stream));
+  void reduce(const RowArgs& a, bool mean, double batch, void* value, void* divisor) const {
+    check(cuda::reduce_rows(a, mean, batch, value, divisor, current.stream));
   }
 };
 
 }  // namespace
 }  // namespace fastdiv
 
-FD_REGISTER(FD_CUDA_KEY, fastdiv::CudaDevice)
+STABLE_TORCH_LIBRARY_IMPL(fastdiv, FD_CUDA_KEY, m) {
+  fastdiv::register_ops<fastdiv::CudaDevice>(m);
+}

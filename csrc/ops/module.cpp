@@ -1,7 +1,8 @@
-// fastdiv._C: loading it registers the ops; its functions say what was built and what runs.
+// The module fastdiv._C.  Loading it registers the ops; its functions tell what was built and what
+// runs.
 
 // TORCH_TARGET_VERSION limits torch's headers to its stable interface.  This file includes none of
-// them, and the pybind11 that torch 2.11 ships refuses to be included while the macro is defined.
+// them, and the pybind11 of torch 2.11 cannot be included while the macro is defined.
 #undef TORCH_TARGET_VERSION
 
 #include <pybind11/pybind11.h>
@@ -10,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "common/registry.h"
+#include "losses/registry.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 

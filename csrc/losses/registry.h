@@ -1,8 +1,8 @@
-// Which policy a loss is.  A new loss is one line here; every kernel table is made from these.
-// Losses may share a policy, which is told by LossParams::loss which of them it is.
+// The losses and their policies.  All kernel tables are made from these lists, to which a new loss
+// adds one line.  Losses may share a policy, which reads in LossParams::loss which one to compute.
 #pragma once
 
-// name, policy of <real>
+// Name, policy.
 #define FD_ROW_LOSSES(X)                                                 \
   X(cross_entropy, CrossEntropy<real>)                                   \
   X(cross_entropy_stats, WithStats<CrossEntropy<real>>)                  \
@@ -16,7 +16,7 @@
   X(renormalized_topk_kl_div, TopKKlDiv<real>)                           \
   X(uniform_topk_kl_div, TopKKlDiv<real>)
 
-// name, policy of <real, target>
+// Name, policy with template arguments <real, target>.
 #define FD_DIVERGENCES(X)           \
   X(kl_div, KlDiv)                  \
   X(reverse_kl_div, ReverseKlDiv)   \

@@ -1,14 +1,14 @@
-// The private ops on CPU: the split of the work, the check of labels, the sum over rows.
+// The private ops on a CPU: divides the work, checks labels, sums over rows.
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
 
-#include "cpu/check_indices.h"
+#include "cpu/topk_indices.h"
 #include "cpu/kernels.h"
 #include "losses/row.h"
-#include "row_call.h"
+#include "ops/call.h"
 
 namespace fastdiv {
 namespace {
@@ -18,17 +18,17 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
-// In double and in order: the same bits for any number of threads.
+// Sum in double and in order, which gives the same bits for any number of threads.
 template <class real>
-void sum_rows(const RowArgs& a, bool mean, double divisor, void* value, void* total) {
+void sum_rows(const RowArgs& a, bool mean, double batch, void* value, void* divisor) {
   double sum = 0, weights = 0;
   for (int64_t r = 0; r < a.rows; ++r) {
     sum += double(static_cast<const real*>(a.value)[r]);
     if (mean) weights += double(weight_in_mean<real>(a, r));
   }
-  if (mean) divisor = weights;
-  *static_cast<real*>(value) = real(sum / divisor);
-  *static_cast<real*>(total) = real(divisor);
+  const double over = mean ? weights : batch;
+  *static_cast<real*>(value) = real(sum / over);
+  *static_cast<real*>(divisor) = real(over);
 }
 
 struct CpuDevice {
@@ -44,7 +44,7 @@ struct CpuDevice {
   }
   static void before_first_write(void* data, int64_t bytes) { advise_huge_pages(data, bytes); }
 
-  // Rows go to threads; where they are too few for that, the column segments of each row do.
+  // Divide the rows among the threads; with too few rows, the column segments of each row.
   static void run(RowKernel kernel, RowArgs& args) {
     constexpr int64_t kElementsPerTask = 1 << 15;
     const int64_t threads = torch::stable::get_num_threads();
@@ -71,28 +71,28 @@ struct CpuDevice {
 
   static void check_labels(const RowArgs& a) {
     if (a.k) check_indices(a, parallel_for);
-    if (!a.label) return;
+    if (!a.labels) return;
     for (int64_t r = 0; r < a.rows; ++r) {
-      const int64_t y = a.label[r];
-      const bool none =
-          a.ignore_index == INT64_MIN;  // is ignored: log_prob, whose label is an index
-      if (has_class(a, r) || (y == a.ignore_index && !none)) continue;
+      const int64_t y = a.labels[r];
+      // log_prob ignores nothing, and its labels are called index.
+      const bool is_index = a.ignore_index == INT64_MIN;
+      if (has_class(a, r) || (y == a.ignore_index && !is_index)) continue;
       throw std::out_of_range(
-          (none ? "index[" : "target[") + std::to_string(r) + "] is " + std::to_string(y) +
+          (is_index ? "index[" : "target[") + std::to_string(r) + "] is " + std::to_string(y) +
           ", out of range for " + std::to_string(a.classes) + " classes" +
-          (none ? "" : " (ignore_index is " + std::to_string(a.ignore_index) + ")"));
+          (is_index ? "" : " (ignore_index is " + std::to_string(a.ignore_index) + ")"));
     }
   }
 
   static void clear(const Tensor& number) {
     std::memset(number.data_ptr(), 0, number.scalar_type() == ScalarType::Double ? 8 : 4);
   }
-  static void reduce(const RowArgs& a, bool mean, double divisor, void* value, void* total) {
-    (a.dtype == DType::kF64 ? sum_rows<double> : sum_rows<float>)(a, mean, divisor, value, total);
+  static void reduce(const RowArgs& a, bool mean, double batch, void* value, void* divisor) {
+    (a.dtype == DType::kF64 ? sum_rows<double> : sum_rows<float>)(a, mean, batch, value, divisor);
   }
 };
 
 }  // namespace
 }  // namespace fastdiv
 
-FD_REGISTER(CPU, fastdiv::CpuDevice)
+STABLE_TORCH_LIBRARY_IMPL(fastdiv, CPU, m) { fastdiv::register_ops<fastdiv::CpuDevice>(m); }

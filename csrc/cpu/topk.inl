@@ -1,12 +1,12 @@
-// The k classes of a row that its teacher names (topk.h).  Part of rows.inl: compiled once per
+// The k classes of a row with a top-k teacher (topk.h).  Part of rows.inl: compiled once per
 // instruction set.
 
 template <class P>
-class NamedClasses {
+class TopKClasses {
   using real = typename P::real;
 
  public:
-  NamedClasses(const RowSource<P>& source, int64_t r)
+  TopKClasses(const RowSource<P>& source, int64_t r)
       : source(source),
         a(source.a),
         r(r),
@@ -20,10 +20,10 @@ class NamedClasses {
   }
 
   template <class Term>
-  NamedSums<real> sum(const Term& term_of) const {
-    NamedSums<real> total;
+  TopKSums<real> sum(const Term& term_of) const {
+    TopKSums<real> total;
     for_tiles([&](int64_t, int n, const real* x, const real* v) {
-      const Term term = term_of;  // a copy, which the compiler can keep in registers
+      const Term term = term_of;  // the compiler can keep a copy in registers
       real f = 0, slopes = 0;
       double mass = 0;
       FD_SIMD(reduction(+ : f, slopes, mass))
@@ -54,7 +54,7 @@ class NamedClasses {
         [](FiniteSum& total, const FiniteSum& part) { total.add(part); });
   }
 
-  // The gradients of the values, and into dx those of the logits.
+  // Write the gradients of the values to a.dt, and those of the k logits to dx.
   template <class Class>
   void gradients(const Class& class_of, real g, real* dx) const {
     const RowWriter<real> out{row_of(a.dt), convert, convert.same};
@@ -75,7 +75,7 @@ class NamedClasses {
     char* const dt = static_cast<char*>(row_of(a.dt));
     for (int64_t i = 0; i < a.k * size_of(a.t_dtype); ++i) dt[i] = 0;
   }
-  // Over what the gradient of all classes has at these.
+  // Write the gradients of the k logits over those that all classes got.
   void put(const real* dx) const {
     source.convert.scatter(source.row_of(a.dx, r), a.classes, indices, int(a.k), dx);
   }
@@ -86,7 +86,7 @@ class NamedClasses {
   const int64_t r;
   const int64_t* const indices;
   const Converters<real> convert;  // of the values
-  // The tile that was read last; mostly there is but one.
+  // The tile that was read last.  Mostly there is only one.
   mutable int64_t held = -1;
   mutable Buffer<real> x, values;
   mutable const real* v = nullptr;
@@ -95,7 +95,7 @@ class NamedClasses {
     return static_cast<char*>(m.data) + r * m.stride * size_of(a.t_dtype);
   }
 
-  // body(i, n, logits, values) for every tile of the k.
+  // Call body(i, n, logits, values) for every tile of the k classes.
   template <class Body>
   void for_tiles(Body body) const {
     source.for_tiles(0, a.k, [&](int64_t i, int n) {
@@ -120,22 +120,22 @@ class NamedClasses {
   }
 };
 
-// The gradient of all classes, as `dense` writes it, with that of the k in its place.  What the k
-// get comes first, since the logits may be overwritten.
+// Write the gradient: `dense` writes that of all classes, then the k get theirs.  Those are
+// computed first, because the logits may be overwritten.
 template <class P, class Dense>
-void backward_named(const RowSource<P>& source, int64_t r, Dense dense) {
+void backward_topk(const RowSource<P>& source, int64_t r, Dense dense) {
   using real = typename P::real;
   const RowArgs& a = source.a;
-  const NamedClasses<P> named(source, r);
+  const TopKClasses<P> topk(source, r);
   const real g = source.row(r).upstream().value;
   if (g == real(0)) {
-    named.no_gradients();
+    topk.no_gradients();
     return dense();
   }
   Buffer<real> b;
   real* const dx = a.k <= kTile ? b.data : new real[a.k];
-  with_named_class(source.loss.target, source.row(r).record(), source.scale,
-                   [&](const auto& one) { named.gradients(one, g, dx); });
-  if (a.dx.data) dense(), named.put(dx);
+  with_topk_class(source.loss.target, source.row(r).record(), source.scale,
+                  [&](const auto& one) { topk.gradients(one, g, dx); });
+  if (a.dx.data) dense(), topk.put(dx);
   if (dx != b.data) delete[] dx;
 }

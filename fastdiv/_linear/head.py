@@ -1,4 +1,4 @@
-"""What the linear losses ask of the layers that they take logits of."""
+"""Checks of the layers that the linear losses take, and the call of a loss."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from .._engine import arguments
 from .._engine.symbolic import same_shape
 from ..reference import Spec, Stats
-from .autograd import linear_loss
-from .ops import LinearCall, dtype_of_value
+from .autograd import LinearCall, linear_loss
+from .ops import dtype_of_value
 
 
 @dataclass
-class Layer:
-    """Hidden states of any shape, with the weight and the bias of a linear layer."""
+class LinearHead:
+    """Hidden states of any shape, with the weight and bias of a linear layer."""
 
     input: Tensor
     weight: Tensor
@@ -24,19 +24,19 @@ class Layer:
 
     @property
     def logits(self) -> Tensor:
-        """A tensor of the logits' shape, dtype and device that takes no memory."""
+        """A tensor with shape, dtype and device of the logits that takes no memory."""
         return self.input.new_empty(()).expand(*self.input.shape[:-1], self.weight.shape[0])
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The hidden states as rows, weight and bias."""
+        """Hidden states as a matrix of rows, weight and bias."""
         return as_rows(self.input), self.weight, self.bias
 
 
-def make_layer(
+def checked_head(
     input: Tensor, weight: Tensor, bias: Tensor | None, name: str = "input", prefix: str = ""
-) -> Layer:
-    """The layer, checked, and cast as ``F.linear`` would under autocast."""
+) -> LinearHead:
+    """Check the tensors of a layer, and cast them as ``F.linear`` would under autocast."""
     arguments.check_logits(input, name)
     names = f"{prefix}linear_weight", f"{prefix}linear_bias"
     arguments.check_logits(weight, names[0])
@@ -59,10 +59,10 @@ def make_layer(
             raise TypeError(f"{of} must have the dtype of {name}, {input.dtype}, got {v.dtype}")
         if v is not None and v.device != input.device:
             raise RuntimeError(f"{of} is on {v.device}, but {name} is on {input.device}")
-    return Layer(input, weight, bias)
+    return LinearHead(input, weight, bias)
 
 
-# Whether autocast exists for a device.  Asked here, since the compiler of torch 2.11 cannot ask.
+# Which devices have autocast.  The call is made here: the compiler of torch 2.11 cannot trace it.
 _HAS_AUTOCAST = {
     device: torch.amp.is_autocast_available(device)
     for device in ("cpu", "cuda", "hpu", "maia", "meta", "mps", "mtia", "xla", "xpu")
@@ -75,6 +75,7 @@ def _has_autocast(device: str) -> bool:
 
 
 def as_autocast(v: Tensor) -> Tensor:
+    """Cast a tensor as autocast does on its device."""
     device = v.device.type
     if v.dtype == torch.float64 or not _has_autocast(device):
         return v
@@ -82,12 +83,12 @@ def as_autocast(v: Tensor) -> Tensor:
 
 
 def as_rows(v: Tensor) -> Tensor:
-    """A matrix with the last dimension as it was."""
+    """Return a matrix whose rows go along the last dimension."""
     return arguments.as_rows(v, v.dim() - 1)
 
 
 def check_target(logits: Tensor, target: Tensor) -> None:
-    """A target of the shape and device of the logits."""
+    """Check that the target has the shape and device of the logits."""
     arguments.check_logits(target, "target")
     if not same_shape(target.shape, logits.shape):
         raise ValueError(
@@ -98,14 +99,14 @@ def check_target(logits: Tensor, target: Tensor) -> None:
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """None, or a positive number of rows."""
+    """Raise ValueError unless this is None or a positive number of rows."""
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
 
 
-def loss_of_layer(
+def loss_of_head(
     spec: Spec,
-    student: Layer,
+    student: LinearHead,
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     label: Tensor | None = None,
     class_weight: Tensor | None = None,
@@ -113,7 +114,7 @@ def loss_of_layer(
     stats: bool = False,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Stats | None]:
-    """The loss, reduced or in the shape of the rows, and statistics if asked for."""
+    """Compute the loss, reduced or in the shape of the rows, and statistics if ``stats``."""
     check_chunk_size(chunk_size)
     logits, t = student.logits, teacher[0]
     dtype = dtype_of_value(logits, t)

@@ -1,53 +1,10 @@
-// The signature of the private ops, shared by the bindings of both devices.
+// The tensors of a private op, checked and turned into RowArgs.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <tuple>
-
-#include "common/registry.h"
 #include "losses/row_args.h"
-
-// What every op takes after its tensors.  `batch` is what reduction "batchmean" divides by.
-#define FD_OPTIONS_SCHEMA                                                                   \
-  "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, " \
-  "float softcap, float shape, float label_rate, float spread, float z_loss"
-#define FD_ROWS_SCHEMA "Tensor? t, Tensor? label, Tensor? class_weight, Tensor? row_weight, "
+#include "ops/options.h"
 
 namespace fastdiv {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2, kBatchMean = 3 };
-
-constexpr int64_t kRecordSize = sizeof(Row<float>) / sizeof(float);
-
-// The options as they come, and what the kernels make of them.
-struct Options {
-  LossId loss;
-  Target target;
-  Reduction reduction;
-  int64_t batch, ignore_index;
-  double scale, softcap;
-  LossParams params;
-
-  Options(int64_t loss, int64_t target, int64_t reduction, int64_t batch, int64_t ignore_index,
-          double scale, double softcap, double shape, double label_rate, double spread,
-          double z_loss)
-      : loss(LossId(loss)),
-        target(Target(target)),
-        reduction(Reduction(reduction)),
-        batch(batch),
-        ignore_index(ignore_index),
-        scale(scale),
-        softcap(softcap),
-        params{LossId(loss), shape, label_rate, spread, z_loss, Target(target)} {}
-};
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -67,11 +24,6 @@ inline ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The Python side has checked what users pass and says it better; this repeats what protects
-// memory.
-inline void require(bool ok, const char* message) {
-  if (!ok) throw std::invalid_argument(message);
-}
 inline void require_same_device(const Tensor& v, const Tensor& x) {
   require(v.is_cpu() == x.is_cpu() && v.get_device_index() == x.get_device_index(),
           "fastdiv: all tensors must be on one device");
@@ -95,31 +47,50 @@ inline const void* vector_of(const OptionalTensor& v, int64_t size, ScalarType t
   return v->data_ptr();
 }
 
-inline RowArgs row_args(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
-                        const OptionalTensor& class_weight, const OptionalTensor& row_weight,
-                        const Options& o, const LossTraits& traits) {
+// What every op takes of a row.
+struct RowTensors {
+  Tensor x;
+  OptionalTensor t, labels, class_weight, row_weight;
+
+  // The schema without the type of x, which some ops overwrite.
+  static constexpr const char* kSchema =
+      "x, Tensor? t, Tensor? labels, Tensor? class_weight, Tensor? row_weight, ";
+
+  explicit RowTensors(Stack& s)
+      : x(s.take<Tensor>()),
+        t(s.take<OptionalTensor>()),
+        labels(s.take<OptionalTensor>()),
+        class_weight(s.take<OptionalTensor>()),
+        row_weight(s.take<OptionalTensor>()) {}
+
+  const Tensor& target_or_x() const { return t ? *t : x; }
+};
+
+inline RowArgs row_args(const RowTensors& rows, const Options& o, const LossTraits& traits) {
+  const Tensor& x = rows.x;
+  const OptionalTensor &t = rows.t, &labels = rows.labels;
   RowArgs a;
   a.dtype = dtype_of(x);
   a.x = matrix_of(x, x);
   a.rows = x.size(0), a.classes = x.size(1);
   require(a.classes > 0, "fastdiv: there must be at least one class");
   require((o.target != Target::kNone) == t.has_value(), "fastdiv: target type without target");
-  require((traits.label || traits.topk) == label.has_value(),
+  require((traits.reads_label || traits.topk) == labels.has_value(),
           "fastdiv: a label where none belongs, or none");
   require(traits.softcap || o.softcap == 0, "fastdiv: this loss does not take softcapped logits");
   if (traits.topk) {
-    a.k = label->dim() == 2 ? label->size(1) : 0;
+    a.k = labels->dim() == 2 ? labels->size(1) : 0;
     require(0 < a.k && a.k <= a.classes && compute_type(*t) == compute_type(x),
             "fastdiv: values at some classes, double only where the logits are");
     a.t_dtype = dtype_of(*t);
     a.t = matrix_of(*t, a.k, t->scalar_type(), x);
-    a.indices = matrix_of(*label, a.k, ScalarType::Long, x);
+    a.indices = matrix_of(*labels, a.k, ScalarType::Long, x);
   } else {
     if (t) a.t = matrix_of(*t, x);
-    a.label = static_cast<const int64_t*>(vector_of(label, a.rows, ScalarType::Long, x));
+    a.labels = static_cast<const int64_t*>(vector_of(labels, a.rows, ScalarType::Long, x));
   }
-  a.class_weight = vector_of(class_weight, a.classes, compute_type(x), x);
-  a.row_weight = vector_of(row_weight, a.rows, compute_type(x), x);
+  a.class_weight = vector_of(rows.class_weight, a.classes, compute_type(x), x);
+  a.row_weight = vector_of(rows.row_weight, a.rows, compute_type(x), x);
   a.ignore_index = o.ignore_index;
   a.scale = o.scale;
   a.softcap = o.softcap;

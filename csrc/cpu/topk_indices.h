@@ -1,4 +1,4 @@
-// The indices of a teacher of k classes, looked at before any is used.
+// Checks the indices of a top-k teacher before they are used.
 #pragma once
 
 #include <atomic>
@@ -11,7 +11,7 @@
 
 namespace fastdiv {
 
-// Whether row after row names classes, and each of them once.
+// Checks row after row that all indices are classes and none occurs twice.
 class IndexCheck {
  public:
   explicit IndexCheck(const RowArgs& a) : a(a), seen(size_t(a.classes)) {}
@@ -34,7 +34,7 @@ class IndexCheck {
 
  private:
   const RowArgs& a;
-  std::vector<uint8_t> seen;  // in which row a class was named last, modulo 255
+  std::vector<uint8_t> seen;  // the last row, modulo 255, with each class
   uint8_t row = 0;
 };
 
@@ -52,7 +52,8 @@ class IndexCheck {
   }
 }
 
-// Of the rows that count: throws for the first with an index that is no class, or twice there.
+// Throw for the first row with an index that is out of range or occurs twice.  Ignored rows are not
+// checked.
 inline void check_indices(const RowArgs& a, ParallelFor parallel_for) {
   struct Task {
     const RowArgs& a;

@@ -1,4 +1,4 @@
-// The k classes of a row that its teacher names (topk.h), shared out over the threads of a team.
+// The k classes of a row with a top-k teacher (topk.h), divided among the threads of a team.
 #pragma once
 
 #include "cuda/row_reader.cuh"
@@ -14,8 +14,8 @@ struct MergeLargest {
   }
 };
 template <class real>
-struct MergeNamed {
-  __device__ __forceinline__ void operator()(NamedSums<real>& s, int width) const {
+struct MergeTopKSums {
+  __device__ __forceinline__ void operator()(TopKSums<real>& s, int width) const {
     real sum[] = {s.f, s.v};
     sum_lanes<2>(sum, width);
     sum_lanes<1>(&s.mass, width);
@@ -30,9 +30,9 @@ struct MergeFinite {
   }
 };
 
-// One row's named classes, where Reader reads the row.
+// The indices, logits and values of a row that Reader reads.
 template <class Reader>
-struct NamedOf {
+struct TopKEntries {
   using real = typename Reader::real;
   const Reader& reader;
   const int64_t r;
@@ -69,35 +69,35 @@ struct NamedOf {
   }
 };
 
-// What the forward asks of them; every thread of the team gets the same bits.
+// The sums that the forward needs.  Every thread of the team gets the same bits.
 template <class Reader>
-struct NamedClasses {
+struct TopKClasses {
   using real = typename Reader::real;
-  const NamedOf<Reader> named;
+  const TopKEntries<Reader> entries;
   Team& team;
 
   __device__ __forceinline__ real largest_value() const {
     real most = Limits<real>::lowest;
-    for_each([&](int64_t j) { most = larger_of(named.value(j), most); });
+    for_each([&](int64_t j) { most = larger_of(entries.value(j), most); });
     return team.all(most, MergeLargest<real>());
   }
   template <class Term>
-  __device__ __forceinline__ NamedSums<real> sum(const Term& term) const {
-    NamedSums<real> total;
+  __device__ __forceinline__ TopKSums<real> sum(const Term& term) const {
+    TopKSums<real> total;
     for_each([&](int64_t j) {
-      const Terms<real> t = term(named.logit(j), named.value(j));
+      const Terms<real> t = term(entries.logit(j), entries.value(j));
       total.add({t.f, t.v, -double(t.u)});
     });
-    return team.all(total, MergeNamed<real>());
+    return team.all(total, MergeTopKSums<real>());
   }
   __device__ __forceinline__ FiniteSum sum_of_logits() const {
     FiniteSum total;
-    for_each([&](int64_t j) { add_finite(total, named.logit(j)); });
+    for_each([&](int64_t j) { add_finite(total, entries.logit(j)); });
     return team.all(total, MergeFinite());
   }
   __device__ __forceinline__ FiniteSum sum_of_all_logits() const {
     FiniteSum total;
-    named.reader.template sweep<false>(team, [&](const auto& tile, int, int) {
+    entries.reader.template pass<false>(team, [&](const auto& tile, int, int) {
       Reader::for_columns([&](int c, int, int) { add_finite(total, tile.x[c]); });
     });
     return team.all(total, MergeFinite());
@@ -107,45 +107,45 @@ struct NamedClasses {
   template <class Body>
   __device__ __forceinline__ void for_each(Body body) const {
     const int first = team.block * team.threads + team.thread;
-    for (int64_t j = first; j < named.reader.a.k; j += team.threads * team.blocks) body(j);
+    for (int64_t j = first; j < entries.reader.a.k; j += team.threads * team.blocks) body(j);
   }
-  // (A column outside of the row is at -inf.)
+  // A column outside of the row is at -inf, and so is not counted.
   static __device__ __forceinline__ void add_finite(FiniteSum& total, real x) {
     if (!is_infinite(x)) total.add({double(x), 1});
   }
 };
 
-// The gradient of columns [begin, end), as `dense` writes it, with that of the named classes among
-// them in its place.
+// Write the gradient of columns [begin, end): `dense` writes that of all columns, then those of the
+// k classes among them are overwritten.
 template <class Reader, class Dense>
-__device__ __forceinline__ void write_named_gradients(const Reader& reader, int64_t r,
-                                                      const Row<typename Reader::real>& row,
-                                                      typename Reader::real g, int begin, int end,
-                                                      int thread, int threads, Dense dense) {
+__device__ __forceinline__ void write_topk_gradients(const Reader& reader, int64_t r,
+                                                     const TopKRecord<typename Reader::real>& row,
+                                                     typename Reader::real g, int begin, int end,
+                                                     int thread, int threads, Dense dense) {
   using real = typename Reader::real;
   const RowArgs& a = reader.a;
-  const NamedOf<Reader> named{reader, r};
+  const TopKEntries<Reader> entries{reader, r};
   real* const overwritten = a.overwritten ? static_cast<real*>(a.overwritten) + r * a.k : nullptr;
-  // Each is one thread's, which owns an index that is no class as if it were the first.
+  // Call body for the entries of this thread.  An index out of range belongs to column 0.
   const auto for_own = [&](auto body) {
     for (int64_t j = thread; j < a.k; j += threads) {
-      const int64_t y = named.index(j), column = named.is_class(y) ? y : 0;
+      const int64_t y = entries.index(j), column = entries.is_class(y) ? y : 0;
       if (column >= begin && column < end) body(j, y);
     }
   };
   if (overwritten) {
-    for_own([&](int64_t j, int64_t) { overwritten[j] = named.logit(j); });
+    for_own([&](int64_t j, int64_t) { overwritten[j] = entries.logit(j); });
     sync_threads(threads);
   }
   if (a.dx.data) {
     dense();
     sync_threads(threads);
   }
-  with_named_class(reader.loss.target, row, reader.scale, [&](const auto& one) {
+  with_topk_class(reader.loss.target, row, reader.scale, [&](const auto& one) {
     for_own([&](int64_t j, int64_t y) {
-      const real x = overwritten ? overwritten[j] : named.logit(j), v = named.value(j);
-      if (a.dt.data) named.set_grad_value(j, g == real(0) ? real(0) : one.grad_value(x, v, g));
-      if (a.dx.data && g != real(0) && named.is_class(y))
+      const real x = overwritten ? overwritten[j] : entries.logit(j), v = entries.value(j);
+      if (a.dt.data) entries.set_grad_value(j, g == real(0) ? real(0) : one.grad_value(x, v, g));
+      if (a.dx.data && g != real(0) && entries.is_class(y))
         narrow(one.grad_x(x, v, g), Reader::row_of(a.dx, r) + y);
     });
   });

@@ -1,16 +1,20 @@
-// The private ops, for either device: what their arguments come to, and the tensors they make.
+// The private ops, for either device: each reads its arguments, runs a kernel and returns tensors.
 //
-// A Device is made for the tensors of a call and says where kernels come from (find), what it takes
-// to run one (run), how rows are summed (reduce), and where memory is (type, index).
+// A Device is made for each call.  It finds kernels (find), runs them (run), sums rows (reduce),
+// and says where memory is (type, index).
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
 #include "losses/divergence.h"
-#include "row_ops.h"
+#include "ops/arguments.h"
 
 namespace fastdiv {
 
 template <class Device>
-struct Call {
+struct RowCall {
   const Tensor& x;
   const Options& options;
   Device device{x};
@@ -20,12 +24,11 @@ struct Call {
   const int64_t outputs = kernels.traits.two_outputs ? 2 : 1;
   OptionalTensor overwritten;
 
-  Call(const Tensor& x, const OptionalTensor& t, const OptionalTensor& label,
-       const OptionalTensor& class_weight, const OptionalTensor& row_weight, const Options& options)
-      : x(x),
+  RowCall(const RowTensors& rows, const Options& options)
+      : x(rows.x),
         options(options),
         kernels(find(options, dtype_of(x))),
-        args(row_args(x, t, label, class_weight, row_weight, options, kernels.traits)) {}
+        args(row_args(rows, options, kernels.traits)) {}
 
   static const typename Device::Kernels& find(const Options& o, DType dtype) {
     require(o.loss < LossId::kCount, "fastdiv: unknown loss");
@@ -45,7 +48,7 @@ struct Call {
     return outputs == 2 ? make({2, args.rows}, real) : make({args.rows}, real);
   }
   Tensor make_record() const { return make({args.rows, kRecordSize}, real); }
-  // Of x or t.
+  // Return the gradient of x or t, and set d to it; an empty tensor if it is not needed.
   Tensor make_gradient(const Tensor& of, Matrix& d, bool needed) const {
     if (!needed) return make({0}, of.scalar_type());
     Tensor gradient = make({of.size(0), of.size(1)}, of.scalar_type());
@@ -61,7 +64,7 @@ struct Call {
     args.overwritten = overwritten->data_ptr();
   }
 
-  // Of rows [outputs, rows], where the second output begins.
+  // Return where the second output begins, or null if there is only one.
   void* second(void* rows) const {
     const int64_t bytes = real == ScalarType::Double ? 8 : 4;
     return outputs == 2 ? static_cast<char*>(rows) + args.rows * bytes : nullptr;
@@ -77,7 +80,7 @@ struct Call {
             "fastdiv: the record is not one of this input's forward");
     args.record = record.data_ptr();
   }
-  // One number, or one for each row and output.
+  // The upstream gradient is one number, or one per row and output.
   void set_upstream(const Tensor& grad) {
     require_same_device(grad, x);
     require(grad.scalar_type() == real && grad.is_contiguous() &&
@@ -88,11 +91,11 @@ struct Call {
     args.grad_stride = grad.dim() == 0 ? 0 : 1;
   }
 
-  // Value, reduced; record; what the sum of the rows was divided by, 0 where there is no sum.
+  // Return the reduced value, the record, and the divisor (0 without a reduction).
   std::tuple<Tensor, Tensor, Tensor> forward() {
     const bool none = options.reduction == Reduction::kNone;
     require(none || outputs == 1, "fastdiv: a loss of two outputs has no reduction");
-    // An empty tensor has no address.
+    // An empty tensor has no address, so a call without rows is not checked.
     require(args.rows == 0 || kernels.traits.stats == (args.stats != nullptr),
             "fastdiv: statistics of a loss without");
     device.check_labels(args);
@@ -100,28 +103,43 @@ struct Call {
     set_values(rows);
     set_record(record);
     device.run(kernels.forward, args);
-    const Tensor value = none ? rows : make_number(), total = make_number();
+    const Tensor value = none ? rows : make_number(), divisor = make_number();
     if (none)
-      Device::clear(total);
+      Device::clear(divisor);
     else
       device.reduce(args, options.reduction == Reduction::kMean,
                     options.reduction == Reduction::kBatchMean ? double(options.batch) : 1.0,
-                    value.data_ptr(), total.data_ptr());
-    return {value, record, total};
+                    value.data_ptr(), divisor.data_ptr());
+    return {value, record, divisor};
   }
 
-  void backward(const Tensor& grad, const Tensor& record, const Tensor& total) {
+  void backward(const Tensor& grad, const Tensor& record, const Tensor& divisor) {
     set_upstream(grad);
     set_record(record);
     if (options.reduction == Reduction::kMean || options.reduction == Reduction::kBatchMean) {
-      require(total.numel() == 1 && total.scalar_type() == real, "fastdiv: total is one number");
-      require_same_device(total, x);
-      args.total = total.data_ptr();
+      require(divisor.numel() == 1 && divisor.scalar_type() == real,
+              "fastdiv: the divisor is one number");
+      require_same_device(divisor, x);
+      args.divisor = divisor.data_ptr();
     }
     device.run(kernels.backward, args);
   }
 
-  // For each row the sums of its terms: f, u, v, q and p of TermSums.
+  // Write the gradient of x over x; return the value of each row.
+  Tensor forward_grad(const Tensor& grad) {
+    require(!kernels.traits.stats && options.reduction == Reduction::kNone,
+            "fastdiv: forward_grad takes an upstream gradient for each row, and no statistics");
+    device.check_labels(args);
+    const Tensor rows = make_rows(), record = make_record();
+    set_values(rows);
+    set_record(record);
+    set_upstream(grad);
+    write_over_x();
+    device.run(kernels.forward_grad, args);
+    return rows;
+  }
+
+  // Return the TermSums of each row: f, u, v, q and p.
   Tensor terms(const Tensor& record) {
     require(kernels.terms != nullptr, "fastdiv: this loss has no terms");
     constexpr int64_t kSums = sizeof(TermSums<float>) / sizeof(float);
@@ -132,8 +150,8 @@ struct Call {
     return sums;
   }
 
-  // Straight through the C interface: torch::stable::new_empty goes through the dispatcher, which
-  // takes three times as long, and on tiny inputs that is what there is to save.
+  // Make a tensor through the C interface.  torch::stable::new_empty goes through the dispatcher
+  // and takes three times as long, which matters for tiny inputs.
   Tensor make(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType type) const {
     const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
                           : type == ScalarType::Double   ? aoti_torch_dtype_float64()
@@ -147,90 +165,93 @@ struct Call {
   }
 };
 
-#define FD_ROWS                                                                             \
-  const OptionalTensor &t, const OptionalTensor &label, const OptionalTensor &class_weight, \
-      const OptionalTensor &row_weight
-#define FD_OPTIONS                                                                           \
-  int64_t loss, int64_t target_type, int64_t reduction, int64_t batch, int64_t ignore_index, \
-      double scale, double softcap, double shape, double label_rate, double spread, double z_loss
-#define FD_CALL                                                                                   \
-  const Options options(loss, target_type, reduction, batch, ignore_index, scale, softcap, shape, \
-                        label_rate, spread, z_loss);                                              \
-  Call<Device> call(x, t, label, class_weight, row_weight, options)
+// --- the kernels of the ops, for torch's dispatcher ---------------------------------------------
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> row_forward(const Tensor& x, FD_ROWS, FD_OPTIONS) {
-  FD_CALL;
-  return call.forward();
+void row_forward(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const RowTensors rows(s);
+  const Options options(s);
+  RowCall<Device> call(rows, options);
+  const auto [value, record, divisor] = call.forward();
+  s.give(value, record, divisor);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_forward_stats(const Tensor& x, FD_ROWS,
-                                                                     FD_OPTIONS) {
-  FD_CALL;
+void row_forward_stats(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const RowTensors rows(s);
+  const Options options(s);
+  RowCall<Device> call(rows, options);
   const Tensor stats = call.make({3, call.args.rows}, call.real);
   const Tensor argmax = call.make({call.args.rows}, ScalarType::Long);
   call.args.stats = stats.data_ptr();
   call.args.argmax = static_cast<int64_t*>(argmax.data_ptr());
-  const auto [value, record, total] = call.forward();
-  return {value, record, total, stats, argmax};
+  const auto [value, record, divisor] = call.forward();
+  s.give(value, record, divisor, stats, argmax);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> row_backward(const Tensor& grad, const Tensor& x, FD_ROWS,
-                                        const Tensor& record, const Tensor& total, FD_OPTIONS,
-                                        bool need_x, bool need_t) {
-  FD_CALL;
-  const Tensor dx = call.make_gradient(x, call.args.dx, need_x);
-  const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
-  call.backward(grad, record, total);
-  return {dx, dt};
+void row_backward(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const Tensor grad = s.take<Tensor>();
+  const RowTensors rows(s);
+  const Tensor record = s.take<Tensor>(), divisor = s.take<Tensor>();
+  const Options options(s);
+  const bool need_x = s.take<bool>(), need_t = s.take<bool>();
+  RowCall<Device> call(rows, options);
+  const Tensor dx = call.make_gradient(rows.x, call.args.dx, need_x);
+  const Tensor dt = call.make_gradient(rows.target_or_x(), call.args.dt, need_t);
+  call.backward(grad, record, divisor);
+  s.give(dx, dt);
 }
 
 template <class Device>
-Tensor row_backward_in_place(const Tensor& grad, const Tensor& x, FD_ROWS, const Tensor& record,
-                             const Tensor& total, FD_OPTIONS, bool need_t) {
-  FD_CALL;
-  const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
+void row_backward_in_place(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const Tensor grad = s.take<Tensor>();
+  const RowTensors rows(s);
+  const Tensor record = s.take<Tensor>(), divisor = s.take<Tensor>();
+  const Options options(s);
+  const bool need_t = s.take<bool>();
+  RowCall<Device> call(rows, options);
+  const Tensor dt = call.make_gradient(rows.target_or_x(), call.args.dt, need_t);
   call.write_over_x();
-  call.backward(grad, record, total);
-  return dt;
+  call.backward(grad, record, divisor);
+  s.give(dt);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> row_forward_grad(const Tensor& grad, const Tensor& x, FD_ROWS,
-                                            FD_OPTIONS, bool need_t) {
-  FD_CALL;
-  require(!call.kernels.traits.stats && call.options.reduction == Reduction::kNone,
-          "fastdiv: forward_grad takes an upstream gradient for each row, and no statistics");
-  call.device.check_labels(call.args);
-  const Tensor rows = call.make_rows(), record = call.make_record();
-  const Tensor dt = call.make_gradient(t ? *t : x, call.args.dt, need_t);
-  call.set_values(rows);
-  call.set_record(record);
-  call.set_upstream(grad);
-  call.write_over_x();
-  call.device.run(call.kernels.forward_grad, call.args);
-  return {rows, dt};
+void row_forward_grad(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const Tensor grad = s.take<Tensor>();
+  const RowTensors rows(s);
+  const Options options(s);
+  const bool need_t = s.take<bool>();
+  RowCall<Device> call(rows, options);
+  const Tensor dt = call.make_gradient(rows.target_or_x(), call.args.dt, need_t);
+  s.give(call.forward_grad(grad), dt);
 }
 
 template <class Device>
-Tensor row_terms(const Tensor& x, FD_ROWS, const Tensor& record, FD_OPTIONS) {
-  FD_CALL;
-  return call.terms(record);
+void row_terms(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
+  Stack s(stack, n_arguments, n_results);
+  const RowTensors rows(s);
+  const Tensor record = s.take<Tensor>();
+  const Options options(s);
+  RowCall<Device> call(rows, options);
+  s.give(call.terms(record));
 }
 
-#undef FD_CALL
+// Register the kernels of a device, in its STABLE_TORCH_LIBRARY_IMPL.
+template <class Device, class Library>
+void register_ops(Library& m) {
+  m.impl("_row_forward", row_forward<Device>);
+  m.impl("_row_forward_stats", row_forward_stats<Device>);
+  m.impl("_row_backward", row_backward<Device>);
+  m.impl("_row_backward_", row_backward_in_place<Device>);
+  m.impl("_row_forward_grad", row_forward_grad<Device>);
+  m.impl("_row_terms", row_terms<Device>);
+}
 
 }  // namespace fastdiv
-
-// The ops of row_ops.cpp for a dispatch key.
-#define FD_REGISTER(key, Device)                                                  \
-  STABLE_TORCH_LIBRARY_IMPL(fastdiv, key, m) {                                    \
-    m.impl("_row_forward", TORCH_BOX(&fastdiv::row_forward<Device>));             \
-    m.impl("_row_forward_stats", TORCH_BOX(&fastdiv::row_forward_stats<Device>)); \
-    m.impl("_row_backward", TORCH_BOX(&fastdiv::row_backward<Device>));           \
-    m.impl("_row_backward_", TORCH_BOX(&fastdiv::row_backward_in_place<Device>)); \
-    m.impl("_row_forward_grad", TORCH_BOX(&fastdiv::row_forward_grad<Device>));   \
-    m.impl("_row_terms", TORCH_BOX(&fastdiv::row_terms<Device>));                 \
-  }

@@ -1,0 +1,174 @@
+"""The autograd.Function of all losses whose op is written in Python: linear and sharded ones.
+
+A ``LossCall`` says how such an op is called.  Second derivatives come from the same loss, computed
+by operations that autograd differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from ..reference import Spec
+from . import ops
+from .arguments import values_may_be_read
+from .torch_private import is_batched
+
+Tensors = Sequence[Tensor | None]
+
+
+class Forward(NamedTuple):
+    """What the forward of an op-backed loss returns."""
+
+    outputs: Sequence[Tensor]  # the value; others that have no gradient
+    kept: Sequence[Tensor]  # what the backward needs besides the arguments
+    gradients: Sequence[Tensor] = ()  # of the value, where they are computed with it
+
+
+class LossCall(Protocol):
+    """A loss with all of its options that are not tensors, and how its op is called."""
+
+    n_inputs: ClassVar[int]  # how many tensors may need a gradient; these come first
+    spec: Spec
+
+    def forward(self, tensors: Tensors, needed: Sequence[bool], symbolic: Tensor | None) -> Forward:
+        """Compute the value; ``symbolic`` holds the float options, see ``ops.packed``."""
+
+    def backward(
+        self,
+        grad: Tensor,
+        tensors: Tensors,
+        kept: Sequence[Tensor],
+        needed: Sequence[bool],
+        symbolic: Tensor | None,
+    ) -> Sequence[Tensor | None]:
+        """Compute the gradients that are needed, one for each of the first tensors."""
+
+    def differentiable_value(self, tensors: Tensors) -> Tensor:
+        """Compute the value in a way that can be differentiated twice."""
+
+
+def is_differentiated(grad: Tensor) -> bool:
+    """Return whether a gradient of this one may be differentiated in turn, or is batched."""
+    return torch.is_grad_enabled() or is_batched(grad)
+
+
+def refuse_second_derivative() -> NoReturn:
+    """Raise, because the gradient in place has no second derivative."""
+    raise RuntimeError(
+        "inplace_backward=True overwrites the logits, which a second derivative "
+        "(create_graph=True, torch.func) still needs; use inplace_backward=False"
+    )
+
+
+def overwritten(x: Tensor) -> Tensor:
+    """Return the gradient that was written over ``x``, and mark ``x`` as changed.
+
+    Anything else that saved the logits for its own backward then gets torch's error.
+    """
+    torch.autograd.graph.increment_version(x)
+    return x.detach()
+
+
+def run(call: LossCall, tensors: Tensors) -> Sequence[Tensor]:
+    """Run the op of a loss.  Its value gets a gradient if one of the tensors requires one."""
+    inputs = tensors[: call.n_inputs]
+    recording = torch.is_grad_enabled()
+    needed = tuple(recording and v is not None and v.requires_grad for v in inputs)
+    symbolic = ops.symbolic_floats(call.spec)
+    if not any(needed):
+        return call.forward(tensors, needed, symbolic).outputs
+    function = TracedLoss if torch.compiler.is_compiling() else _EagerLoss
+    return function.apply(call, needed, symbolic, *tensors)
+
+
+class TracedLoss(torch.autograd.Function):
+    """The form that ``torch.compile`` can trace."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: LossCall,
+        needed: tuple[bool, ...],
+        symbolic: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        outputs, kept, gradients = call.forward(tensors, needed, symbolic)
+        ctx.call, ctx.needed, ctx.n_tensors, ctx.n_kept = call, needed, len(tensors), len(kept)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(*tensors, symbolic, *kept, *gradients)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        n, saved = ctx.n_tensors, ctx.saved_tensors
+        tensors, symbolic, kept = saved[:n], saved[n], saved[n + 1 : n + 1 + ctx.n_kept]
+        gradients = [g * grad for g in saved[n + 1 + ctx.n_kept :]]
+        return _for_apply(
+            ctx, gradients or ctx.call.backward(grad, tensors, kept, ctx.needed, symbolic)
+        )
+
+
+class _EagerLoss(TracedLoss):
+    """The same with second derivatives, and without a copy of the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: LossCall,
+        needed: tuple[bool, ...],
+        symbolic: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        outputs, kept, ctx.gradients = call.forward(tensors, needed, None)
+        ctx.at_once = bool(ctx.gradients)
+        ctx.call, ctx.needed, ctx.n_tensors = call, needed, len(tensors)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        call, needed = ctx.call, ctx.needed
+        if grad is None:
+            return (None,) * (3 + ctx.n_tensors)
+        tensors, kept = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
+        if is_differentiated(grad):
+            if call.spec.inplace and needed[0]:
+                refuse_second_derivative()
+            return _for_apply(ctx, _differentiable(call, grad, tensors, needed))
+        if not ctx.at_once:
+            return _for_apply(ctx, call.backward(grad, tensors, kept, needed, None))
+        # The first backward hands the gradients out.  Another one, through a retained graph,
+        # computes them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = call.forward(tensors, needed, None).gradients
+        # A CPU can read the upstream gradient for free, and a 1 saves a pass over the gradients.
+        if not (grad.is_cpu and values_may_be_read(grad) and grad == 1):
+            gradients = [g.mul_(grad) for g in gradients]
+        return _for_apply(ctx, gradients)
+
+
+def _differentiable(
+    call: LossCall, grad: Tensor, tensors: Tensors, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Compute gradients that may be differentiated or batched."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # One tensor in two places would get the gradient of both twice, so each is an alias.
+        own = [None if v is None else v.view_as(v) for v in tensors]
+        value = call.differentiable_value(own)
+    wanted = [v for v, need in zip(own, needed, strict=False) if need and v is not None]
+    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))
+    return [next(found) if need else None for need in needed]
+
+
+def _for_apply(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return one gradient for each argument of ``apply``."""
+    found = [g if need else None for g, need in zip(gradients, ctx.needed, strict=True)]
+    return None, None, None, *found, *[None] * (ctx.n_tensors - len(found))

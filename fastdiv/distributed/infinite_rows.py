@@ -1,0 +1,84 @@
+"""The finite part of shards whose divergence is infinite, and the mass of shards without logits.
+
+A divergence is infinite where one side has mass and the other has none.  Its gradient is that of
+the finite terms, and whole rows need two numbers for it: the sum of the finite terms, and the mass
+of their classes.  The kernels have the first in their record.  The second takes another pass over
+such rows, which are few.
+
+That pass sums the terms for log q + 1 instead of log q.  A finite term p (log p - log q) changes by
+-p then, and an infinite one, which is a constant, not at all.  So the mean of the terms changes by
+the share of p that is on classes with finite terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import Spec
+
+RECORD = ("x_max", "x_logz", "t_max", "t_logz", "log_z_ratio", "a", "b", "c")  # Row in row_state.h
+TERMS = ("f", "u", "v", "q", "p")  # TermSums in divergence.h
+NOTHING_INFINITE = 2.0  # the share of a row whose value is finite
+
+
+class ShardForward(NamedTuple):
+    """What a forward computes of a shard as if its rows were whole."""
+
+    value: Tensor
+    record: Tensor
+    stats: Tensor | None = None  # lse, entropy, log_prob
+    argmax: Tensor | None = None
+    terms: Tensor | None = None  # sums of TERMS, in odd rows only
+
+
+# Finds odd rows by values, records and weights.  It returns records for the second pass, and which
+# rows are odd; or None if there are no odd rows.
+Odd = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None]
+
+
+def odd_rows(empty_ones: bool, infinite_ones: bool) -> Odd | None:
+    """Return what finds the rows that need a second pass, or None if no row can need it.
+
+    These are rows of a shard without logits, if ``empty_ones``, and rows with an infinite value, if
+    ``infinite_ones``.
+    """
+    if not (empty_ones or infinite_ones):
+        return None
+
+    def odd(value: Tensor, record: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        x_logz = record[:, RECORD.index("x_logz")]
+        empty = x_logz == -torch.inf
+        found = (empty & empty_ones) | (value.isinf() & infinite_ones)
+        if weight is not None:
+            found &= weight != 0
+        if none_found(found):
+            return None
+        shifted = record.clone()  # log q + 1
+        shifted[:, RECORD.index("x_logz")] = torch.where(empty, 0.0, x_logz - 1)
+        shifted[:, RECORD.index("log_z_ratio")] -= 1
+        return shifted, found.to(value.dtype)
+
+    return odd
+
+
+def none_found(found: Tensor) -> bool:
+    """Return whether there is no such row; False on a GPU, where looking costs more than a pass."""
+    return found.is_cpu and not found.any()
+
+
+def finite_part(spec: Spec, local: ShardForward, record: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the finite sum in place of infinite values, and the share of classes it is over."""
+    share = torch.full_like(local.value, NOTHING_INFINITE)
+    if local.terms is None:
+        return {"share": share}
+    _, u, v, q, p = local.terms.unbind(1)
+    finite, moved = (record["b"], v / p) if spec.loss == "kl_div" else (record["a"], u / q)
+    infinite = local.value.isinf()
+    return {
+        "value": torch.where(infinite, finite, local.value),
+        "share": torch.where(infinite, (moved - finite).abs(), share),
+    }

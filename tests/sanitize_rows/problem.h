@@ -1,0 +1,209 @@
+// One call of the kernels of a loss: its inputs, and the checks of its outputs.
+#pragma once
+
+#include <cstdio>
+#include <random>
+
+#include "kernels.h"
+#include "memory.h"
+#include "plain.h"
+
+namespace fastdiv {
+
+struct Setup {
+  double scale = 1, softcap = 0;
+  bool weights = false;
+  int64_t padding = 0;  // elements between rows
+};
+
+// Counts checks and failures, and prints the first failures.
+struct Report {
+  int checks = 0, failures = 0;
+
+  void expect(const std::string& context, const char* what, double got, double expected,
+              double tolerance) {
+    ++checks;
+    const bool same = got == expected || (std::isnan(got) && std::isnan(expected)) ||
+                      std::abs(got - expected) <= tolerance;
+    if (same || ++failures > 20) return;
+    std::printf("%s: %s is %.9g, expected %.9g\n", context.c_str(), what, got, expected);
+  }
+};
+
+template <class Kernels>
+class Problem {
+ public:
+  Problem(const Kernels& kernels, LossId loss, Target target, DType dtype, int64_t classes,
+          Setup setup, bool split, int64_t rows, Report& report)
+      : kernels(kernels),
+        traits(kernels.traits),
+        name(kLossNames[int(loss)]),
+        target(target),
+        dtype(dtype),
+        rows(rows),
+        classes(classes),
+        k(classes > 2 ? classes / 3 : 1),
+        setup(setup),
+        report(report) {
+    if (!traits.softcap) this->setup.softcap = 0;
+    fill();
+    set_arguments(loss, split);
+  }
+
+  void run() {
+    call(kernels.forward, a);
+    if (!traits.stats) call(kernels.backward, a);
+  }
+
+  // Both kernels in one, in place and without threads, give the same bits.
+  void check_forward_grad() {
+    if (traits.stats) return;
+    RowBuffer over = x, dt_again = t;
+    Reals value_again(f64, rows, 555), record_again(f64, rows * 8, 555);
+    Reals overwritten(f64, rows * k, 555);
+    RowArgs f = a;
+    if (traits.topk) f.overwritten = overwritten.data();
+    f.split_columns = nullptr, f.scratch = nullptr;
+    f.x = f.dx = over.matrix();
+    if (target != Target::kNone) f.dt = dt_again.matrix();
+    f.value = value_again.data(), f.record = record_again.data();
+    call(kernels.forward_grad, f);
+    expect("forward_grad's value", value.bytes == value_again.bytes, 1, 0);
+    expect("forward_grad's gradient", dx.same(over), 1, 0);
+    expect("forward_grad's target gradient", dt.same(dt_again), 1, 0);
+  }
+
+  void check_against_plain_loops() {
+    for (int64_t r = 0; r < rows; ++r) {
+      const Plain plain = plain_of(r);
+      check_value(r, plain);
+      if (r != kNaN && !traits.stats) check_gradients(r, plain);  // that of a NaN may be anything
+    }
+  }
+
+ private:
+  // What each row is: the classes of a masked row have one at -inf on both sides.
+  enum { kOrdinary, kClose, kMasked, kNaN, kIgnored };
+
+  const Kernels& kernels;
+  const LossTraits traits;
+  const std::string name;
+  const Target target;
+  const DType dtype;
+  const int64_t rows, classes, k;
+  Setup setup;
+  Report& report;
+  const bool f64 = dtype == DType::kF64;
+  const std::string plain_name = name.substr(0, name.find("_stats"));
+  const std::string context = name + " target " + std::to_string(int(target)) + " dtype " +
+                              std::to_string(int(dtype)) + " classes " + std::to_string(classes);
+
+  RowBuffer x{dtype, rows, classes, setup.padding};
+  RowBuffer t{dtype, rows, traits.topk ? k : classes, setup.padding};
+  RowBuffer dx = x, dt = t;
+  std::vector<Doubles> teacher;  // what t has for all classes
+  std::vector<int64_t> indices = std::vector<int64_t>(rows * k);
+  std::vector<int64_t> labels = std::vector<int64_t>(rows), argmax = labels;
+  Doubles class_weight = Doubles(classes, 1.0);
+  Reals weight{f64, classes, 1}, row_weight{f64, rows, 1};
+  Reals value{f64, rows, 777}, entropy = value, record{f64, rows * 8, 777};
+  Reals stats{f64, 3 * rows, 777};
+  Reals grad{f64, rows, kGrad}, grad_entropy{f64, rows, kGradEntropy};
+  std::vector<char> scratch = std::vector<char>(segment_count(classes) * kScratchPerSegment);
+  RowArgs a;
+
+  void expect(const char* what, double got, double expected, double tolerance) {
+    report.expect(context, what, got, expected, tolerance);
+  }
+
+  void fill() {
+    std::mt19937 random(1);
+    std::normal_distribution<double> normal(0, 2);
+    for (int64_t r = 0; r < rows; ++r) {
+      Doubles logits(classes), target_row(classes);
+      for (int64_t i = 0; i < classes; ++i)
+        logits[i] = normal(random), target_row[i] = normal(random);
+      if (r == kClose)
+        for (int64_t i = 0; i < classes; ++i) target_row[i] = logits[i] + 0.01 * target_row[i];
+      if (r == kMasked && classes > 2 && setup.softcap == 0)
+        logits[classes - 1] = target_row[classes - 1] = -kInf;
+      if (r >= kNaN) logits[classes / 2] = target_row[0] = NAN;
+      if (target != Target::kLogits) target_row = log_softmax(target_row, 1);
+      if (target == Target::kProbs)
+        // No smaller than what a half and the reciprocals in the gradients can hold.
+        for (double& v : target_row)
+          if (v == v) v = v == -kInf ? 0 : std::fmax(std::exp(v), 1e-3);
+      for (int64_t i = 0; i < classes; ++i) x.set(r, i, logits[i]);
+      traits.topk ? fill_topk(r, target_row) : fill_target(r, target_row);
+      teacher.push_back(target_row);
+      labels[r] = r == kIgnored ? -100 : (r * 7) % (classes > 2 ? classes - 1 : 1);
+    }
+    if (setup.weights)
+      for (int64_t i = 0; i < classes; ++i) weight.set(i, class_weight[i] = 0.5 + double(i % 4));
+    if (rows > kIgnored) row_weight.set(kIgnored, 0);
+  }
+  // Store a target row, and set it to the rounded numbers that the kernels read.
+  void fill_target(int64_t r, Doubles& target_row) {
+    for (int64_t i = 0; i < classes; ++i) t.set(r, i, target_row[i]);
+    target_row = t.row(r);
+  }
+  void fill_topk(int64_t r, Doubles& target_row) {
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t y = indices[r * k + j] = (3 * j + r) % classes;
+      t.set(r, j, target_row[y]);
+      target_row[y] = t.get(r, j);
+      if (r == kIgnored) indices[r * k + j] = j % 2 ? -1 : INT64_MAX;
+    }
+  }
+
+  void set_arguments(LossId loss, bool split) {
+    a.rows = rows, a.classes = classes, a.dtype = dtype;
+    a.x = x.matrix(), a.dx = dx.matrix();
+    if (target != Target::kNone) a.t = t.matrix(), a.dt = dt.matrix();
+    if (traits.topk) a.k = k, a.t_dtype = dtype, a.indices = {indices.data(), k};
+    if (traits.reads_label) a.labels = labels.data(), a.ignore_index = -100;
+    if (setup.weights) a.class_weight = weight.data();
+    a.row_weight = row_weight.data();
+    a.scale = setup.scale, a.softcap = setup.softcap;
+    a.params = {loss, 0.3, 1, 0, 0, target};
+    if (plain_name.find("cross_entropy") != std::string::npos) a.params.z_loss = 1e-2;
+    if (plain_name == "smoothed_cross_entropy" || plain_name == "soft_cross_entropy")
+      a.params.confidence = 0.9, a.params.smoothing_per_class = 0.1 / double(classes);
+    a.value = value.data(), a.record = record.data();
+    a.grad = grad.data(), a.grad_stride = 1;
+    if (traits.two_outputs) a.entropy = entropy.data(), a.grad_entropy = grad_entropy.data();
+    if (traits.stats) a.stats = stats.data(), a.argmax = argmax.data();
+    if (split) a.split_columns = three_threads, a.scratch = scratch.data();
+  }
+
+  Plain plain_of(int64_t r) {
+    if (r == kIgnored) return {0, 0, Doubles(classes), Doubles(t.classes)};
+    Plain plain =
+        traits.topk
+            ? plain_topk(name, target, a.scale, x.row(r), teacher[r], &indices[r * k], k)
+            : plain_row(plain_name, target, a, x.row(r), teacher[r], labels[r], class_weight);
+    if (r == kNaN) plain.value = plain.entropy = NAN;
+    return plain;
+  }
+
+  void check_value(int64_t r, const Plain& plain) {
+    const double digits = f64 ? 1e-11 : 2e-5;
+    expect("value", value[r], plain.value, digits * (10 + std::abs(plain.value)));
+    if (traits.two_outputs) expect("second output", entropy[r], plain.entropy, digits * 20);
+    if (!traits.stats || r >= kNaN) return;
+    expect("entropy", stats[rows + r], plain.entropy, digits * 20);
+    for (int64_t i = 0; i < classes; ++i)
+      expect("maximum", x.get(r, argmax[r]) >= x.get(r, i), 1, 0);
+  }
+  void check_gradients(int64_t r, const Plain& plain) {
+    const double digits = f64 ? 1e-11 : 2e-5;
+    const double stored = dtype == DType::kBF16 ? 8e-3 : (dtype == DType::kF16 ? 1e-3 : digits);
+    for (int64_t i = 0; i < classes; ++i)
+      expect("dx", dx.get(r, i), plain.dx[i], stored * (1e-2 + std::abs(plain.dx[i])) + digits);
+    if (target == Target::kNone) return;
+    for (int64_t i = 0; i < t.classes; ++i)
+      expect("dt", dt.get(r, i), plain.dt[i], stored * (1e-2 + std::abs(plain.dt[i])) + 5 * digits);
+  }
+};
+
+}  // namespace fastdiv
