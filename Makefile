@@ -30,7 +30,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test matrix docs dist lint format check bench gpu-check clean distclean
+.PHONY: help build demo test test-all matrix docs dist lint format check bench gpu-check clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,7 +46,10 @@ build: $(BUILT)  ## .venv, pinned packages, compiled extension (rebuilt when set
 demo: $(BUILT)  ## train a small language model with the fused loss
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
-test: $(BUILT)  ## the whole test suite, doctests included, in WORKERS processes
+test: $(BUILT)  ## the test suite, doctests included, in WORKERS processes
+	$(ASLEEP) $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m 'not nightly' $(ARGS)
+
+test-all: $(BUILT)  ## and the tests that take long and tell little more
 	$(ASLEEP) $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
 
 # Pyenv's commands run only the versions that are chosen; elsewhere the variable means nothing.

@@ -19,7 +19,7 @@ DEFAULT = ("py3.10-torch2.13", "py3.11-torch2.14", "py3.12-torch2.11", "py3.13-t
 
 # The fast part of the suite has all that may depend on the versions, on one instruction set only;
 # the check before it compares all of them.  New files of tests belong to it unless named here.
-FAST = ("-m", "not slow", "-k", "not avx")
+FAST = ("-m", "not slow and not nightly", "-k", "not avx")
 LEFT_OUT = (
     # the kernels, which the versions do not change
     *("cuda_kernels", "cuda_machine_code", "cuda_on_cpu", "build_contract", "sanitizers"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 
+import fastdiv
 import fastdiv._C as native
 from fastdiv._bench.machine import give_each_isa_a_compiler_cache
 from helpers.ranks import Ranks
@@ -35,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Tensors that do not say where, those that modules make when imported too, go to --device."""
     config.addinivalue_line("markers", "cpu_only(why): says nothing about another --device")
+    config.addinivalue_line("markers", "beside_cpu: compares another --device with the CPU")
     give_each_isa_a_compiler_cache()
     device = torch.device(config.getoption("device"))
     if device != torch.device("cpu"):
@@ -54,6 +58,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             library = item.name.partition("fastdiv.integrations.")[2].split(".")[0]
             if library and importlib.util.find_spec(library) is None:
                 item.add_marker(pytest.mark.skip(f"{library} is not installed"))
+    # Of a test that is skipped here, one case stands for all.
+    cases: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        if why_skipped(item):
+            name = getattr(item, "originalname", item.name)
+            cases.setdefault((str(item.path), name), []).append(item)
+    dropped = {item for same in cases.values() for item in same[1:]}
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=list(dropped))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -74,10 +87,28 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_cpu_isa(before)
 
 
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Compute with the kernels, and again with the reference.
+
+    A module names others by parametrize("backend", [...], indirect=True).
+    """
+    with fastdiv.backend(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def checked_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels out of range raise on a GPU, too, as they always do on the CPU."""
     monkeypatch.setenv("FASTDIV_CHECK", "1")
+
+
+@pytest.fixture(scope="module")
+def gloo() -> Iterator[None]:
+    """Make a group of this process alone, for what asks for one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +128,17 @@ def fixed_seed_and_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def why_skipped(item: pytest.Item) -> str | None:
+    """Return why the test cannot run where these tests compute."""
+    on_cpu = torch.get_default_device().type == "cpu"
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        return "needs a CUDA device"
+    if item.get_closest_marker("beside_cpu") and on_cpu and "FASTDIV_DRY_RUN" not in os.environ:
+        return "compares --device with the CPU"
     cpu_only = item.get_closest_marker("cpu_only")
-    if cpu_only and torch.get_default_device().type != "cpu":
-        pytest.skip(f"about the CPU: {cpu_only.args[0]}")
+    return f"about the CPU: {cpu_only.args[0]}" if cpu_only and not on_cpu else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if reason := why_skipped(item):
+        pytest.skip(reason)

@@ -37,10 +37,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_options(case: Case) -> dict[str, str]:
-    return {} if case.name.startswith("log_prob") else {"reduction": "none"}
-
-
 # Kept for the next instruction set; test_every_shape's are too large for that.
 @functools.lru_cache(maxsize=len(LOSSES) * len(DTYPES) * len(SMALL))
 def small_expected(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> tuple:
@@ -54,7 +50,7 @@ def expected(case: Case, dtype: torch.dtype, shape: tuple[int, int], seed: int =
     if case.target == "probs" and case.divergence:
         # float16 probabilities underflow to 0, where eager is NaN; test_edge_rows has exact zeros.
         t = t.clamp(min=torch.finfo(dtype).tiny)
-    options = row_options(case)
+    options = case.per_row
     return x, t, *truth_and_scale(lambda x, t: case.truth(x, t, **options), x, t, case)
 
 
@@ -67,7 +63,7 @@ def eager_results(case: Case, x: Tensor, t: Tensor | None) -> list[Tensor]:
 
 def check(case: Case, *draws: tuple) -> None:
     """The rule over the rows of all draws together: of a few rows, the error is a lottery."""
-    options = row_options(case)
+    options = case.per_row
 
     def side_by_side(draws: Iterable[Sequence[Tensor]]) -> list[Tensor]:
         return [torch.cat(v, 0 if i else -1) for i, v in enumerate(zip(*draws, strict=True))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-from helpers.in_place_calls import one_process
+
+pytestmark = pytest.mark.usefixtures("backend", "gloo")
 
 X, T, Y = torch.randn(4, 5), torch.randn(4, 5).softmax(-1), torch.tensor([0, 1, 2, 4])
 H, W, B, V = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5), torch.rand(4)
@@ -86,17 +87,6 @@ PROGRAMS |= {
     "stats.information_content": (fastdiv.stats.information_content, {"pk": T}),
 }  # fmt: skip
 NAMES = [(name, argument) for name, (_, given) in PROGRAMS.items() for argument in given]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    yield from one_process()
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastdiv.backend(request.param):
-        yield request.param
 
 
 def test_every_function_is_looked_at() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from fastdiv._bench.apart import run_apart
 from fastdiv._bench.memory import Job, extra_memory
+from helpers.processes import runs, wait_until_ended
 
 pytestmark = [
     pytest.mark.cpu_only("processes"),
@@ -42,24 +43,6 @@ from fastdiv._bench.instructions import count_instructions
 def advance(line): raise ZeroDivisionError(line)
 count_instructions(["entropy"], ["f32"], advance)
 """
-
-
-def runs(pid: int) -> bool:
-    """Whether the process is there, and more than an entry that nobody has asked for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_ended(pids: list[int]) -> None:
-    deadline = time.monotonic() + 60
-    while left := [pid for pid in pids if runs(pid)]:
-        if time.monotonic() > deadline:
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-            pytest.fail(f"{len(left)} of {len(pids)} processes outlive the benchmark")
-        time.sleep(0.02)
 
 
 @pytest.fixture

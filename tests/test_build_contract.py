@@ -20,7 +20,8 @@ import fastdiv
 import fastdiv._C as native
 from fastdiv import reference
 from helpers.cases import LOSSES, PUBLIC_LOSSES
-from helpers.programs import FEW_LOSSES, POLICY_COUNT, ROOT
+from helpers.checkout import ROOT
+from helpers.programs import FEW_LOSSES, POLICY_COUNT
 
 pytestmark = pytest.mark.cpu_only("its machine code")
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiv
-from helpers.cases import KERNELS, LOSSES, Case, make_inputs
+from helpers.cases import KERNELS, KINDS, LOSSES, Case, make_inputs
+from helpers.values import uneven, value_and_gradients
 
-EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
-WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]
+EVERY_KIND = pytest.mark.parametrize("case", KINDS, ids=str)
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
+gradients = partial(value_and_gradients, upstream=uneven)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
@@ -25,21 +26,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def with_gradients(function: Callable[..., Any], *args: Tensor | None) -> list[Tensor]:
-    """Outputs of the function, and gradients of the first for the floating arguments."""
-    leaves = []
-    given = []
-    for a in args:
-        if a is not None and a.is_floating_point():
-            a = a.detach().clone().requires_grad_()
-            leaves.append(a)
-        given.append(a)
-    out = function(*given)
-    out = list(out) if isinstance(out, tuple) else [out]
-    upstream = torch.linspace(1, 2, out[0].numel(), dtype=out[0].dtype).view_as(out[0])
-    return [*out, *torch.autograd.grad(out[0], leaves, upstream)]
 
 
 def problem(case: Case, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -52,15 +38,14 @@ def caller(case: Case, **options: Any) -> Callable[..., Tensor]:
     return lambda x, t=None: case.call(x * 1, t, **options)
 
 
-@EVERY_CASE
-def test_every_loss_in_one_graph(case: Case) -> None:
-    function = caller(case)
-    args = problem(case, (4, 5, 17) if case.name == "entropy" else (4, 17))
+@EVERY_KIND
+def test_one_graph(case: Case) -> None:
+    function, args = caller(case), problem(case, (4, 17))
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    same(with_gradients(compiled, *args), with_gradients(function, *args))
+    same(gradients(compiled, *args), gradients(function, *args))
 
 
-@pytest.mark.parametrize("case", [c for c in LOSSES if not c.options], ids=str)
+@EVERY_KIND
 @pytest.mark.parametrize("grad_mode", [True, False])
 def test_nothing_needs_a_gradient(case: Case, grad_mode: bool) -> None:
     function, args = caller(case), problem(case, (4, 17))
@@ -69,41 +54,50 @@ def test_nothing_needs_a_gradient(case: Case, grad_mode: bool) -> None:
         same(compiled(*args), function(*args))
 
 
-@pytest.mark.slow
-def test_inductor() -> None:
-    """A loss of each kernel in one graph of inductor, with neighbours it could fuse with."""
+def all_of(cases: list[Case]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a function of several losses, with neighbours they could be fused with."""
 
-    def everything(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    def losses(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         logits = x * 1.5 + 0.25
         values = []
-        for case in KERNELS:
-            reduced = {} if "log_prob" in case.name else {"reduction": "mean"}
+        for case in cases:
+            reduced = {"reduction": "mean"} if case.per_row else {}
             value = case.call(logits, case.make_target(logits, t), **reduced)
             values.append(value.sum())
         inplace = fastdiv.cross_entropy(logits + 1, t.argmax(-1), inplace_backward=True)
         weights = torch.linspace(1, 2, len(values))
         return (torch.stack(values) @ weights + inplace.exp(), *values)
 
-    compiled = torch.compile(everything, backend="inductor", fullgraph=True, dynamic=True)
-    for rows in (6, 3):  # one compilation, which takes half a minute
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "cases"), [("aot_eager", KERNELS), ("inductor", KINDS)])
+def test_all_in_one_graph(backend: str, cases: list[Case]) -> None:
+    """A loss of each kernel; inductor would take half a minute for so many."""
+    function = all_of(cases)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+    for rows in (6, 3):
         x, t = make_inputs((rows, 19), torch.float32)
-        close(with_gradients(compiled, x, t), with_gradients(everything, x, t))
+        close(gradients(compiled, x, t), gradients(function, x, t))
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1], f"recompiled: {graphs}"
 
 
-@EVERY_CASE
+@EVERY_KIND
 def test_dynamic_batch(case: Case) -> None:
     """One compilation serves every batch size; the mean divides by the batch at hand."""
-    reductions = [{}] if "log_prob" in case.name else [{"reduction": "batchmean"}]
-    for options in reductions:
-        function = caller(case, **options)
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
-        graphs = []
-        for shape in ((6, 17), (3, 17)):
-            args = problem(case, shape)
-            same(with_gradients(compiled, *args), with_gradients(function, *args))
-            graphs.append(counter.frame_count)
-        assert graphs[0] == graphs[1], f"recompiled: {graphs}"
+    function = caller(case, **({"reduction": "batchmean"} if case.per_row else {}))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+    for shape in ((6, 17), (3, 17)):
+        args = problem(case, shape)
+        same(gradients(compiled, *args), gradients(function, *args))
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1], f"recompiled: {graphs}"
 
 
 @pytest.mark.parametrize("target", ["labels", "probs"])
@@ -133,12 +127,10 @@ def test_options_of_cross_entropy(target: str) -> None:
         return loss, *stats
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    same(with_gradients(compiled, x, t), with_gradients(function, x, t))
+    same(gradients(compiled, x, t), gradients(function, x, t))
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in LOSSES if c.target in ("labels", "logits") and "log" not in c.name], ids=str
-)
+@pytest.mark.parametrize("case", [c for c in KINDS if "log_prob" not in c.name], ids=str)
 def test_in_place_backward(case: Case) -> None:
     """The traced function leaves the logits alone, which the graph may still need."""
 
@@ -153,7 +145,7 @@ def test_in_place_backward(case: Case) -> None:
 
     args = problem(case, (4, 17))
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    close(with_gradients(compiled, *args), with_gradients(plain, *args))
+    close(gradients(compiled, *args), gradients(plain, *args))
 
 
 def test_graph_that_changes_the_logits() -> None:
@@ -166,16 +158,16 @@ def test_graph_that_changes_the_logits() -> None:
 
     x = torch.randn(3, 9)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    close(with_gradients(compiled, x), with_gradients(function, x))
+    close(gradients(compiled, x), gradients(function, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype) -> None:
-    for case in (c for c in LOSSES if not c.options and c.target != "log_probs"):
+    for case in KINDS:
         torch._dynamo.reset()
         args = problem(case, (3, 17), dtype)
         compiled = torch.compile(caller(case), backend="aot_eager", fullgraph=True)
-        same(with_gradients(compiled, *args), with_gradients(caller(case), *args))
+        same(gradients(compiled, *args), gradients(caller(case), *args))
 
 
 def test_func_transforms_inside() -> None:

@@ -16,6 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiv
 from helpers.cases import make_inputs
+from helpers.selection import nightly_but
+from helpers.values import value_and_gradients
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 VALUES = (0.5, 0.4, 0.3, 0.7)
@@ -31,12 +33,10 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def with_gradients(function: Callable[..., Any], x: Tensor, t: Tensor, *args: Any) -> list[Tensor]:
-    own = [v.detach().clone().requires_grad_() for v in (x, t)]
-    out = function(*own, *args)
-    value = out.sum()
-    found = torch.autograd.grad(value, own, allow_unused=True)
-    return [out, *(g for g in found if g is not None)]
+def found(function: Callable[..., Any], step: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return value and gradients; a call may have no use for the teacher."""
+    x, t, *others = step
+    return value_and_gradients(lambda x, t: function(x, t, *others), x, t, unused=True)
 
 
 def count(
@@ -46,7 +46,7 @@ def count(
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for step in steps:
-        close(with_gradients(compiled, *step), with_gradients(function, *step))
+        close(found(compiled, step), found(function, step))
     return counter.frame_count
 
 
@@ -127,13 +127,28 @@ CALLS: dict[str, Call] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+# The others go through the code of these.
+MOST = [
+    *(f"cross_entropy {o}" for o in ("temperature", "softcap", "z_loss", "label_smoothing")),
+    *("cross_entropy others", "cross_entropy soft", "cross_entropy stats"),
+    *("entropy base", "log_prob_and_entropy", "kl_div temperature", "js_div"),
+    *("skew_kl_div reverse", "alpha_div", "renyi_div", "js_div pointwise", "topk_kl_div"),
+    *("linear_cross_entropy label_smoothing", "linear_cross_entropy rows"),
+    *("linear_log_prob_and_entropy", "linear_kl_div", "linear_js_div"),
+]
+SOME = ["cross_entropy label_smoothing", "cross_entropy soft", "entropy base"]
+SOME += ["js_div", "alpha_div", "topk_kl_div"]
+
+
+@pytest.mark.parametrize("name", nightly_but(MOST, CALLS))
 def test_two_graphs(name: str) -> None:
     assert count(CALLS[name], steps_of()) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("linear")])
+@pytest.mark.parametrize(
+    "name", nightly_but(SOME, [name for name in CALLS if not name.startswith("linear")])
+)
 def test_two_graphs_of_the_reference(name: str) -> None:
     """Where there is no kernel, or a transform of torch.func is compiled."""
     with fastdiv.backend("reference"):
@@ -170,7 +185,11 @@ def modules() -> dict[str, tuple[torch.nn.Module, str]]:
     }
 
 
-@pytest.mark.parametrize("name", modules())
+SET_LATER = ["CrossEntropyLoss temperature", "KLDivLoss", "LabelSmoothingLoss", "LinearKLDivLoss"]
+SET_LATER += [f"DistillationLoss {option}" for option in ("alpha", "temperature", "beta")]
+
+
+@pytest.mark.parametrize("name", nightly_but(SET_LATER, modules()))
 def test_two_graphs_of_a_module(name: str) -> None:
     """Its attributes are set from step to step."""
     module, option = modules()[name]
@@ -203,12 +222,10 @@ def test_two_graphs_of_a_module(name: str) -> None:
 
 def test_special_points_have_graphs_of_their_own() -> None:
     """At the two ends of beta another divergence is meant."""
-    for name in ("js_div", "cross_entropy label_smoothing"):
-        torch._dynamo.reset()
-        values = (0.5, 0.4, 0.0, 0.3, 1.0)
-        first = count(CALLS[name], steps_of(values))
-        torch._dynamo.reset()
-        assert count(CALLS[name], steps_of((*values, 0.2, 0.0, 0.6, 1.0, 0.1))) == first
+    values = (0.5, 0.4, 0.0, 0.3, 1.0)
+    first = count(CALLS["js_div"], steps_of(values))
+    torch._dynamo.reset()
+    assert count(CALLS["js_div"], steps_of((*values, 0.2, 0.0, 0.6, 1.0, 0.1))) == first
 
 
 def test_bad_values_are_refused_by_the_second_graph() -> None:
@@ -231,7 +248,10 @@ def test_an_option_and_the_batch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["js_div", "cross_entropy label_smoothing", "linear_cross_entropy temperature"]
+    "name",
+    nightly_but(
+        ["linear_cross_entropy temperature"], ["js_div", "linear_cross_entropy temperature"]
+    ),
 )
 def test_inductor(name: str) -> None:
     assert count(CALLS[name], steps_of(), "inductor") == 2

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 
 import fastdiv
+from helpers.checkout import ROOT
 from helpers.programs import (
     CUDA_FLAGS,
     CUDA_SOURCES,
     FEW_LOSSES,
-    ROOT,
     SHIM,
     build,
     build_extension,

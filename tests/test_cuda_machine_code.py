@@ -21,7 +21,8 @@ import pytest
 import torch
 
 import fastdiv._C as native
-from helpers.programs import DIVERGENCE_POLICIES, POLICY_COUNT, ROOT
+from helpers.checkout import ROOT
+from helpers.programs import DIVERGENCE_POLICIES, POLICY_COUNT
 
 needs_cuda_build = pytest.mark.skipif(
     not native.cuda_architectures, reason="built without nvcc, for CPU only"

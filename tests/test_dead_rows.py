@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastdiv
 from helpers.cases import KERNELS, Case, make_inputs
-from helpers.values import by_row, gradients, same
+from helpers.values import same, value_and_gradients
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 INF, NAN = torch.inf, torch.nan
 # Those with token weights.
 WEIGHTED = [
     case for case in KERNELS if not case.name.startswith("log_prob") and case.target != "none"
 ]
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastdiv.backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("junk", [NAN, INF, -INF])
@@ -34,7 +28,7 @@ def test_rows_that_do_not_count_are_zero_whatever_they_hold(case: Case, junk: fl
     if case.target == "labels":
         t[3] = -100  # ignored by label as well as by weight
     dead = weight == 0
-    expected = gradients(
+    expected = value_and_gradients(
         lambda x, t: case.call(x, t, reduction="sum", token_weight=weight[~dead]),
         x[~dead],
         t[~dead],
@@ -43,7 +37,7 @@ def test_rows_that_do_not_count_are_zero_whatever_they_hold(case: Case, junk: fl
     if t.is_floating_point():
         t[dead] = junk
     for reduction, divisor in (("none", 1.0), ("sum", 1.0), ("mean", 3.5), ("batchmean", 5.0)):
-        value, *grads = gradients(
+        value, *grads = value_and_gradients(
             lambda x, t, r=reduction: case.call(x, t, reduction=r, token_weight=weight), x, t
         )
         if reduction == "none":
@@ -60,7 +54,7 @@ def test_an_ignored_label_is_enough(smoothed: float) -> None:
     y = torch.tensor([3, 255, 0, 255])
     clean = F.cross_entropy(x, y, ignore_index=255, label_smoothing=smoothed)
     x[1], x[3] = NAN, -INF
-    value, dx = gradients(
+    value, dx = value_and_gradients(
         lambda x: fastdiv.cross_entropy(x, y, ignore_index=255, label_smoothing=smoothed), x
     )
     same(value, clean)
@@ -88,7 +82,7 @@ def test_no_row_counts(case: Case) -> None:
     x, logits = make_inputs((3, 9), torch.float32)
     t = case.make_target(x, logits)
     for reduction in ("mean", "sum", "batchmean", "none"):
-        value, *grads = gradients(
+        value, *grads = value_and_gradients(
             lambda x, t, r=reduction: case.call(x, t, reduction=r, token_weight=torch.zeros(3)),
             x,
             t,
@@ -101,7 +95,7 @@ def test_every_label_ignored() -> None:
     x, _ = make_inputs((3, 9), torch.float32)
     y = torch.full((3,), -100)
     for weight in (None, torch.rand(9)):
-        value, dx = gradients(lambda x, w=weight: fastdiv.cross_entropy(x, y, w), x)
+        value, dx = value_and_gradients(lambda x, w=weight: fastdiv.cross_entropy(x, y, w), x)
         assert value.isnan() and (dx == 0).all()
 
 
@@ -110,11 +104,13 @@ def test_empty_batch(case: Case) -> None:
     x, logits = torch.zeros(0, 7), torch.zeros(0, 7)
     t = case.make_target(x, logits)
     if case.name.startswith("log_prob"):
-        value, dx = gradients(lambda x: case.call(x, t), x)
+        value, dx = value_and_gradients(lambda x: case.call(x, t), x)
         assert value.shape[-1] == 0 and dx.shape == (0, 7)
         return
     for reduction in ("none", "sum", "mean", "batchmean"):
-        value, *grads = gradients(lambda x, t, r=reduction: case.call(x, t, reduction=r), x, t)
+        value, *grads = value_and_gradients(
+            lambda x, t, r=reduction: case.call(x, t, reduction=r), x, t
+        )
         assert all(grad.shape == (0, 7) for grad in grads)
         if reduction == "none":
             assert value.shape == (0,)
@@ -138,23 +134,31 @@ def test_statistics_of_an_empty_batch(soft: bool) -> None:
 # --- NaN stays in its row ---
 
 
-@pytest.mark.parametrize("junk", ["nan", "+inf", "all -inf"])
-@pytest.mark.parametrize("side", ["input", "target"])
-@pytest.mark.parametrize("case", KERNELS, ids=str)
+def junk_of(case: Case) -> list[str]:
+    """What makes a row NaN: a softcap makes infinities finite, of probabilities they are no row."""
+    finite = case.options.get("softcap") or case.target in ("log_probs", "probs")
+    return ["nan"] if finite else ["nan", "+inf", "all -inf"]
+
+
+NAN_ROWS = [
+    pytest.param(case, side, junk, id=f"{case}-{side}-{junk}")
+    for case in KERNELS
+    for side in (("input", "target") if case.soft else ("input",))
+    for junk in junk_of(case)
+]
+
+
+@pytest.mark.parametrize(("case", "side", "junk"), NAN_ROWS)
 def test_nan_stays_in_its_row(case: Case, side: str, junk: str) -> None:
-    if junk != "nan" and (case.options.get("softcap") or case.target in ("log_probs", "probs")):
-        pytest.skip("a softcap makes it finite; of probabilities it is no such row")
     x, logits = make_inputs((4, 700), torch.float32)
     t = case.make_target(x, logits)
-    if side == "target" and (t is None or not t.is_floating_point()):
-        pytest.skip("the target is not a matrix")
-    expected = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    expected = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
     row = x[2] if side == "input" else t[2]
     if junk == "all -inf":
         row.fill_(-INF)
     else:
         row[600] = NAN if junk == "nan" else INF
-    actual = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    actual = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
     assert actual[0][..., 2].isnan().all()
     clean = torch.tensor([0, 1, 3])
     assert actual[0][..., clean].equal(expected[0][..., clean])
@@ -170,16 +174,16 @@ def test_nan_stays_in_its_row(case: Case, side: str, junk: str) -> None:
         assert actual[2][2].isnan().any()
 
 
-def test_no_upstream_gradient_no_gradient_of_a_nan_row(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("torch's derivatives, where 0 times NaN is NaN")
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_no_upstream_gradient_no_gradient_of_a_nan_row() -> None:
+    """Torch's own derivatives, where 0 times NaN is NaN, do otherwise."""
     wrong = []
     for case in KERNELS:
         x, logits = make_inputs((3, 20), torch.float32)
         t = case.make_target(x, logits)
         x[1] = NAN
         leaves = [v.requires_grad_() for v in (x, t) if v is not None and v.is_floating_point()]
-        value = case.call(x, t, **by_row(case))
+        value = case.call(x, t, **case.per_row)
         upstream = torch.ones_like(value)
         upstream[..., 1] = 0
         grads = torch.autograd.grad(value, leaves, upstream)

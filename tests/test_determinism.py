@@ -6,41 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastdiv
-from helpers.cases import KERNELS, Case, make_inputs
-from helpers.recorder import Recorder
+from helpers.bits import backward_call, bits, evaluate, inputs, moved, statistics
+from helpers.cases import KERNELS, Case
 
 pytestmark = pytest.mark.usefixtures("isa")
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d)[6:])
-
-
-def bits(v: Tensor) -> Tensor:
-    """The same numbers as integers: NaN equals itself, -0 is not 0."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return v.detach().view(kinds[v.element_size()])
-
-
-def evaluate(case: Case, x: Tensor, t: Tensor | None, reduction: str = "none") -> list[Tensor]:
-    """Value, gradient of the logits, and gradient of a floating target; rows first.
-
-    The upstream gradient of a row is made from the row, and so is a matter of the row alone too.
-    """
-    options = {} if case.name.startswith("log_prob") else {"reduction": reduction}
-    x = x.detach().requires_grad_()
-    inputs = [x]
-    if t is not None and t.is_floating_point():
-        t = t.detach().requires_grad_()
-        inputs.append(t)
-    with fastdiv.backend("native"):
-        value = case.call(x, t, **options)
-        upstream = (
-            x.detach()[..., 0].to(value.dtype) if value.dim() else torch.tensor(1.3).to(value)
-        )
-        grads = torch.autograd.grad(value, inputs, upstream.expand_as(value))
-    return [value.movedim(-1, 0) if value.dim() else value, *grads]
 
 
 def assert_same(
@@ -56,17 +29,6 @@ def assert_same(
             f"{name} differs {what}: at {different[0].tolist()} {g[tuple(different[0])]} against "
             f"{e[tuple(different[0])]}, {len(different)} places"
         )
-
-
-def inputs(case: Case, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Rows of every kind: apart, close (the accurate sweep of KL), equal, with a masked class."""
-    x, teacher = make_inputs(shape, torch.float64)
-    teacher[1::4] = x[1::4] + 1e-3 * teacher[1::4]
-    teacher[2::4] = x[2::4]
-    if shape[1] > 1:
-        x[3::4, 1] = teacher[3::4, 1] = -torch.inf
-    x, teacher = x.to(dtype), teacher.to(dtype)
-    return x, case.make_target(x, teacher)
 
 
 def part(t: Tensor | None, rows: slice | list[int]) -> Tensor | None:
@@ -99,15 +61,6 @@ def test_neighbours(case: Case, dtype: torch.dtype) -> None:
         assert_same(shuffled, expected, order, "in another position")
 
 
-def moved(v: Tensor, offset: int) -> Tensor:
-    """The same matrix, rows further apart, first element ``offset`` elements off alignment."""
-    rows, classes = v.shape
-    stride = classes + 16
-    storage = v.new_full((rows * stride + 64,), 777.0)  # would show if it were read
-    place = storage.as_strided(v.shape, (stride, 1), offset)
-    return place.copy_(v)
-
-
 @EVERY_CASE
 @EVERY_DTYPE
 @pytest.mark.parametrize("classes", [67, 1031])
@@ -130,14 +83,6 @@ def test_alignment_in_place(case: Case, dtype: torch.dtype) -> None:
         over = moved(x, offset)
         torch.ops.fastdiv._row_backward_(args[0], over, *args[2:-2], False)
         assert torch.equal(bits(over), bits(dx)), f"{offset} elements further"
-
-
-def backward_call(case: Case, x: Tensor, t: Tensor | None) -> tuple[object, tuple, Tensor]:
-    """The op of the backward, its arguments, and its gradient of x."""
-    with Recorder() as record:
-        grads = evaluate(case, x, t)
-    (call,) = [c for c in record.calls if "backward" in str(c[0])]
-    return *call, grads[1]
 
 
 @EVERY_CASE
@@ -187,10 +132,6 @@ def test_forward_grad(case: Case, dtype: torch.dtype, shape: tuple[int, int]) ->
         value = -value  # the op is the cross entropy
     got = [value.movedim(-1, 0), over, *([case.of_target(dt, t)] if need_t else [])]
     assert_same(got, expected[: len(got)], slice(None), "from forward_grad")
-
-
-def statistics(case: Case, x: Tensor, t: Tensor | None) -> tuple[Tensor, fastdiv.Stats]:
-    return fastdiv.cross_entropy(x, t, reduction="none", return_stats=True, **case.options)
 
 
 @pytest.mark.parametrize("case", [c for c in KERNELS if c.name == "cross_entropy"], ids=str)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import fastdiv
+from helpers.checkout import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 if not DOCS.is_dir():
     pytest.skip("the pages are in the checkout only", allow_module_level=True)

@@ -6,46 +6,34 @@ reference: both are held to the rule, not only to one another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import fastdiv
-from helpers.cases import LOSSES, Case, make_inputs
-from helpers.values import by_row, gradients, same
+from helpers.cases import LOSSES, TARGET_TYPES, Case, as_type, make_inputs
+from helpers.values import same, value_and_gradients
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 INF, NAN = torch.inf, torch.nan
 FUNCTIONS = [fastdiv.kl_div, fastdiv.reverse_kl_div, fastdiv.js_div]
-TYPES = ["logits", "log_probs", "probs"]
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastdiv.backend(request.param):
-        yield request.param
-
-
-def as_type(logits: Tensor, kind: str) -> Tensor:
-    return {
-        "logits": logits,
-        "log_probs": logits.log_softmax(-1),
-        "probs": logits.softmax(-1),
-    }[kind]
 
 
 # --- masked classes: 0 * inf = 0 ---
 
+# Smoothing gives a masked class mass, as does a uniform rest; a softcap makes its logit finite.
+MASKABLE = [
+    case
+    for case in LOSSES
+    if not case.options.keys() & {"label_smoothing", "softcap"}
+    and case.options.get("missing") != "uniform"
+]
+
 
 @pytest.mark.parametrize("mask", [-INF, torch.finfo(torch.float32).min], ids=["-inf", "finfo.min"])
-@pytest.mark.parametrize("case", LOSSES, ids=str)
+@pytest.mark.parametrize("case", MASKABLE, ids=str)
 def test_a_class_masked_on_both_sides_is_as_if_it_were_not_there(case: Case, mask: float) -> None:
-    if case.options.keys() & {"label_smoothing", "softcap"}:
-        pytest.skip("smoothing gives the class mass, a softcap makes it finite")
-    if case.options.get("missing") == "uniform":
-        pytest.skip("gives the class mass")
     x, logits = make_inputs((4, 1100), torch.float32)
     # The whole first tile, one class further on and the last one; the labels are elsewhere.
     masked = torch.zeros(1100, dtype=torch.bool)
@@ -53,13 +41,15 @@ def test_a_class_masked_on_both_sides_is_as_if_it_were_not_there(case: Case, mas
     logits[:, masked] = -INF
     small = case.make_target(x[:, ~masked], logits[:, ~masked])
     t = case.make_target(x, logits)
-    expected = gradients(lambda x, t: case.call(x, t, **by_row(case)), x[:, ~masked], small)
+    expected = value_and_gradients(
+        lambda x, t: case.call(x, t, **case.per_row), x[:, ~masked], small
+    )
     if case.target == "labels":
         same(t, torch.arange(1100)[~masked][small])
     x[:, masked] = mask
     if case.target == "logits":
         t[:, masked] = mask
-    value, *grads = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    value, *grads = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
     # A square magnifies rounding, and on a GPU the classes behind the mask change places.
     tolerance = 2e-5 if case.options.get("alpha") == 2.0 else 2e-6
     same(value, expected[0], tolerance)
@@ -71,12 +61,12 @@ def test_a_class_masked_on_both_sides_is_as_if_it_were_not_there(case: Case, mas
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TARGET_TYPES)
 def test_teacher_mass_where_the_student_has_none(kind: str, dtype: torch.dtype) -> None:
     x, logits = make_inputs((3, 40), dtype)
     x[1, 5] = -INF
     t = as_type(logits.double(), kind).to(dtype)
-    value, dx, dt = gradients(
+    value, dx, dt = value_and_gradients(
         lambda x, t: fastdiv.kl_div(x, t, target_type=kind, reduction="none"), x, t
     )
     assert value[1] == INF and value[[0, 2]].isfinite().all()
@@ -89,20 +79,20 @@ def test_teacher_mass_where_the_student_has_none(kind: str, dtype: torch.dtype) 
     )
     # The other direction knows nothing of the class, and JS is bounded.
     for function in (fastdiv.reverse_kl_div, fastdiv.js_div):
-        value, dx, dt = gradients(
+        value, dx, dt = value_and_gradients(
             lambda x, t, f=function: f(x, t, target_type=kind, reduction="none"), x, t
         )
         assert value.isfinite().all() and dx.isfinite().all() and dt.isfinite().all()
         assert dx[1, 5] == 0
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TARGET_TYPES)
 def test_student_mass_where_the_teacher_has_none(kind: str) -> None:
     x, logits = make_inputs((3, 40), torch.float32)
     logits[1, 5] = -INF
     t = as_type(logits, kind)
     for function in FUNCTIONS:
-        value, dx, dt = gradients(
+        value, dx, dt = value_and_gradients(
             lambda x, t, f=function: f(x, t, target_type=kind, reduction="none"), x, t
         )
         assert value[[0, 2]].isfinite().all()
@@ -118,8 +108,8 @@ def test_student_mass_where_the_teacher_has_none(kind: str) -> None:
 def test_js_of_distributions_that_share_nothing_is_ln_2() -> None:
     x = torch.tensor([[0.0, -INF, 1.0, -INF]])
     t = torch.tensor([[-INF, 3.0, -INF, 0.0]])
-    for kind in TYPES:
-        value, dx, dt = gradients(
+    for kind in TARGET_TYPES:
+        value, dx, dt = value_and_gradients(
             lambda x, t, kind=kind: fastdiv.js_div(x, t, target_type=kind), x, as_type(t, kind)
         )
         same(value, torch.tensor(2.0).log())
@@ -130,13 +120,15 @@ def test_probabilities_of_exactly_zero() -> None:
     x, _ = make_inputs((2, 5), torch.float32)
     p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
     for function in FUNCTIONS:
-        value, dx, dp = gradients(
+        value, dx, dp = value_and_gradients(
             lambda x, p, f=function: f(x, p, target_type="probs", reduction="none"), x, p
         )
         infinite = function is fastdiv.reverse_kl_div
         assert (value == INF).all() if infinite else value.isfinite().all()
         assert dx.isfinite().all() and dp.isfinite().all() and (dp[p == 0] == 0).all()
-    value, dx, dp = gradients(lambda x, p: fastdiv.cross_entropy(x, p, reduction="none"), x, p)
+    value, dx, dp = value_and_gradients(
+        lambda x, p: fastdiv.cross_entropy(x, p, reduction="none"), x, p
+    )
     lq = x.log_softmax(-1)
     same(value, -(p * lq).sum(-1))
     same(dx, lq.exp() - p)
@@ -146,17 +138,17 @@ def test_probabilities_of_exactly_zero() -> None:
 def test_soft_target_of_zero_where_the_input_is_masked() -> None:
     x = torch.tensor([[1.0, -INF, 2.0]])
     p = torch.tensor([[0.5, 0.0, 0.5]])
-    value, dx, dp = gradients(lambda x, p: fastdiv.cross_entropy(x, p), x, p)
+    value, dx, dp = value_and_gradients(lambda x, p: fastdiv.cross_entropy(x, p), x, p)
     same(value, F.cross_entropy(x[:, [0, 2]], p[:, [0, 2]]))
     assert dx.isfinite().all() and dp.isfinite().all() and dx[0, 1] == 0
 
 
 def test_entropy_and_log_prob_with_masked_classes() -> None:
     x = torch.tensor([[0.0, -INF, 0.0, -INF], [2.0, -INF, -INF, -INF]])
-    value, dx = gradients(lambda x: fastdiv.entropy(x), x)
+    value, dx = value_and_gradients(lambda x: fastdiv.entropy(x), x)
     same(value, torch.tensor([2.0, 1.0]).log())
     assert (dx == 0).all()
-    value, dx = gradients(lambda x: fastdiv.log_prob(x, torch.tensor([1, 0])), x)
+    value, dx = value_and_gradients(lambda x: fastdiv.log_prob(x, torch.tensor([1, 0])), x)
     assert value.tolist() == [-INF, 0.0] and dx.isfinite().all()
 
 
@@ -167,7 +159,7 @@ def test_smoothing_over_a_masked_class_is_infinite_but_an_ignored_row_is_zero(
     x, _ = make_inputs((3, 9), torch.float32)
     x[1:, 4] = -INF
     y = torch.tensor([4, 2, -100])
-    value, dx = gradients(
+    value, dx = value_and_gradients(
         lambda x: fastdiv.cross_entropy(
             x, y, label_smoothing=0.1, smoothing=smoothing, reduction="none"
         ),
@@ -179,13 +171,13 @@ def test_smoothing_over_a_masked_class_is_infinite_but_an_ignored_row_is_zero(
     assert dx.isfinite().all() and (dx[2] == 0).all() and (dx[1] != 0).any()
 
 
-@pytest.mark.parametrize("case", LOSSES, ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in LOSSES if c.options.get("smoothing") != "others"], ids=str
+)
 def test_a_single_class(case: Case) -> None:
-    if case.options.get("smoothing") == "others":
-        pytest.skip("needs two classes")
     x, logits = torch.tensor([[3.0], [-5.0]]), torch.tensor([[1.0], [2.0]])
     t = case.make_target(x, logits)
-    value, *grads = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    value, *grads = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
     z = case.options.get("z_loss", 0.0)
     same(value, (z * x.squeeze(-1) ** 2).expand(value.shape))
     same(grads[0], 2 * z * x, 1e-7)

@@ -6,7 +6,6 @@ What all divergences have in common is tested through the table of cases.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from decimal import Context, Decimal, localcontext
 from functools import partial
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import make_inputs
-from edges import gradients, same
 from scipy import stats
 from scipy.spatial import distance
 from torch import Tensor
 
 import fastdiv
-from test_edge_rows import TYPES, as_type
+from helpers.cases import TARGET_TYPES, as_type, make_inputs
+from helpers.values import same, value_and_gradients
 
 INF, NAN = torch.inf, torch.nan
 NEW = [
@@ -38,12 +36,6 @@ NEW = [
 EVERY = pytest.mark.parametrize(("name", "options"), NEW, ids=str)
 
 
-@pytest.fixture(params=["auto", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    with fastdiv.backend(request.param):
-        yield
-
-
 def rows(name: str, x: Tensor, t: Tensor, kind: str = "logits", **options: Any) -> Tensor:
     return getattr(fastdiv, name)(x, t, target_type=kind, reduction="none", **options)
 
@@ -55,7 +47,7 @@ inputs = partial(make_inputs, (6, 40), torch.float64, scale=1.0)
 
 
 @pytest.mark.parametrize("alpha", [-1e-4, 1e-4, 1 - 1e-4, 1 + 1e-4, -3.0, 0.5, 4.0])
-def test_digits_next_to_the_limits(alpha: float, backend: None) -> None:
+def test_digits_next_to_the_limits(alpha: float, backend: str) -> None:
     """Against 50 digits."""
     x, t = inputs()
     names = ["alpha_div", "renyi_div"] if alpha > 0 else ["alpha_div"]
@@ -70,7 +62,7 @@ def test_digits_next_to_the_limits(alpha: float, backend: None) -> None:
         np.testing.assert_allclose(of_row, right[: len(of_row)], rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TARGET_TYPES)
 @pytest.mark.parametrize(
     ("name", "limit", "options", "near"),
     [
@@ -85,42 +77,42 @@ def test_digits_next_to_the_limits(alpha: float, backend: None) -> None:
     ],
 )
 def test_limits(
-    name: str, limit: str, options: dict[str, Any], near: dict[str, Any], kind: str, backend: None
+    name: str, limit: str, options: dict[str, Any], near: dict[str, Any], kind: str, backend: str
 ) -> None:
     """At the limit the very bits of the other divergence, next to it about its values."""
     x, logits = inputs()
     t = as_type(logits, kind)
-    expected = gradients(lambda x, t: rows(limit, x, t, kind), x, t)
-    at = gradients(lambda x, t: rows(name, x, t, kind, **options), x, t)
+    expected = value_and_gradients(lambda x, t: rows(limit, x, t, kind), x, t)
+    at = value_and_gradients(lambda x, t: rows(name, x, t, kind, **options), x, t)
     assert all(a.equal(b) for a, b in zip(at, expected, strict=True))
-    by = gradients(lambda x, t: rows(name, x, t, kind, **{**options, **near}), x, t)
+    by = value_and_gradients(lambda x, t: rows(name, x, t, kind, **{**options, **near}), x, t)
     # The formula's slope along p itself, which logits do not see, has no limit at alpha = 1.
     sides = 3 if kind == "logits" or limit == "reverse_kl_div" or name == "skew_kl_div" else 2
     for a, b in zip(by[:sides], expected[:sides], strict=True):
         same(a, b, 3e-5)
 
 
-def test_js_jumps_at_the_ends_of_beta(backend: None) -> None:
+def test_js_jumps_at_the_ends_of_beta(backend: str) -> None:
     x, t = inputs()
     for beta, end in ((1e-9, 0.0), (1 - 1e-9, 1.0)):
         assert (rows("js_div", x, t, beta=beta) < 1e-6).all()
         assert (rows("js_div", x, t, beta=end) > 0.1).all()
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TARGET_TYPES)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_all_skew_is_zero(kind: str, reverse: bool, backend: None) -> None:
+def test_all_skew_is_zero(kind: str, reverse: bool, backend: str) -> None:
     x, t = inputs(scale=5.0)
     x[0, 1] = t[0, 2] = x[0, 3] = t[0, 3] = -INF
     all_skew = partial(rows, "skew_kl_div", kind=kind, skew=1, reverse=reverse)
-    assert all((result == 0).all() for result in gradients(all_skew, x, as_type(t, kind)))
+    assert all((result == 0).all() for result in value_and_gradients(all_skew, x, as_type(t, kind)))
 
 
 # --- identities -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_identities(kind: str, backend: None) -> None:
+@pytest.mark.parametrize("kind", TARGET_TYPES)
+def test_identities(kind: str, backend: str) -> None:
     x, logits = inputs(scale=2.0)
     t = as_type(logits, kind)
     of = partial(rows, x=x, t=t, kind=kind)
@@ -146,8 +138,8 @@ def test_identities(kind: str, backend: None) -> None:
     assert (growing.diff(dim=0) > 0).all()
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_values_of_scipy(kind: str, backend: None) -> None:
+@pytest.mark.parametrize("kind", TARGET_TYPES)
+def test_values_of_scipy(kind: str, backend: str) -> None:
     x, logits = inputs()
     q, p = (v.softmax(-1).cpu().numpy() for v in (x, logits))
     t = as_type(logits, kind)
@@ -160,7 +152,7 @@ def test_values_of_scipy(kind: str, backend: None) -> None:
     np.testing.assert_allclose(rows("hellinger_distance", x, t, kind).cpu(), squared)
 
 
-def test_probabilities_that_do_not_add_up_to_one(backend: None) -> None:
+def test_probabilities_that_do_not_add_up_to_one(backend: str) -> None:
     x, logits = inputs()
     q, p = x.softmax(-1), 1.7 * logits.softmax(-1)
     of = partial(rows, x=x, t=p, kind="probs")
@@ -177,14 +169,14 @@ def test_probabilities_that_do_not_add_up_to_one(backend: None) -> None:
 # --- edges ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TARGET_TYPES)
 @pytest.mark.parametrize("alone", ["teacher", "student", "both"])
 @pytest.mark.parametrize(
     ("name", "alpha"),
     [*(("alpha_div", a) for a in (-0.5, 0.3, 2.0)), *(("renyi_div", a) for a in (0.3, 2.0))],
 )
 def test_an_infinite_power_is_a_constant(
-    name: str, alpha: float, alone: str, kind: str, backend: None
+    name: str, alpha: float, alone: str, kind: str, backend: str
 ) -> None:
     x, logits = inputs()
     x[:, 7] = logits[:, 7] = -INF
@@ -203,15 +195,15 @@ def test_an_infinite_power_is_a_constant(
         return (total - 1) / (alpha * (alpha - 1))
 
     t = as_type(logits, kind)
-    value, *expected = gradients(finite, x, t)
+    value, *expected = value_and_gradients(finite, x, t)
     if (alpha > 1 and alone != "student") or (alpha < 0 and alone != "teacher"):
         value = torch.full_like(value, INF)
-    actual = gradients(lambda x, t: rows(name, x, t, kind, alpha=alpha), x, t)
+    actual = value_and_gradients(lambda x, t: rows(name, x, t, kind, alpha=alpha), x, t)
     for got, want in zip(actual, (value, *expected), strict=True):
         same(got, want, 1e-10)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TARGET_TYPES)
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
@@ -227,12 +219,12 @@ def test_an_infinite_power_is_a_constant(
     ],
 )
 def test_nothing_shared(
-    name: str, options: dict[str, Any], expected: float, kind: str, backend: None
+    name: str, options: dict[str, Any], expected: float, kind: str, backend: str
 ) -> None:
     """Neither side sees the other, so there is nothing to be gained by moving a little."""
     x = torch.tensor([[0.0, -INF, 1.0, -INF, -INF]])
     t = as_type(torch.tensor([[-INF, 3.0, -INF, 0.0, -INF]]), kind)
-    value, dx, dt = gradients(lambda x, t: rows(name, x, t, kind, **options), x, t)
+    value, dx, dt = value_and_gradients(lambda x, t: rows(name, x, t, kind, **options), x, t)
     same(value, torch.tensor([expected]))
     same(dx, torch.zeros_like(dx))
     assert dt.isfinite().all()
@@ -241,26 +233,28 @@ def test_nothing_shared(
 
 
 @EVERY
-def test_equal_classes(name: str, options: dict[str, Any], backend: None) -> None:
+def test_equal_classes(name: str, options: dict[str, Any], backend: str) -> None:
     """Total variation has a kink at p = q: no slope there, nor anywhere else for equal rows."""
     x, _ = inputs(scale=3.0)
-    for result in gradients(lambda x, t: rows(name, x, t, **options), x, x.clone()):
+    for result in value_and_gradients(lambda x, t: rows(name, x, t, **options), x, x.clone()):
         same(result, torch.zeros_like(result), 1e-14)
     if name == "tv_distance":
         q = torch.tensor([[0.5, 0.25, 0.25]])
         p = torch.tensor([[0.5, 0.125, 0.375]])
-        _, dx, dp = gradients(lambda x, t: rows(name, x, t, "probs"), q.log(), p)
+        _, dx, dp = value_and_gradients(lambda x, t: rows(name, x, t, "probs"), q.log(), p)
         same(dx, q / 2 * torch.tensor([0.0, 1, -1]))
         assert dp.tolist() == [[0, -0.5, 0.5]]
 
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 7.0])
-def test_renyi_does_not_overflow(alpha: float, backend: None) -> None:
+def test_renyi_does_not_overflow(alpha: float, backend: str) -> None:
     x = torch.tensor([[200.0, -200, 0, 3], [-200, 200, 200, 0], [200, 199, -200, -200]])
     t = torch.tensor([[-200.0, 200, 1, 3], [200, 200, -200, 0], [199, 200, 200, -200]])
-    actual = gradients(partial(rows, "renyi_div", alpha=alpha), x, t)
+    actual = value_and_gradients(partial(rows, "renyi_div", alpha=alpha), x, t)
     with fastdiv.backend("reference"):
-        exact = gradients(lambda x, t: rows("renyi_div", x, t, alpha=alpha), x.double(), t.double())
+        exact = value_and_gradients(
+            lambda x, t: rows("renyi_div", x, t, alpha=alpha), x.double(), t.double()
+        )
     for got, want in zip(actual, exact, strict=True):
         assert got.isfinite().all()
         same(got, want.float(), 3e-6)
@@ -274,8 +268,8 @@ def test_next_to_zero(name: str, options: dict[str, Any]) -> None:
     t = x + 4e-4 * noise
     function = partial(rows, name, **options)
     with fastdiv.backend("reference"):
-        truth = gradients(function, x.double(), t.double())
-    results = zip(gradients(function, x, t), truth, strict=True)
+        truth = value_and_gradients(function, x.double(), t.double())
+    results = zip(value_and_gradients(function, x, t), truth, strict=True)
     for got, want in list(results)[: 1 if name == "tv_distance" else 3]:  # whose slope is a sign
         error, size = (v.reshape(len(x), -1).norm(dim=-1) for v in (got - want, want))
         assert (error <= 1e-5 * size).all()

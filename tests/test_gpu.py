@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import fastdiv
+from helpers.bits import bits, evaluate, inputs, moved
 from helpers.cases import LOSSES, Case, make_inputs
-from helpers.values import by_row
-from test_determinism import bits, evaluate, inputs, moved
 
 pytestmark = pytest.mark.gpu
 EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
@@ -74,7 +73,7 @@ def test_graph(case: Case, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     leaves = leaves_of(x, t)
 
     def step() -> list[Tensor]:
-        value = case.call(x, t, **by_row(case))
+        value = case.call(x, t, **case.per_row)
         return [value, *torch.autograd.grad(value, leaves, torch.ones_like(value))]
 
     graph, captured = capture(step)

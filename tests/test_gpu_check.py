@@ -11,7 +11,7 @@ import gpu_build
 import gpu_check
 import gpu_steps
 from gpu_steps import Check, Step
-from test_bench_processes import wait_until_ended
+from helpers.processes import wait_until_ended
 
 pytestmark = pytest.mark.cpu_only("no GPU is used")
 

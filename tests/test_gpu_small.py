@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.bits import backward_call, bits, evaluate, inputs, moved, statistics
 from helpers.cases import LOSSES, Case
-from test_determinism import backward_call, bits, evaluate, inputs, moved, statistics
 
-pytestmark = pytest.mark.skipif(
-    torch.get_default_device().type == "cpu" and not os.environ.get("FASTDIV_DRY_RUN"),
-    reason="compares --device with the CPU",
-)
+pytestmark = pytest.mark.beside_cpu
 
 # Rows for a warp, for blocks of either size, for clusters of two and of eight.
 CLASSES = [37, 1021, 2500, 9001, 40009]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,25 +15,16 @@ import fastdiv
 import fastdiv.distributed as sharded
 from helpers import shard_arguments
 from helpers.cases import PUBLIC_LOSSES
-from helpers.in_place_calls import PROGRAMS, leaf, one_process, takes_it, target_of
+from helpers.in_place_calls import PROGRAMS, leaf, takes_it, target_of
 from helpers.ranks import Ranks
 from helpers.values import same
+
+pytestmark = pytest.mark.usefixtures("gloo")
 
 # Of the options of one function and its module, one.
 SOME = {name: p for name, p in PROGRAMS.items() if not p[0].options}
 EVERY_PROGRAM = pytest.mark.parametrize("name", PROGRAMS)
 SOME_PROGRAMS = pytest.mark.parametrize("name", SOME)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    yield from one_process()
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastdiv.backend(request.param):
-        yield request.param
 
 
 def test_every_function_and_module_is_looked_at() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,23 +14,14 @@ import fastdiv.distributed as sharded
 from fastdiv._engine.inference import savable
 from helpers import shard_arguments
 from helpers.cases import LOSSES, PUBLIC_LOSSES, make_inputs
-from helpers.in_place_calls import PROGRAMS, leaf, one_process, target_of
+from helpers.in_place_calls import PROGRAMS, leaf, target_of
 from helpers.linear_cases import TARGETS, LinearCase, make_case
 from helpers.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("gloo")
+
 # A loss of logits, of what it is called with besides, and of options.
 Loss = Callable[..., Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    yield from one_process()
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastdiv.backend(request.param):
-        yield request.param
 
 
 def inferred(v: Any) -> Any:
@@ -254,7 +245,7 @@ def test_patch_torch() -> None:
 
 
 def test_trl() -> None:
-    functions = pytest.importorskip("trl_functions")
+    functions = pytest.importorskip("helpers.trl_functions")
     x, t, y = leaf(2, 4, 9), torch.randn(2, 4, 9), torch.full((2, 4), 3)
     y[0] = -100
     for name in functions.WITH_JSD:

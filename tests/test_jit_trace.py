@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import fastdiv
@@ -211,21 +210,15 @@ def test_errors_while_tracing() -> None:
     assert "RowLoss" in type(graph).__name__  # the kernels are back
 
 
-def test_collectives_are_refused() -> None:
-    """Of sharded losses a trace would hold one rank's part."""
+def test_collectives_are_refused(gloo: None) -> None:
+    """Refuse to trace sharded losses: the trace would hold one rank's part."""
     x = torch.randn(3, CLASSES)
-    if not dist.is_available():
-        pytest.skip("torch without distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for function in (
-            fastdiv.distributed.entropy,
-            lambda x: fastdiv.distributed.token_mean(x.sum(), 3),
-        ):
-            with pytest.raises(RuntimeError, match="torch.jit.trace cannot record"):
-                traced(function, x)
-    finally:
-        dist.destroy_process_group()
+    for function in (
+        fastdiv.distributed.entropy,
+        lambda x: fastdiv.distributed.token_mean(x.sum(), 3),
+    ):
+        with pytest.raises(RuntimeError, match="torch.jit.trace cannot record"):
+            traced(function, x)
 
 
 @pytest.mark.parametrize("name", ["information_content", "entropy"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastdiv
 from helpers.cases import DTYPES, rand, randn
-from helpers.linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
+from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
 
 TOLERANCE = {  # of values, and of gradients in units of the largest
     torch.float64: (1e-12, 1e-11),
@@ -38,7 +38,7 @@ def assert_agree(case: LinearCase, upstream: Tensor | None = None) -> None:
     dtype = case.leaves["input"].dtype
     of_values, of_gradients = TOLERANCE[dtype]
     with fastdiv.backend("native"):
-        value, gradients = value_and_gradients(case.call, case.leaves, upstream)
+        value, gradients = named_gradients(case.call, case.leaves, upstream)
     truth, expected = case.truth(upstream)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     size = float(truth[truth.isfinite()].abs().max()) if truth.isfinite().any() else 0.0
@@ -151,10 +151,10 @@ def test_options_in_combination(case: LinearCase) -> None:
 def test_chunk_sizes_do_not_matter(name: str, target: str, reduction: str) -> None:
     options = {} if name == "log_prob_and_entropy" else {"reduction": reduction}
     case = make_case(name, (50,), target=target, dtype=torch.float64, **options)
-    expected = value_and_gradients(case.call, case.leaves)
+    expected = named_gradients(case.call, case.leaves)
     for size in (1, 7, 49, 50, 51, 1000):
         case.options["chunk_size"] = size
-        got = value_and_gradients(case.call, case.leaves)
+        got = named_gradients(case.call, case.leaves)
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
 
 
@@ -165,9 +165,9 @@ def test_rows_that_do_not_count_may_hold_anything(reduction: str, dtype: torch.d
     assert case.label is not None
     case.label[[0, 7, 20]] = -100
     case.options["token_weight"] = torch.ones(37).index_fill_(0, torch.tensor([3, 36]), 0.0)
-    expected = value_and_gradients(case.call, case.leaves)
+    expected = named_gradients(case.call, case.leaves)
     case.leaves["input"][[0, 3, 7, 20, 36]] = math.nan
-    got = value_and_gradients(case.call, case.leaves)
+    got = named_gradients(case.call, case.leaves)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert (got[1]["input"][[0, 3, 7, 20, 36]] == 0).all()
 
@@ -192,7 +192,7 @@ def test_rows_that_do_not_count_are_not_multiplied(monkeypatch: pytest.MonkeyPat
 def test_no_row_counts(reduction: str) -> None:
     case = make_case(rows=(4,), reduction=reduction)
     case.label = torch.full((4,), -100)
-    value, gradients = value_and_gradients(case.call, case.leaves)
+    value, gradients = named_gradients(case.call, case.leaves)
     assert value.isnan().all() if reduction == "mean" else (value == 0).all()
     assert all((g == 0).all() for g in gradients.values())
 
@@ -222,12 +222,12 @@ def test_statistics() -> None:
 def test_strides_and_shapes() -> None:
     """Hidden states, weight and target as they come."""
     case = make_case("kl_div", (6, 5), target="hidden", dtype=torch.float64)
-    expected = value_and_gradients(case.call, case.leaves)[0]
+    expected = named_gradients(case.call, case.leaves)[0]
     strided = {
         k: v.movedim(0, -1).contiguous().movedim(-1, 0) if v.dim() > 1 else v
         for k, v in case.leaves.items()
     }
-    torch.testing.assert_close(value_and_gradients(case.call, strided)[0], expected)
+    torch.testing.assert_close(named_gradients(case.call, strided)[0], expected)
     one = make_case(rows=(), dtype=torch.float64, reduction="none")
     assert one.call().shape == ()
     assert_agree(one)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.cases import DTYPES
-from helpers.linear_cases import make_case, value_and_gradients
+from helpers.linear_cases import make_case, named_gradients
 
 # Root mean square errors of the value, of the gradients of the student's tensors and of the
 # teacher's, in ulps of the root mean square result.  A logit of about 10 is a sum of 64 products
@@ -59,8 +59,8 @@ def test_accept_rule(
 
     table = IN_HALVES if in_halves else IN_FLOAT
     ulps = ROUNDED_ONCE if dtype != torch.float32 and not in_halves else table[target]
-    ours = side_by_side(value_and_gradients(case.call, case.leaves))
-    plain = side_by_side(value_and_gradients(eager, case.leaves))
+    ours = side_by_side(named_gradients(case.call, case.leaves))
+    plain = side_by_side(named_gradients(eager, case.leaves))
     names = ["value", *case.leaves]
     for name, our, their, true in zip(names, ours, plain, side_by_side(case.truth()), strict=True):
         error, theirs = ((v.double() - true).square().mean().sqrt() for v in (our, their))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiv
 from fastdiv._linear import tiles
-from helpers.linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
+from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
 
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
 ROWS, HIDDEN, CLASSES, TEACHER = 6, 8, 30, 5
@@ -30,7 +30,7 @@ def small_case(name: str, target: str, **options: Any) -> LinearCase:
 
 def count(call: Any, leaves: dict[str, Tensor]) -> int:
     with FlopCounterMode(display=False) as counter:
-        value_and_gradients(call, leaves)
+        named_gradients(call, leaves)
     return counter.get_total_flops()
 
 
@@ -81,7 +81,7 @@ def test_the_products_that_run(
     with monkeypatch.context() as patched:
         patched.setattr(tiles, "multiply", noted)
         patched.setattr(tiles, "_add_product", added)
-        value_and_gradients(case.call, case.leaves)
+        named_gradients(case.call, case.leaves)
     assert count(case.call, case.leaves) == sum(ran)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastdiv
 from fastdiv._linear.tiles import product_dtype
-from helpers.linear_cases import TARGETS, LinearCase, make_case, value_and_gradients
+from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
 
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -44,7 +44,7 @@ def test_products_of_halves() -> None:
             case = make_case(
                 name, (33,), target=target, dtype=torch.bfloat16, chunk_size=8, **options
             )
-            value, gradients = value_and_gradients(case.call, case.leaves)
+            value, gradients = named_gradients(case.call, case.leaves)
             truth, expected = case.truth()
             torch.testing.assert_close(value.double(), truth, rtol=3e-2, atol=3e-2)
             for key, g in gradients.items():
@@ -97,7 +97,7 @@ def test_a_gradient_is_rounded_once(name: str, target: str, reduction: str) -> N
     layers = [k for k in case.leaves if k != "target" or target == "hidden"]
     for k in layers:
         case.leaves[k] = (case.leaves[k].clamp(-2, 2) * 2).round() / 2
-    _, gradients = value_and_gradients(case.call, case.leaves)
+    _, gradients = named_gradients(case.call, case.leaves)
     for key, exact in gradients_rounded_once(case).items():
         error, of_rounding = (
             (g.double() - exact).norm().item() for g in (gradients[key], exact.bfloat16())
@@ -111,9 +111,9 @@ def test_a_gradient_is_rounded_once(name: str, target: str, reduction: str) -> N
 def test_no_farther_from_the_truth_than_eager_torch(name: str, target: str, reduction: str) -> None:
     """Which rounds the logits, their gradient and the results, too."""
     case = half_case(name, target, reduction, 300, hidden=32, classes=600, teacher_hidden=9)
-    _, ours = value_and_gradients(case.call, case.leaves)
+    _, ours = named_gradients(case.call, case.leaves)
     with fastdiv.backend("reference"):
-        _, theirs = value_and_gradients(case.unfused, case.leaves)
+        _, theirs = named_gradients(case.unfused, case.leaves)
     _, truth = case.truth()
     for key, exact in truth.items():
         error, allowed = ((g[key].double() - exact).norm().item() for g in (ours, theirs))

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastdiv
 from helpers.cases import LOSSES, Case, make_inputs
-from helpers.values import by_row, gradients, same
+from helpers.values import same, value_and_gradients
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 FUNCTIONS = [fastdiv.kl_div, fastdiv.reverse_kl_div, fastdiv.js_div]
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastdiv.backend(request.param):
-        yield request.param
 
 
 # --- F: nothing to average ---
@@ -38,7 +32,7 @@ def test_ignore_index_outside_the_classes_with_class_weights(ignore_index: int) 
     # weight[label] of an ignored label reads outside of the weights.
     x, weight = torch.randn(3, 5), torch.rand(5)
     y = torch.tensor([1, ignore_index, 4])
-    value, dx = gradients(
+    value, dx = value_and_gradients(
         lambda x: fastdiv.cross_entropy(x, y, weight, ignore_index=ignore_index), x
     )
     same(value, F.cross_entropy(x[[0, 2]], y[[0, 2]], weight))
@@ -85,18 +79,18 @@ def test_loss_of_half_logits_is_float32(case: Case, dtype: torch.dtype) -> None:
     # 11.125 for 11.1466.
     x, logits = make_inputs((3, 1000), dtype)
     t = case.make_target(x, logits)
-    value, *grads = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    value, *grads = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
     assert value.dtype == torch.float32 and all(grad.dtype == dtype for grad in grads)
-    same(value, case.truth(x, t, **by_row(case)), 2e-5)
+    same(value, case.truth(x, t, **case.per_row), 2e-5)
 
 
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_autocast_changes_nothing(case: Case) -> None:
     x, logits = make_inputs((3, 50), torch.float32)
     t = case.make_target(x, logits)
-    expected = case.call(x, t, **by_row(case))
+    expected = case.call(x, t, **case.per_row)
     with torch.autocast(x.device.type, torch.bfloat16):
-        actual = case.call(x, t, **by_row(case))
+        actual = case.call(x, t, **case.per_row)
     assert actual.equal(expected)
 
 
@@ -106,7 +100,7 @@ def test_gradient_is_zero_where_both_are_equal(function, kind: str) -> None:
     # -0.25 for a total variation; and nothing but rounding for these.
     p = torch.tensor([[0.125, 0.5, 0.25, 0.125]])
     t = p if kind == "probs" else p.log()
-    value, dx, dt = gradients(lambda x, t: function(x, t, target_type=kind), p.log(), t)
+    value, dx, dt = value_and_gradients(lambda x, t: function(x, t, target_type=kind), p.log(), t)
     assert abs(value) < 1e-7 and dx.abs().max() < 1e-7
     # Of unnormalised rows the derivative of KL(p || q) is 1 and of KL(q || p) -1, times p for logs.
     # JS is homogeneous with f = 0 at p = q.
@@ -121,7 +115,9 @@ def test_gradient_is_zero_where_both_are_equal(function, kind: str) -> None:
 def test_soft_targets_that_do_not_sum_to_one() -> None:
     # The gradient is (sum p) q - p.  Loss 6.32 for 3.15 where sum p = 1 is taken for granted.
     x, p = torch.randn(3, 7), torch.rand(3, 7)
-    value, dx, dp = gradients(lambda x, p: fastdiv.cross_entropy(x, p, reduction="none"), x, p)
+    value, dx, dp = value_and_gradients(
+        lambda x, p: fastdiv.cross_entropy(x, p, reduction="none"), x, p
+    )
     same(value, F.cross_entropy(x, p, reduction="none"))
     same(dx, p.sum(-1, keepdim=True) * x.softmax(-1) - p)
     same(dp, -x.log_softmax(-1))
@@ -166,10 +162,12 @@ def test_kl_is_not_the_soft_cross_entropy(function) -> None:
 )
 def test_temperature_is_not_squared_unless_asked(function, module) -> None:
     x, t = torch.randn(3, 9), torch.randn(3, 9)
-    plain = gradients(lambda x, t: function(x / 2, t / 2, target_type="logits"), x, t)
-    loss = gradients(lambda x, t: function(x, t, target_type="logits", temperature=2.0), x, t)
+    plain = value_and_gradients(lambda x, t: function(x / 2, t / 2, target_type="logits"), x, t)
+    loss = value_and_gradients(
+        lambda x, t: function(x, t, target_type="logits", temperature=2.0), x, t
+    )
     options = {"target_type": "logits", "temperature": 2.0}
-    scaled = gradients(module(**options, scale_by_temperature=True), x, t)
+    scaled = value_and_gradients(module(**options, scale_by_temperature=True), x, t)
     for a, b, c in zip(plain, loss, scaled, strict=True):
         same(b, a)
         same(c, 4 * a)  # value and gradient: scaling the one only is another trap
@@ -191,16 +189,20 @@ def test_the_teacher_gets_its_gradient(case: Case) -> None:
     x, logits = make_inputs((3, 20), torch.float64)
     t = case.make_target(x, logits)
     with fastdiv.backend("reference"):
-        want = gradients(lambda t: case.call(x, t), t)[1]
+        want = value_and_gradients(lambda t: case.call(x, t), t)[1]
     assert want.abs().max() > 1e-3
-    same(gradients(lambda t: case.call(x, t), t)[1], want, 1e-12)  # alone, without that of x
+    same(
+        value_and_gradients(lambda t: case.call(x, t), t)[1], want, 1e-12
+    )  # alone, without that of x
     assert not case.call(x, t.requires_grad_()).detach().requires_grad
 
 
 def test_z_loss_is_differentiable() -> None:
     x, y = torch.randn(3, 9), torch.tensor([0, 4, -100])
-    actual = gradients(lambda x: fastdiv.cross_entropy(x, y, z_loss=0.5, reduction="sum"), x)
-    expected = gradients(
+    actual = value_and_gradients(
+        lambda x: fastdiv.cross_entropy(x, y, z_loss=0.5, reduction="sum"), x
+    )
+    expected = value_and_gradients(
         lambda x: F.cross_entropy(x, y, reduction="sum") + 0.5 * (x[:2].logsumexp(-1) ** 2).sum(), x
     )
     same(actual[0], expected[0], 1e-5)
@@ -212,7 +214,7 @@ def test_an_upstream_gradient_of_zero(case: Case) -> None:
     x, logits = make_inputs((3, 20), torch.float32)
     t = case.make_target(x, logits)
     x.requires_grad_()
-    (case.call(x, t, **by_row(case)) * 0).sum().backward()
+    (case.call(x, t, **case.per_row) * 0).sum().backward()
     assert x.grad is not None and (x.grad == 0).all()
 
 

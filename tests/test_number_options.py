@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 import fastdiv
 import fastdiv.distributed as sharded
 from helpers.cases import PUBLIC_LOSSES
-from helpers.in_place_calls import one_process
+
+pytestmark = pytest.mark.usefixtures("gloo")
 
 # Every option that is a number, with one that it may be.
 NUMBERS = {
@@ -113,11 +114,6 @@ OPTIONS = [
     (name, option) for name, (known_by, _) in PROGRAMS.items() for option in numbers_of(known_by)
 ]
 EVERY_OPTION = pytest.mark.parametrize(("name", "option"), OPTIONS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    yield from one_process()
 
 
 def value_of(result: Any) -> Tensor:

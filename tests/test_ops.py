@@ -10,16 +10,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiv
-from helpers.cases import KERNELS, Case, make_inputs
+from helpers.cases import KERNELS, KINDS, Case, make_inputs
 from helpers.recorder import Recorder
 
 EVERY_CASE = pytest.mark.parametrize("case", KERNELS, ids=str)
 REDUCIBLE = [c for c in KERNELS if "log_prob" not in c.name]
 WITH_TARGET = [c for c in KERNELS if c.target not in ("labels", "none")]
-
-
-def per_row(case: Case) -> dict[str, str]:
-    return {} if "log_prob" in case.name else {"reduction": "none"}
 
 
 def op_calls(case: Case, dtype: torch.dtype, **options: Any) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -49,11 +45,11 @@ def detached(v: Any) -> Any:
     return v.detach() if isinstance(v, Tensor) else v
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("case", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_opcheck(case: Case, dtype: torch.dtype) -> None:
     """Schema, fake kernel and tracing, of every op (their autograd is our own Function)."""
-    calls = op_calls(case, dtype, **per_row(case))
+    calls = op_calls(case, dtype, **case.per_row)
     assert len({op for op, _ in calls}) == (5 if case.name == "cross_entropy" else 4)
     for op, args in calls:
         torch.library.opcheck(op, args)

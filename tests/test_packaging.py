@@ -16,22 +16,13 @@ from types import ModuleType
 import pytest
 
 import fastdiv
-from helpers.programs import ROOT
+from helpers.checkout import ROOT, git_files
 
 pytestmark = pytest.mark.cpu_only("the package")
 
 # What an sdist leaves out: of use in a git checkout only, or large.
 LEFT_OUT = [".ci/*", ".git*", ".editorconfig", ".pre-commit-config.yaml", "benchmarks/results/*"]
 LEFT_OUT += ["*.png"]
-
-
-def git_files(*which: str) -> set[str]:
-    """Skips the test outside of a checkout."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("needs a git checkout")
-    command = ["git", "ls-files", *which]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return {name for name in output.splitlines() if (ROOT / name).is_file()}
 
 
 def assert_same_files(packed: set[str], wanted: Callable[[str], bool]) -> None:
@@ -73,7 +64,7 @@ def test_one_version() -> None:
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def build_backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -84,22 +75,22 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize("torch, there", [("2.11.0+cpu", True), ("3.0", True), ("2.9.1", False)])
 def test_a_build_takes_the_torch_that_is_there(
-    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, torch: str, there: bool
+    build_backend: ModuleType, monkeypatch: pytest.MonkeyPatch, torch: str, there: bool
 ) -> None:
-    monkeypatch.setattr(backend, "version", lambda _: torch)
-    wanted = backend.get_requires_for_build_wheel()
+    monkeypatch.setattr(build_backend, "version", lambda _: torch)
+    wanted = build_backend.get_requires_for_build_wheel()
     assert wanted == (["wheel"] if there else ["wheel", "torch>=2.11", "numpy"])
 
 
 def test_a_build_asks_for_torch_where_there_is_none(
-    backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+    build_backend: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(backend, "version", missing)
-    assert "torch>=2.11" in backend.get_requires_for_build_editable()
-    assert backend.get_requires_for_build_sdist.__module__ == "setuptools.build_meta"
+    monkeypatch.setattr(build_backend, "version", missing)
+    assert "torch>=2.11" in build_backend.get_requires_for_build_editable()
+    assert build_backend.get_requires_for_build_sdist.__module__ == "setuptools.build_meta"
 
 
 def test_no_wheel_without_kernels(tmp_path: Path) -> None:

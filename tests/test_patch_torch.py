@@ -19,7 +19,8 @@ import fastdiv
 from fastdiv._engine import backend
 from fastdiv.integrations.torch import cross_entropy as replacement
 from fastdiv.integrations.torch.patch import TorchPatch
-from helpers.torch_patched import TORCHS, calls_of_ours, patched, torch_has_its_own, with_gradients
+from helpers.torch_patched import TORCHS, calls_of_ours, patched, torch_has_its_own
+from helpers.values import value_and_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +82,9 @@ def test_module(ours: list[Any]) -> None:
     x, y = torch.randn(3, 9), torch.tensor([0, 8, 3])
     for given in ({}, {"weight": torch.rand(9)}, {"ignore_index": 8, "reduction": "sum"}):
         module = nn.CrossEntropyLoss(**given)
-        expected = with_gradients(lambda x, module=module: module(x, y), x)
+        expected = value_and_gradients(lambda x, module=module: module(x, y), x)
         with fastdiv.patch_torch():
-            got = with_gradients(lambda x, module=module: module(x, y), x)
+            got = value_and_gradients(lambda x, module=module: module(x, y), x)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
     assert len(ours) == 3
@@ -190,10 +191,10 @@ def test_compile(first: str) -> None:
     module = nn.CrossEntropyLoss(label_smoothing=0.1)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x, y = torch.randn(3, 9), torch.tensor([0, 8, 3])
-    expected = with_gradients(lambda x: module(x, y), x)
+    expected = value_and_gradients(lambda x: module(x, y), x)
 
     def check(kernel: bool) -> None:
-        got = with_gradients(lambda x: compiled(x, y), x)
+        got = value_and_gradients(lambda x: compiled(x, y), x)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
         assert ("fastdiv::_row_forward" in ops(lambda: compiled(x, y))) == kernel

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastdiv
 from helpers.cases import LOSSES, Case, rand, randn
+from helpers.values import uneven, value_and_gradients
 
 # One instruction set a test, drawn outside of hypothesis.
 pytestmark = pytest.mark.usefixtures("isa")
@@ -115,14 +116,10 @@ def problems(draw: st.DrawFn) -> tuple[Case, Tensor, Tensor | None, dict[str, An
 def gradients(
     case: Case, x: Tensor, t: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, list[Tensor]]:
-    x = x.detach().requires_grad_()
-    leaves = [x]
-    if t is not None and t.is_floating_point():
-        t = t.detach().requires_grad_()
-        leaves.append(t)
-    value = case.call(x, t, **options)
-    upstream = torch.linspace(1, 2, value.numel()).to(value).view_as(value)
-    return value.detach(), list(torch.autograd.grad(value, leaves, upstream))
+    value, *grads = value_and_gradients(
+        lambda x, t: case.call(x, t, **options), x, t, upstream=uneven
+    )
+    return value, grads
 
 
 def assert_near(got: Tensor, expected: Tensor, relative: float, what: str, size: float) -> None:

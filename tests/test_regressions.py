@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,19 +9,13 @@ from torch import Tensor
 
 import fastdiv
 from helpers.cases import LOSSES, Case, make_inputs
-from helpers.values import by_row, gradients, same
+from helpers.values import same, value_and_gradients
 
 INF = torch.inf
 FUNCTIONS = [fastdiv.kl_div, fastdiv.reverse_kl_div, fastdiv.js_div]
 SOFT = [case for case in LOSSES if case.target != "labels" and case.target != "none"]
 # Those with an in-place backward.
 IN_PLACE = [c for c in LOSSES if not c.name.startswith("log_prob") and c.target != "none"]
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastdiv.backend(request.param):
-        yield request.param
 
 
 def inputs(case: Case, shape: tuple[int, int] = (4, 601)) -> tuple[Tensor, Tensor | None]:
@@ -52,7 +44,9 @@ def test_js_of_log_probs_that_underflow(backend: str) -> None:
     x = torch.tensor([[0.0, -120.0, -150.0]])
     t = torch.tensor([[-1e-7, -130.0, -110.0]])
     for kind in ("logits", "log_probs"):
-        value, dx, dt = gradients(lambda x, t, k=kind: fastdiv.js_div(x, t, target_type=k), x, t)
+        value, dx, dt = value_and_gradients(
+            lambda x, t, k=kind: fastdiv.js_div(x, t, target_type=k), x, t
+        )
         assert abs(value) < 1e-7
         assert dx.isfinite().all() and dt.isfinite().all()
 
@@ -61,7 +55,7 @@ def test_target_gradient_at_probability_zero(backend: str) -> None:
     # The derivative of p log p at 0 is -inf, and 0 * inf in the chain is NaN.
     x, p = torch.randn(1, 3), torch.tensor([[0.0, 0.5, 0.5]])
     for function in FUNCTIONS:
-        dp = gradients(lambda x, p, f=function: f(x, p, target_type="probs"), x, p)[2]
+        dp = value_and_gradients(lambda x, p, f=function: f(x, p, target_type="probs"), x, p)[2]
         assert dp.isfinite().all() and dp[0, 0] == 0
 
 
@@ -73,8 +67,8 @@ def test_softcap_before_padding_lanes(classes: int) -> None:
     # Capping a lane that was padded with -inf gives it the mass e^-softcap.
     x, _ = make_inputs((3, classes), torch.float32)
     y = torch.arange(3) % classes
-    value, dx = gradients(lambda x: fastdiv.cross_entropy(x, y, softcap=1.0), x)
-    expected = gradients(lambda x: F.cross_entropy(torch.tanh(x), y), x)
+    value, dx = value_and_gradients(lambda x: fastdiv.cross_entropy(x, y, softcap=1.0), x)
+    expected = value_and_gradients(lambda x: F.cross_entropy(torch.tanh(x), y), x)
     same(value, expected[0])
     same(dx, expected[1])
 
@@ -87,7 +81,7 @@ def test_second_backward_gives_the_same_again(case: Case) -> None:
     # A gradient that is stored in the forward and scaled in the backward is scaled twice.
     x, t = inputs(case)
     x.requires_grad_()
-    value = case.call(x, t, **by_row(case)).sum() * 3
+    value = case.call(x, t, **case.per_row).sum() * 3
     first = torch.autograd.grad(value, x, retain_graph=True)[0]
     assert torch.autograd.grad(value, x, retain_graph=True)[0].equal(first)
     value.backward(retain_graph=True)
@@ -198,9 +192,9 @@ def test_rows_further_apart_than_32_bits_reach() -> None:
 def test_every_tail_length(case: Case, classes: int) -> None:
     # A tail loop with the wrong step leaves classes out, or takes them twice.
     x, t = inputs(case, (3, classes))
-    actual = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+    actual = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
     with fastdiv.backend("reference"):
-        expected = gradients(lambda x, t: case.call(x, t, **by_row(case)), x, t)
+        expected = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
     for a, b in zip(actual, expected, strict=True):
         same(a, b, 5e-5 if case.target == "probs" else 5e-6)
 
@@ -222,8 +216,8 @@ def test_teacher_with_a_row_stride_of_its_own(case: Case) -> None:
     wide = torch.cat([t, t.new_zeros(4, 13)], -1)[:, : t.shape[1]]
     assert wide.stride() != x.stride()
     for a, b in zip(
-        gradients(lambda x, t: case.call(x, t), x, wide),
-        gradients(lambda x, t: case.call(x, t), x, t),
+        value_and_gradients(lambda x, t: case.call(x, t), x, wide),
+        value_and_gradients(lambda x, t: case.call(x, t), x, t),
         strict=True,
     ):
         assert a.equal(b)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.programs import FEW_LOSSES, ROOT, build, run
+from helpers.checkout import ROOT
+from helpers.programs import FEW_LOSSES, build, run
 
 SOURCES = [ROOT / "tests/sanitize_rows/main.cpp", ROOT / "csrc/cpu/rows_baseline.cpp"]
 

@@ -12,8 +12,7 @@ import pytest
 
 import fastdiv
 import fastdiv.distributed
-from helpers.programs import ROOT
-from test_packaging import git_files
+from helpers.checkout import ROOT, git_files
 
 pytestmark = pytest.mark.cpu_only("nothing is computed")
 

@@ -16,26 +16,20 @@ import fastdiv
 from fastdiv import reference
 from fastdiv._engine import ops
 from fastdiv.reference import Spec
-from helpers.cases import make_inputs
-from helpers.values import gradients, same
+from helpers.cases import TARGET_TYPES, as_type, make_inputs
+from helpers.values import same, uneven, value_and_gradients
 
 INF, NAN = torch.inf, torch.nan
-TYPES = ("logits", "log_probs", "probs")
 MISSING = ("ignore", "renormalize", "uniform")
 BACKENDS = pytest.mark.parametrize("backend", ["native", "reference"])
-EVERY_TYPE = pytest.mark.parametrize("values_type", TYPES)
+EVERY_TYPE = pytest.mark.parametrize("values_type", TARGET_TYPES)
 EVERY_POLICY = pytest.mark.parametrize("missing", MISSING)
 topk_rows = partial(fastdiv.topk_kl_div, reduction="none")
 
 
 def teacher(t: Tensor, k: int, values_type: str) -> tuple[Tensor, Tensor]:
     """The k largest entries of teacher logits, in a random order."""
-    full = {
-        "logits": lambda: t,
-        "log_probs": lambda: t.log_softmax(-1),
-        "probs": lambda: t.softmax(-1),
-    }[values_type]()
-    values, indices = full.topk(k)
+    values, indices = as_type(t, values_type).topk(k)
     order = torch.randperm(k)
     return values[:, order], indices[:, order]
 
@@ -86,8 +80,8 @@ def test_is_kl_div_of_the_dense_teacher(
                 p = dense(p, indices, 40, policy)
                 return fastdiv.kl_div(x, p, target_type="probs", reduction=r, **o)
 
-            value, dx, dv = gradients(ours, x, values)
-            want = gradients(plain, x, values)
+            value, dx, dv = value_and_gradients(ours, x, values)
+            want = value_and_gradients(plain, x, values)
             same(value, want[0], 1e-10)
             same(dx, want[1], 1e-10)
             # Of an infinite term the mass is a constant, and all that is spread is one term; a
@@ -104,14 +98,14 @@ def test_a_full_teacher_is_kl_div(isa: str) -> None:
     x, t = make_inputs((5, 700), torch.float32)
     order = torch.rand(5, 700).argsort(-1)
     for missing in MISSING:
-        got = gradients(
+        got = value_and_gradients(
             lambda x, t, m=missing: fastdiv.topk_kl_div(
                 x, t.gather(-1, order), order, values_type="logits", missing=m, temperature=2.0
             ),
             x,
             t,
         )
-        want = gradients(
+        want = value_and_gradients(
             lambda x, t: fastdiv.kl_div(x, t, target_type="logits", temperature=2.0), x, t
         )
         for a, b in zip(got, want, strict=True):
@@ -126,9 +120,11 @@ def test_accuracy_of_large_rows(dtype: torch.dtype, k: int, isa: str) -> None:
     values, indices = teacher(t.double(), k, "probs")
     values = (values * 0.9).float()
     call = partial(topk_rows, values_type="probs", missing="uniform")
-    got = gradients(lambda x, v: call(x, v, indices), x, values, uneven=True)
+    got = value_and_gradients(lambda x, v: call(x, v, indices), x, values, upstream=uneven)
     with fastdiv.backend("reference"):
-        want = gradients(lambda x, v: call(x, v, indices), x.double(), values.double(), uneven=True)
+        want = value_and_gradients(
+            lambda x, v: call(x, v, indices), x.double(), values.double(), upstream=uneven
+        )
     assert (got[0].dtype, got[1].dtype, got[2].dtype) == (torch.float32, dtype, torch.float32)
     same(got[0].double(), want[0], 1e-6)
     same(got[2].double(), want[2], 1e-5)
@@ -153,7 +149,7 @@ def test_probabilities_of_zero_and_classes_at_minus_infinity(backend: str, missi
     x[2, 4] = -INF  # where p is not
     x[3, 0] = -INF  # elsewhere
     with fastdiv.backend(backend):
-        value, dx, dp = gradients(
+        value, dx, dp = value_and_gradients(
             lambda x, p: topk_rows(x, p, indices, values_type="probs", missing=missing), x, p
         )
     assert value.isfinite().tolist() == [True, True, False, True] and value[2] == INF
@@ -165,7 +161,7 @@ def test_probabilities_of_zero_and_classes_at_minus_infinity(backend: str, missi
     # What is left over, and a class outside of the k that cannot take it.
     x[0, 8] = -INF
     with fastdiv.backend(backend):
-        value, dx, dp = gradients(
+        value, dx, dp = value_and_gradients(
             lambda x, p: topk_rows(x, p, indices, values_type="probs", missing=missing), x, p
         )
     assert value[0] == INF if missing == "uniform" else value[0].isfinite()
@@ -184,13 +180,13 @@ def test_rows_that_do_not_count_may_hold_anything(
     weight = torch.tensor([1.0, 0.0, 0.0, 2.0])
     call = partial(topk_rows, values_type=values_type, missing=missing)
     live = weight != 0
-    want = gradients(
+    want = value_and_gradients(
         lambda x, v: call(x, v, indices[live], token_weight=weight[live]), x[live], values[live]
     )
     x[1], values[1], indices[1] = NAN, INF, -1
     x[2], values[2], indices[2] = -INF, NAN, 10**9
     with fastdiv.backend(backend):
-        got = gradients(lambda x, v: call(x, v, indices, token_weight=weight), x, values)
+        got = value_and_gradients(lambda x, v: call(x, v, indices, token_weight=weight), x, values)
     for a, b in zip(got, want, strict=True):
         assert (a[~live] == 0).all()
         same(a[live], b)
@@ -293,7 +289,7 @@ def test_wrong_rows_where_python_may_read_no_value(inside: str, backend: str) ->
             with pytest.raises(IndexError, match="indices has 6 in row 1, out of range for 6"):
                 function(x, values)
             return
-        value, dx, dv = gradients(function, x, values)
+        value, dx, dv = value_and_gradients(function, x, values)
     assert value.isnan().tolist() == [False, True, True, False] and value[3] == 0
     for d in (dx, dv):
         assert d[0].isfinite().all() and d[1:3].isnan().all() and (d[3] == 0).all()
@@ -350,7 +346,7 @@ def test_one_long_row_has_the_same_bits_for_any_number_of_threads() -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         found.append(
-            gradients(
+            value_and_gradients(
                 lambda x, v: topk_rows(x, v, indices, values_type="log_probs", missing="uniform"),
                 x,
                 values,

@@ -68,7 +68,7 @@ def test_vmap(case: Case) -> None:
     close(vmap(case.call, (0, None))(x, t[1]), torch.stack([case.call(v, t[1]) for v in x]))
     close(vmap(case.call, (None, 0))(x[1], t), torch.stack([case.call(x[1], w) for w in t]))
     one_row = vmap(vmap(lambda v, w: case.call(v[None], w[None])))(x, t)  # nested
-    rows = case.call(x.flatten(0, 1), t.flatten(0, 1), **per_row(case)).unflatten(-1, x.shape[:2])
+    rows = case.call(x.flatten(0, 1), t.flatten(0, 1), **case.per_row).unflatten(-1, x.shape[:2])
     close(one_row.squeeze(-1).sum(), rows.sum())
 
 
@@ -88,15 +88,16 @@ def test_vmap_over_vectors_with_gaps(rows: int) -> None:
             close(vmap(function, dims)(*args), reference(vmap(function, dims), *args))
 
 
-def per_row(case: Case) -> dict[str, str]:
-    return {} if "log_prob" in case.name else {"reduction": "none"}
+def reductions_of(case: Case) -> list[str]:
+    """Those that the loss has; "pointwise" is for sums over the classes."""
+    pointwise = ["pointwise"] if case.divergence and case.name != "renyi_div" else []
+    return ["none", "sum", "mean", "batchmean", *pointwise]
 
 
-@pytest.mark.parametrize("case", REDUCIBLE, ids=str)
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean", "pointwise"])
+@pytest.mark.parametrize(
+    ("case", "reduction"), [(c, r) for c in REDUCIBLE for r in reductions_of(c)], ids=str
+)
 def test_vmap_of_reductions(case: Case, reduction: str) -> None:
-    if reduction == "pointwise" and (not case.divergence or case.name == "renyi_div"):
-        pytest.skip("of a sum over the classes only")
     x, t = batch_of(case)
     call = partial(case.call, reduction=reduction)
     dims = (0, None) if t is None else (0, 0)
@@ -148,7 +149,7 @@ def test_vmap_of_statistics(target: str) -> None:
 
 
 def scalar_sum(case: Case) -> Callable[..., Tensor]:
-    return lambda x, t=None: case.call(x, t, **per_row(case)).sum()
+    return lambda x, t=None: case.call(x, t, **case.per_row).sum()
 
 
 @EVERY_CASE

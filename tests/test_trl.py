@@ -21,6 +21,7 @@ from helpers.trl_functions import (
     rows,
     some_labels,
 )
+from helpers.values import value_and_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -31,24 +32,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield from calls_of_ours(monkeypatch)
 
 
-def with_gradients(function: Callable[..., Any], *leaves: Tensor) -> list[Tensor]:
-    """Values, and gradients for upstream gradients that are not 1."""
-    inputs = [v.detach().clone().requires_grad_() for v in leaves]
-    values = function(*inputs)
-    values = [v for v in (values if isinstance(values, tuple) else [values]) if v.requires_grad]
-    upstream = [torch.linspace(0.5, 1.5, v.numel()).to(v).reshape(v.shape) for v in values]
-    return [*values, *torch.autograd.grad(values, inputs, upstream)]
-
-
 def agree(name: str, calls: list[str], *leaves: Tensor, **given: Any) -> None:
     """What TRL's own function has of the same numbers in double, in the dtype of its result."""
     theirs, ours = THEIRS[name], given_to(name)
     calls.clear()
-    got = with_gradients(lambda *v: ours(*v, **given), *leaves)
+    got = value_and_gradients(lambda *v: ours(*v, **given), *leaves)
     assert calls[0] == RUNS_ON[theirs.__name__], given
     with fastdiv.backend("reference"):  # what a function of TRL's calls in turn is TRL's, too
-        exact = with_gradients(lambda *v: theirs(*v, **given), *(v.double() for v in leaves))
-        plain = with_gradients(lambda *v: theirs(*v, **given), *leaves)
+        exact = value_and_gradients(lambda *v: theirs(*v, **given), *(v.double() for v in leaves))
+        plain = value_and_gradients(lambda *v: theirs(*v, **given), *leaves)
     assert [v.dtype for v in got] == [v.dtype for v in plain], given
     for a, b in zip(got, exact, strict=True):
         # Roundings of a few operations, or, of a half, of the result.
@@ -93,10 +85,10 @@ def test_jsd_of_a_slice_and_of_two_dtypes(calls: list[str]) -> None:
         return lambda x: function(x[:, :-1], teacher[:, :-1], labels, 0.1)
 
     theirs = THEIRS[WITH_JSD[0]]
-    got = with_gradients(loss(given_to(WITH_JSD[0]), teacher), student)
+    got = value_and_gradients(loss(given_to(WITH_JSD[0]), teacher), student)
     assert calls == ["js_div"] and got[0].dtype is loss(theirs, teacher)(student).dtype
     # TRL rounds the teacher's log-probabilities to its dtype.
-    expected = with_gradients(loss(theirs, teacher.float()), student)
+    expected = value_and_gradients(loss(theirs, teacher.float()), student)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -194,8 +186,8 @@ def test_excluded_classes(calls: list[str]) -> None:
     for name in WITH_JSD:
         for beta in (0, 0.3, 1):
             assert THEIRS[name](wide_x, wide_t, beta=beta).isnan()
-            got = with_gradients(lambda *v: given_to(name)(*v, beta=beta), wide_x, wide_t)  # noqa: B023
-            expected = with_gradients(lambda *v: THEIRS[name](*v, beta=beta), x, t)  # noqa: B023
+            got = value_and_gradients(lambda *v: given_to(name)(*v, beta=beta), wide_x, wide_t)  # noqa: B023
+            expected = value_and_gradients(lambda *v: THEIRS[name](*v, beta=beta), x, t)  # noqa: B023
             torch.testing.assert_close(got[0], expected[0])
             for a, b in zip(got[1:], expected[1:], strict=True):
                 torch.testing.assert_close(a[..., :-2], b, rtol=1e-5, atol=1e-6)
@@ -212,8 +204,8 @@ def test_padding_may_hold_anything(calls: list[str]) -> None:
     x, t = rows(torch.float32, 3, 5), rows(torch.float32, 3, 5)
     labels = some_labels()[1]
     assert labels is not None
-    expected = with_gradients(lambda *v: THEIRS[WITH_JSD[0]](*v, labels), x, t)
+    expected = value_and_gradients(lambda *v: THEIRS[WITH_JSD[0]](*v, labels), x, t)
     x[1], t[0, 3] = torch.nan, torch.inf
-    got = with_gradients(lambda *v: given_to(WITH_JSD[0])(*v, labels), x, t)
+    got = value_and_gradients(lambda *v: given_to(WITH_JSD[0])(*v, labels), x, t)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

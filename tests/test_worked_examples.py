@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import scipy.spatial.distance
@@ -13,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
+
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.parametrize("backend", ["auto", "reference"], indirect=True),  # some have no kernel
+]
 
 DIGITS = 0.5e-4 + 1e-7  # four digits after the point are printed
 
@@ -38,12 +42,6 @@ X_ONE_HOT = [
 ]
 X, T = torch.tensor([[-0.1, 0.2, -0.4, 0.3]]), torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
 A, B = [0.1, 0.2, 0.7], [0.2, 0.3, 0.5]
-
-
-@pytest.fixture(params=["auto", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastdiv.backend(request.param):
-        yield request.param
 
 
 def printed(actual: Tensor | float, *digits: float) -> None:

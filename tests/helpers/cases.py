@@ -39,6 +39,16 @@ class Case:
         dense = self.name not in ("cross_entropy", "topk_kl_div")
         return dense and self.target in ("logits", "log_probs", "probs")
 
+    @property
+    def per_row(self) -> dict[str, str]:
+        """The options for one value a row."""
+        return {} if self.name.startswith("log_prob") else {"reduction": "none"}
+
+    @property
+    def soft(self) -> bool:
+        """Whether the target is a matrix of numbers, which may have a gradient."""
+        return self.target not in ("labels", "none")
+
     def call(self, x: Tensor, t: Tensor | None, **options: Any) -> Tensor:
         """The public function; ``t`` is the target as ``make_target`` made it."""
         options = {**self.options, **options}
@@ -270,6 +280,20 @@ def _kernel(case: Case) -> tuple[str, str]:
 # One case of each kernel, for what does not depend on the formula: strides, threads, dead rows.
 KERNELS: list[Case] = list({_kernel(case): case for case in reversed(LOSSES)}.values())[::-1]
 
+# One case of each kind, for a compiler, to which a loss is a number: a label, one that is smoothed,
+# a soft target, two rows, two outputs, a teacher of k classes.
+KINDS: list[Case] = [
+    next(case for case in LOSSES if str(case) == name)
+    for name in (
+        "cross_entropy-labels",
+        "cross_entropy-labels[label_smoothing=0.1]",
+        "cross_entropy-probs",
+        "kl_div-logits",
+        "log_prob_and_entropy-labels",
+        "topk_kl_div-logits",
+    )
+]
+
 # 1 and 7: less than a vector; 511, 512, 513: the tile; 4099: prime; 8191, 8192, 8193: the segment;
 # 32000 and 128256: vocabularies.  Rows: 1, 3 (split by columns), more than threads.
 SHAPES = [
@@ -286,6 +310,18 @@ SHAPES = [
     (1, 128256),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+TARGET_TYPES = ["logits", "log_probs", "probs"]
+
+
+def as_type(logits: Tensor, target_type: str) -> Tensor:
+    """Return teacher logits as a target of this type, in their dtype."""
+    return {
+        "logits": lambda: logits,
+        "log_probs": lambda: logits.log_softmax(-1),
+        "probs": lambda: logits.softmax(-1),
+    }[target_type]()
 
 
 def make_inputs(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import fastdiv
@@ -86,15 +85,6 @@ def target_of(case: Case, t: Tensor) -> Any:
         values, indices = t.topk(3, -1)
         return (values if case.target == "logits" else values.log_softmax(-1).exp()), indices
     return case.make_target(t, t)
-
-
-def one_process() -> Iterator[None]:
-    """A group of this process alone, for the functions of ``fastdiv.distributed``."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def leaf(*shape: int) -> Tensor:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 import fastdiv
 from helpers.cases import rand, randn
+from helpers.values import value_and_gradients
 
 DIVERGENCES = ("kl_div", "reverse_kl_div", "js_div")
 NAMES = ("cross_entropy", *DIVERGENCES, "log_prob_and_entropy")
-# Of the linear losses' tensors, those that a row loss takes under the same name.
-OF_ROWS = ("weight", "token_weight")
 
 
 @dataclass
@@ -67,19 +66,27 @@ class LinearCase:
         """Value and gradients by the reference in float64."""
         case = self.double()
         with fastdiv.backend("reference"):
-            return value_and_gradients(case.unfused, case.leaves, upstream)
+            return named_gradients(case.unfused, case.leaves, upstream)
 
 
-def value_and_gradients(
+def named_gradients(
     function: Any, leaves: Mapping[str, Tensor], upstream: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a function of leaves gives, and gradients for what comes from upstream."""
-    own = {k: v.detach().requires_grad_() for k, v in leaves.items()}
-    value = function(own)
-    if upstream is None:
-        upstream = torch.linspace(1, 2, value.numel()).view_as(value)
-    found = torch.autograd.grad(value, list(own.values()), upstream.to(value))
-    return value.detach(), dict(zip(own, found, strict=True))
+    """Return the value of a function of named tensors, and the gradient of each by its name.
+
+    The upstream gradient goes from 1 to 2 if none is given.
+    """
+
+    def upstream_of(value: Tensor) -> Tensor:
+        given = torch.linspace(1, 2, value.numel()) if upstream is None else upstream
+        return given.to(value).view_as(value)
+
+    value, *found = value_and_gradients(
+        lambda *tensors: function(dict(zip(leaves, tensors, strict=True))),
+        *leaves.values(),
+        upstream=upstream_of,
+    )
+    return value, dict(zip(leaves, found, strict=True))
 
 
 def make_case(

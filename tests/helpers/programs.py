@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from helpers.checkout import ROOT
+
 SHIM = ROOT / "tests/cuda_on_cpu"
 # As setup.py builds, but for the level of optimisation.
 FLAGS = ["-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from helpers.cases import Case, TopKCase, rand
+from helpers.values import value_and_gradients
 
 # How many roundings the value, the gradient of the input and that of the target have.  An
 # exponential, a logarithm, a product and a division have about one each, and a float32 sum has two
@@ -68,17 +69,6 @@ class Normalised(TorchFunctionMode):
         return result
 
 
-def evaluate(
-    function: Callable[..., Tensor], x: Tensor, t: Tensor | None, also: Sequence[Tensor] = ()
-) -> list[Tensor]:
-    """Value, gradient of x, gradient of a floating t, and gradients of ``also``."""
-    leaves = [v for v in (x, t) if v is not None and v.is_floating_point()]
-    leaves = [v.detach().clone().requires_grad_() for v in leaves]
-    value = function(leaves[0], leaves[1] if len(leaves) == 2 else t)
-    upstream = upstream_of(value).to(value.dtype)
-    return [value.detach(), *torch.autograd.grad(value, [*leaves, *also], upstream)]
-
-
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Distance of neighbours around these float64 values in `dtype`."""
     info = torch.finfo(dtype)
@@ -87,8 +77,11 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def upstream_of(value: Tensor) -> Tensor:
-    """Positive, so that two outputs do not cancel; float32, so that all dtypes see the same."""
-    return rand(value.shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    """Return positive numbers, so that two outputs do not cancel, the same for all dtypes."""
+    return (rand(value.shape, generator=torch.Generator().manual_seed(1)) + 0.5).to(value.dtype)
+
+
+evaluate = partial(value_and_gradients, upstream=upstream_of)
 
 
 def in_double(t: Tensor | None) -> Tensor | None:
@@ -111,7 +104,7 @@ def truth_and_scale(
     """
     mode = Normalised()
     with mode:
-        value, *found = evaluate(function, x.double(), in_double(t), mode.logs)
+        value, *found = evaluate(function, x.double(), in_double(t), also=mode.logs)
     logs = mode.logs
     grads, slopes = found[: len(found) - len(logs)], found[len(found) - len(logs) :]
     scales = [1 + value.abs()]

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import fastdiv
 from helpers.cases import make_inputs
 from helpers.shard_failures import outcome
-from helpers.values import gradients, same
+from helpers.values import same, value_and_gradients
 
 ROWS, CLASSES, WIDTH = 6, 13, 5  # neither of the first two can be shared out evenly by four
 PLACEMENTS = {
@@ -131,7 +131,7 @@ def terms_and_statistics(group: Any, rank: int) -> None:
     own = leaf * 1
     memory = own.to_local().data_ptr()
     fastdiv.cross_entropy(own, y, inplace_backward=True).backward()
-    expected = gradients(lambda x: fastdiv.cross_entropy(x, y), x)[1]
+    expected = value_and_gradients(lambda x: fastdiv.cross_entropy(x, y), x)[1]
     same(leaf.grad.full_tensor(), expected)
     if own.to_local().numel():
         assert own.to_local().data_ptr() == memory

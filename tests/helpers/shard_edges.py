@@ -13,7 +13,7 @@ import fastdiv.distributed as sharded
 from fastdiv.distributed import infinite_rows
 from helpers.cases import make_inputs
 from helpers.shards import SIZES, classes_of, digest, size_of
-from helpers.values import gradients, same
+from helpers.values import same, uneven, value_and_gradients
 
 TOLERANCE = 4e-5  # some values are above 100
 INF, LOWEST = math.inf, torch.finfo(torch.float32).min
@@ -56,11 +56,11 @@ def divergences(group: Any, rank: int) -> list[str]:
     for name in DIVERGENCES:
         for target_type, target in targets.items():
             options: dict[str, Any] = {"target_type": target_type, "reduction": "none"}
-            whole = gradients(bound(fastdiv, name, options), x, target, uneven=True)
-            ours = gradients(
+            whole = value_and_gradients(bound(fastdiv, name, options), x, target, upstream=uneven)
+            ours = value_and_gradients(
                 bound(sharded, name, {**options, "group": group}),
                 *(x[:, mine], target[:, mine]),
-                uneven=True,
+                upstream=uneven,
             )
             wrong += different(f"{name} of {target_type}", ours, whole, mine)
             found.append(digest(ours[0]))
@@ -101,12 +101,12 @@ def rows_of_logits(group: Any, rank: int) -> list[str]:
     for what, (name, target, options) in losses.items():
         if name == "cross_entropy":
             options = {"reduction": "none", **options}
-        whole = gradients(bound(fastdiv, name, options), x, target, uneven=True)
+        whole = value_and_gradients(bound(fastdiv, name, options), x, target, upstream=uneven)
         soft = target is not None and target.is_floating_point()
-        ours = gradients(
+        ours = value_and_gradients(
             bound(sharded, name, {**options, "group": group}),
             *(x[:, mine], target[:, mine] if soft else target),
-            uneven=True,
+            upstream=uneven,
         )
         wrong += different(what, ours, whole, mine)
         found.append(digest(ours[0]))
@@ -155,8 +155,10 @@ def next_to_zero(group: Any, rank: int) -> list[str]:
             for name in DIVERGENCES:
                 options: dict[str, Any] = {"target_type": "logits", "reduction": "none"}
                 with fastdiv.backend("reference"):
-                    truth = gradients(bound(fastdiv, name, options), x.double(), t.double())
-                ours = gradients(
+                    truth = value_and_gradients(
+                        bound(fastdiv, name, options), x.double(), t.double()
+                    )
+                ours = value_and_gradients(
                     bound(sharded, name, {**options, "group": group}),
                     *(x[:, mine], t[:, mine]),
                 )
@@ -172,7 +174,7 @@ def next_to_zero(group: Any, rank: int) -> list[str]:
                 found.append(digest(ours[0]))
     x = noise * 3
     for name in DIVERGENCES:  # of equal rows, nothing at all
-        value, dx, dt = gradients(
+        value, dx, dt = value_and_gradients(
             bound(sharded, name, {"target_type": "logits", "group": group}),
             *(x[:, mine], x[:, mine].clone()),
         )

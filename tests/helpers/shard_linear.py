@@ -15,7 +15,7 @@ import fastdiv.distributed as sharded
 from fastdiv.distributed import infinite_rows
 from helpers.cases import make_inputs
 from helpers.shards import SIZES, classes_of, digest, size_of
-from helpers.values import gradients, same
+from helpers.values import same, value_and_gradients
 
 
 def linear(group: Any, rank: int, dtype: torch.dtype) -> list[str]:
@@ -57,10 +57,10 @@ def linear(group: Any, rank: int, dtype: torch.dtype) -> list[str]:
     for name, (function, alike, rows, columns) in cases.items():
         for how in options.get(name, every):
             cut = {k: v[mine] if k == "weight" else v for k, v in how.items()}
-            whole = gradients(
+            whole = value_and_gradients(
                 lambda *a, f=function, o=how: f(fastdiv, *a, **o), *alike, *rows, *columns
             )
-            ours = gradients(
+            ours = value_and_gradients(
                 lambda *a, f=function, o=cut: f(sharded, *a, group=group, **o),
                 *alike,
                 *(v[mine] for v in rows),
@@ -117,11 +117,11 @@ def infinite(group: Any, rank: int, like_gpu: bool) -> list[str]:
                         h, w, t, target_type=k, linear_bias=b, **o
                     )
                 weights = (w,) if dense else (w, v)
-                whole = gradients(
+                whole = value_and_gradients(
                     lambda *a, f=f, b=bias: f(fastdiv, *a, b, reduction="none"),
                     *(hidden, target, *weights),
                 )
-                ours = gradients(
+                ours = value_and_gradients(
                     lambda *a, f=f, b=bias[mine]: f(
                         sharded, *a, b, reduction="none", group=group, chunk_size=7
                     ),

@@ -18,7 +18,7 @@ import fastdiv
 import fastdiv.distributed as sharded
 from helpers.cases import make_inputs
 from helpers.shards import SIZES, classes_of, digest, size_of
-from helpers.values import gradients, same
+from helpers.values import same, value_and_gradients
 
 
 def problem(group: Any, rank: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -36,7 +36,7 @@ def problem(group: Any, rank: int, dtype: torch.dtype = torch.float32) -> Any:
 def backwards(group: Any, rank: int) -> None:
     """A second loss call, a retained graph, accumulation, in place, second derivatives, func."""
     x, t, y, mine = problem(group, rank)
-    expected = gradients(lambda x: fastdiv.cross_entropy(x, y), x)[1][:, mine]
+    expected = value_and_gradients(lambda x: fastdiv.cross_entropy(x, y), x)[1][:, mine]
 
     def loss(x: Tensor, **options: Any) -> Tensor:
         return sharded.cross_entropy(x, y, group=group, **options)
@@ -113,8 +113,10 @@ def compiled(group: Any, rank: int) -> list[str]:
         return value + both + sharded.linear_kl_div(h, w, t, target_type="logits", group=group)
 
     arguments = (x[:, mine], t[:, mine], x[:, :9], w[mine])
-    eager = gradients(losses, *arguments)
-    traced = gradients(torch.compile(losses, fullgraph=True, backend="aot_eager"), *arguments)
+    eager = value_and_gradients(losses, *arguments)
+    traced = value_and_gradients(
+        torch.compile(losses, fullgraph=True, backend="aot_eager"), *arguments
+    )
     for a, b in zip(traced, eager, strict=True):
         same(a, b)
 
@@ -126,14 +128,16 @@ def compiled(group: Any, rank: int) -> list[str]:
     dynamic = torch.compile(rows, fullgraph=True, backend="aot_eager", dynamic=True)
     for count in (12, 7):
         some = (x[:count, mine], x[:count, :9], w[mine])
-        for a, b in zip(gradients(dynamic, *some), gradients(rows, *some), strict=True):
+        for a, b in zip(
+            value_and_gradients(dynamic, *some), value_and_gradients(rows, *some), strict=True
+        ):
             same(a, b)
 
     def loss(x: Tensor) -> Tensor:
         return sharded.entropy(x * 1.0, group=group)
 
-    built = gradients(torch.compile(loss, fullgraph=True), arguments[0])
-    for a, b in zip(built, gradients(loss, arguments[0]), strict=True):
+    built = value_and_gradients(torch.compile(loss, fullgraph=True), arguments[0])
+    for a, b in zip(built, value_and_gradients(loss, arguments[0]), strict=True):
         same(a, b)
     return [digest(traced[0], built[0])]
 
@@ -154,8 +158,8 @@ def changing_options(group: Any, rank: int) -> None:
     compiled = torch.compile(losses, fullgraph=True, backend=counter)
     arguments = (x[:, mine], t[:, mine], x[:, :9], w[mine])
     for v in (1.5, 2.25, 0.75, 3.0):
-        traced = gradients(lambda *tensors, v=v: compiled(*tensors, v), *arguments)
-        eager = gradients(lambda *tensors, v=v: losses(*tensors, v), *arguments)
+        traced = value_and_gradients(lambda *tensors, v=v: compiled(*tensors, v), *arguments)
+        eager = value_and_gradients(lambda *tensors, v=v: losses(*tensors, v), *arguments)
         for a, b in zip(traced, eager, strict=True):
             same(a, b)
     assert counter.frame_count == 2, counter.frame_count
@@ -182,7 +186,7 @@ def fake(group: Any, rank: int) -> None:
                 (lambda x, t, f=f: f(x, t, target_type="logits", group=group), [x, t])  # type: ignore[misc]
             )
         for loss, tensors in losses:
-            for a, b in zip(gradients(loss, *tensors)[1:], tensors, strict=True):
+            for a, b in zip(value_and_gradients(loss, *tensors)[1:], tensors, strict=True):
                 assert a.shape == b.shape and isinstance(a, FakeTensor)
         try:
             sharded.entropy(x, reduction="all", group=group)
@@ -223,7 +227,9 @@ def dtensors(group: Any, rank: int) -> None:
 
     hidden = x[:, :5].clone().requires_grad_()
     matrix = make_inputs((13, 5), torch.float32)[0]
-    expected = gradients(lambda h, w: fastdiv.linear_cross_entropy(h, w, y), hidden, matrix)
+    expected = value_and_gradients(
+        lambda h, w: fastdiv.linear_cross_entropy(h, w, y), hidden, matrix
+    )
     cut = distribute_tensor(matrix, mesh, [Shard(0)]).requires_grad_()
     fastdiv.linear_cross_entropy(hidden, cut, y).backward()
     same(hidden.grad, expected[1], 2e-5)
@@ -242,7 +248,7 @@ def dtensors(group: Any, rank: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2))
     logits = distribute_tensor(x, mesh, [Shard(0), Shard(1)]).requires_grad_()
     rows = distribute_tensor(y, mesh, [Shard(0), Replicate()])
-    value, dx = gradients(lambda x: fastdiv.cross_entropy(x, y, reduction="sum"), x)
+    value, dx = value_and_gradients(lambda x: fastdiv.cross_entropy(x, y, reduction="sum"), x)
     ours = fastdiv.cross_entropy(logits, rows, reduction="sum")
     ours.backward()
     same(ours.full_tensor(), value)

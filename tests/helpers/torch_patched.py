@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,11 +39,3 @@ def calls_of_ours(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def patched(*args: Any, **options: Any) -> Tensor:
     with fastdiv.patch_torch():
         return F.cross_entropy(*args, **options)
-
-
-def with_gradients(function: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
-    """Value and gradients, for an upstream gradient that is not 1."""
-    inputs = [v.detach().clone().requires_grad_() for v in leaves]
-    value = function(*inputs)
-    upstream = torch.linspace(0.5, 1.5, value.numel()).to(value).reshape(value.shape)
-    return [value, *torch.autograd.grad(value, inputs, upstream)]
