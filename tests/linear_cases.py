@@ -15,8 +15,6 @@ from cases import rand, randn
 
 DIVERGENCES = ("kl_div", "reverse_kl_div", "js_div")
 NAMES = ("cross_entropy", *DIVERGENCES, "log_prob_and_entropy")
-# Of the linear losses' tensors, those that a row loss takes under the same name.
-OF_ROWS = ("weight", "token_weight")
 
 
 @dataclass

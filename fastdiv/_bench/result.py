@@ -28,11 +28,6 @@ class Result:
     extra_bytes: Mapping[str, int | None] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
-        """What it shares with the same measurement elsewhere."""
-        return self.loss, self.dtype, self.size, self.threads
-
-    @property
     def size(self) -> str:
         """Rows and classes, to be read."""
         return f"{self.shape[0]}×{self.shape[1]}"

@@ -14,8 +14,6 @@ from .._engine.recording import size_of
 from .._engine.symbolic import term
 from ..reference import Spec, Stats
 
-Smoothing = Literal["all", "others"]
-
 
 def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tuple[float, float]:
     """``(label, spread)`` such that the smoothed target is ``label * p + spread``."""
