@@ -1,4 +1,4 @@
-"""What the benchmark starts ends with it, however it ends."""
+"""Processes that the benchmark starts end with it, however it ends."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdiv._bench.apart import run_apart
 from fastdiv._bench.memory import Job, extra_memory
+from fastdiv._bench.processes import run_apart
 
 pytestmark = [
     pytest.mark.cpu_only("processes"),
@@ -45,7 +45,7 @@ count_instructions(["entropy"], ["f32"], advance)
 
 
 def runs(pid: int) -> bool:
-    """Whether the process is there, and more than an entry that nobody has asked for."""
+    """Tell whether the process runs, and is more than a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:

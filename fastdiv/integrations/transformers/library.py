@@ -141,7 +141,7 @@ def _with_labels(
 
 
 def _compute_loss(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the Trainer's replacement, which says when the Trainer keeps the labels to smooth them."""
+    """Make the Trainer's replacement, which records that the Trainer smooths the labels."""
 
     @wraps(original)
     def compute_loss(self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
