@@ -2,8 +2,9 @@
 
 Everything happens in a copy of the tree, build/gpu-check-tree, with the interpreter that runs this
 script.  It needs torch for CUDA, numpy, pytest, hypothesis and scipy, and rich for the benchmark.
-It needs nvcc too, unless build/prebuilt holds the extension.  What one wants to know first comes first.  A step that fails
-does not keep the others from running.  A late one is asked for what it has found, and then ended.
+It needs nvcc too, unless build/prebuilt holds the extension.  What one wants to know first comes
+first.  A step that fails does not keep the others from running.  A late one is asked for what it
+has found, and then ended.
 """
 
 from __future__ import annotations
