@@ -30,7 +30,7 @@ INFO_LABELS = {
 
 
 def info() -> int:
-    """Prints what was built and what of it runs here."""
+    """Print what was built, and which of it runs here."""
     from ._bench.machine import cpu_model
 
     facts = build_info()
@@ -56,28 +56,28 @@ def _readable(fact: object) -> str:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Compares every loss with the reference."""
+    """Compare every loss with the reference."""
     from ._cli.check import check as run_check
 
     return 0 if run_check(options.losses, options.quick, options.verbose) else 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of all commands."""
+    """Return the parser of all commands."""
     top = argparse.ArgumentParser(prog="python -m fastdiv", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what was built, and what of it runs here")
+    commands.add_parser("info", help="print what was built, and which of it runs here")
     checking = commands.add_parser("check", help="compare every loss with the reference")
     checking.add_argument("losses", nargs="*", metavar="LOSS", help="only these")
     checking.add_argument("--quick", action="store_true", help="short rows only")
-    checking.add_argument("--verbose", action="store_true", help="a line for every combination")
+    checking.add_argument("--verbose", action="store_true", help="a line for each combination")
     timing = commands.add_parser("bench", help="time every loss against torch")
     command.add_options(timing)
     return top
 
 
 def wrong_options(options: argparse.Namespace) -> str:
-    """What is wrong with the options; empty if nothing is."""
+    """Return what is wrong with the options, or an empty text."""
     if options.command == "bench":
         return command.wrong_options(options)
     if options.command == "check":
@@ -91,7 +91,7 @@ def wrong_options(options: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Run a command and return its exit code."""
     top = parser()
     options = top.parse_args(arguments)
     if wrong := wrong_options(options):

@@ -1,9 +1,10 @@
 """Builds, checks and measures fastdiv on a GPU: what ``make gpu-check`` runs, without network.
 
 Everything happens in a copy of the tree, build/gpu-check-tree, with the interpreter that runs this
-script.  It needs torch for CUDA, numpy, pytest, hypothesis and scipy.  It needs nvcc too, unless
-build/prebuilt holds the extension.  What one wants to know first comes first.  A step that fails
-does not keep the others from running.  A late one is asked for what it has found, and then ended.
+script.  It needs torch for CUDA, numpy, pytest, hypothesis and scipy, and rich for the benchmark.
+It needs nvcc too, unless build/prebuilt holds the extension.  What one wants to know first comes
+first.  A step that fails does not keep the others from running.  A late one is asked for what it
+has found, and then ended.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class Check:
         options += [word for name in SECTIONS for word in ("--section", name)]
         return [program, *options, *script]
 
-    def bench(self) -> list[str]:
+    def bench(self) -> list[str] | str:
         """The losses that are asked for most at every number of classes, without torch.compile."""
         if self.dry_run:
             sizes = ["--shapes", "64x1024", "32x4096", "--seconds", "0", "--rounds", "2"]
@@ -118,7 +118,7 @@ class Check:
         limits = ["--seconds", "0.15", "--stop-after", self._stop_after()]
         return self._bench("bench", *ASKED_MOST, "--shapes", *shapes, *limits)
 
-    def every(self) -> list[str]:
+    def every(self) -> list[str] | str:
         """Every loss at one shape."""
         if self.dry_run:
             sizes = ["--shapes", "64x1024", "--seconds", "0", "--rounds", "2"]
@@ -133,7 +133,9 @@ class Check:
         limits = ["--seconds", "0.15", "--stop-after", self._stop_after()]
         return self._bench("compiled", *ASKED_MOST, "--shapes", "4096x32768", *limits)
 
-    def _bench(self, name: str, *arguments: str) -> list[str]:
+    def _bench(self, name: str, *arguments: str) -> list[str] | str:
+        if importlib.util.find_spec("rich") is None:
+            return "rich is not installed, which the benchmark needs"
         written = ["--json", str(self.out / f"{name}.json")]
         dtypes = [] if self.dry_run else ["--dtypes", "bf16", "f32"]
         compiled = [] if name == "compiled" else ["--no-compile"]

@@ -1,4 +1,4 @@
-"""What the benchmark starts ends with it, however it ends."""
+"""Processes that the benchmark starts end with it, however it ends."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdiv._bench.apart import run_apart
 from fastdiv._bench.memory import Job, extra_memory
+from fastdiv._bench.processes import run_apart
 from helpers.processes import runs, wait_until_ended
 
 pytestmark = [

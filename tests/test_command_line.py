@@ -1,4 +1,4 @@
-"""`python -m fastdiv`: what the commands print, write and return.  No figure is asserted."""
+"""`python -m fastdiv`: the commands print and return as they should.  No figure is asserted."""
 
 from __future__ import annotations
 
@@ -116,6 +116,9 @@ def test_info_and_check_work_without_rich(
     assert main(["check", "entropy", "--quick"]) == 0
     printed = capsys.readouterr().out
     assert "entropy" in printed and "0 failed" in printed
+    with pytest.raises(SystemExit):
+        main(["bench"])
+    assert "bench needs rich: pip install 'fastdiv[bench]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

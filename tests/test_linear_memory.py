@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fastdiv._bench.linear import LinearJob, losses, step
-from fastdiv._bench.memory import temporary_bytes
 from fastdiv._linear.chunks import Problem
 
 
@@ -18,15 +22,41 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def share_of_the_logits(variant: str, dtype: str, size: tuple[int, int, int]) -> float:
-    """Memory of a forward and a backward beyond arguments and gradients, over that of the logits.
+def temporary_bytes(call: Callable[[], object], folder: Path) -> int:
+    """Return the most bytes at a time of CPU tensors that a call makes and frees again.
 
-    It counts the tensors that are made, which are the same on every machine; how much memory of the
-    system they come to is a matter of its allocator.
+    Tensors that are alive when the call returns, as its results are, do not count.
+    """
+    cpu = [ProfilerActivity.CPU]
+    with profile(activities=cpu, profile_memory=True, acc_events=True) as recorded:
+        made = call()
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    del made
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    changes = [(e["args"]["Addr"], e["args"]["Bytes"]) for e in events]
+    alive: dict[int, int] = {}
+    for i, (address, change) in enumerate(changes):
+        if change > 0:
+            alive[address] = i
+        else:
+            alive.pop(address, None)
+    for i in alive.values():
+        changes[i] = (0, 0)
+    return max(accumulate(change for _, change in changes), default=0)
+
+
+def share_of_the_logits(
+    variant: str, dtype: str, size: tuple[int, int, int], folder: Path
+) -> float:
+    """Return the memory of a forward and a backward over that of the logits.
+
+    Arguments and gradients do not count.  The tensors that are made are the same on every machine;
+    the memory of the process also depends on the allocator.
     """
     job = LinearJob(variant, dtype, *size)
     tensors = job.make_inputs()
-    _, extra = temporary_bytes(lambda: step(losses()[variant], *tensors))
+    extra = temporary_bytes(lambda: step(losses()[variant], *tensors), folder)
     return extra / job.logits_bytes
 
 
@@ -49,12 +79,13 @@ def test_memory(
     dtype: str,
     size: tuple[int, int, int],
     allowed: float,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Forward and backward take a tenth of the logits; the bound fails if a tile is held twice."""
     # As the processor has them or not, tiles would be larger or smaller.
     monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: True)
-    assert share_of_the_logits(variant, dtype, size) <= allowed
+    assert share_of_the_logits(variant, dtype, size, tmp_path) <= allowed
     tiles, held = Problem.tiles, []
 
     def twice(self: Problem, *place: Any) -> Any:
@@ -63,4 +94,4 @@ def test_memory(
         return found
 
     monkeypatch.setattr(Problem, "tiles", twice)
-    assert share_of_the_logits(variant, dtype, size) > allowed
+    assert share_of_the_logits(variant, dtype, size, tmp_path) > allowed

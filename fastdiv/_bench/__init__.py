@@ -1,1 +1,1 @@
-"""Speed of the losses on this machine: what ``python -m fastdiv bench`` runs."""
+"""The benchmark of the losses on this machine, run by ``python -m fastdiv bench``."""

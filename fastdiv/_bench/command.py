@@ -1,20 +1,21 @@
-"""``python -m fastdiv bench``: its options, and what it does with them."""
+"""The options of ``python -m fastdiv bench``, and what the command does with them."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .measurements import Measurements
+    from .results import Measurements
 
-DEFAULT_FILE = Path("-")  # the one where the measurements of this machine are kept
+DEFAULT_FILE = Path("-")  # the file for this machine
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command."""
     add = command.add_argument
     add("losses", nargs="*", metavar="LOSS", help="only these")
     add("--device", choices=["cpu", "cuda"], default="cpu")
@@ -23,10 +24,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("parts, instead of every loss at every shape").add_argument
     add("--all", action="store_true", help="all of them")
     add("--scale", action="store_true", help="1 K to 256 K classes, and 1 to 64 K rows")
-    counts = "with so many threads (none: powers of two)"
+    counts = "with so many threads (without numbers: powers of two)"
     add("--threads", nargs="*", type=positive, metavar="N", help=counts)
     add("--overhead", action="store_true", help="calls on tiny inputs")
-    add("--instructions", action="store_true", help="for an element, by valgrind")
+    add("--instructions", action="store_true", help="instructions per element, by valgrind")
     add("--linear", action="store_true", help="cross entropy of a linear layer")
 
     add = command.add_argument_group("what is measured").add_argument
@@ -36,26 +37,26 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--hidden", type=positive, default=512, metavar="N", help="features of the linear layer")
     add("--phases", action="store_true", help="GB/s of each phase, and of both in one pass")
     add("--no-compile", dest="compile", action="store_false")
-    classes = "torch.compile with these numbers of classes only (none: with all)"
+    classes = "torch.compile with these numbers of classes only (without numbers: with all)"
     add("--compile-classes", nargs="*", type=positive, metavar="N", help=classes)
-    add("--rounds", type=positive, default=3, help="at the least")
-    add("--seconds", type=float, help="time for each loss, dtype and shape, then")
-    late = "leave out what does not fit"
+    add("--rounds", type=positive, default=3, help="at least so many (3)")
+    add("--seconds", type=float, help="then more, for so long per loss, dtype and shape")
+    late = "leave out what comes later"
     add("--stop-after", type=float, default=float("inf"), metavar="SECONDS", help=late)
 
     add = command.add_argument_group("files").add_argument
     files: dict[str, Any] = {"nargs": "?", "type": Path, "const": DEFAULT_FILE, "metavar": "FILE"}
     add("--json", help="write all measurements (to benchmarks/results/)", **files)
     add("--plot", help="draw them to FILE-*.png (beside the JSON; needs matplotlib)", **files)
-    add("--show", type=Path, metavar="FILE", help="measure nothing: print and draw this file")
+    add("--show", type=Path, metavar="FILE", help="print and draw this file instead of measuring")
     add("--markdown", action="store_true", help="print the README's table")
-    two = "what moved between two files; ends with 1 if something got worse"
+    two = "print what moved between two files; exit with 1 if something got worse"
     add("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help=two)
-    add("--tolerance", type=float, default=0.1, metavar="SHARE", help="of a change (0.1)")
+    add("--tolerance", type=float, default=0.1, metavar="SHARE", help="allowed change (0.1)")
 
 
 def shape_of(text: str) -> tuple[int, int]:
-    """Rows and classes."""
+    """Read rows and classes."""
     rows, _, classes = text.partition("x")
     if not (rows.isdecimal() and classes.isdecimal() and int(rows) and int(classes)):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form ROWSxCLASSES, as 512x32000")
@@ -63,14 +64,14 @@ def shape_of(text: str) -> tuple[int, int]:
 
 
 def positive(text: str) -> int:
-    """A number of things, of which there are some."""
+    """Read a positive number."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
 
 
 def wrong_options(options: argparse.Namespace) -> str:
-    """What is wrong with the options; empty if nothing is."""
+    """Return what is wrong with the options, or an empty text."""
     from .losses import LOSSES
 
     for name in options.losses:
@@ -81,11 +82,11 @@ def wrong_options(options: argparse.Namespace) -> str:
     for file in (options.show, *(options.compare or ())):
         if file and not file.is_file():
             return f"there is no file {file}"
-    if options.plot:
+    for user, package in (("bench", "rich"), *([("--plot", "matplotlib")] if options.plot else [])):
         try:
-            import matplotlib  # noqa: F401
+            import_module(package)
         except ImportError:
-            return "--plot needs matplotlib: pip install 'fastdiv[bench]'"
+            return f"{user} needs {package}: pip install 'fastdiv[bench]'"
     return ""
 
 
@@ -105,19 +106,19 @@ def _no_gpu() -> str:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Measures what was asked for, or reads it; prints it, writes it, draws it."""
-    from . import plots, summary
+    """Measure, or read a file; then print, write and draw."""
+    from . import plots, tables
     from .compare import compare
-    from .measurements import Measurements, default_file
+    from .results import Measurements, default_file
 
     if options.compare:
         before, after = map(Measurements.read, options.compare)
         return 1 if compare(before, after, options.tolerance) else 0
     found = Measurements.read(options.show) if options.show else _measure(options)
     if options.markdown:
-        print("\n".join(summary.markdown(found)))
+        print("\n".join(tables.markdown(found)))
     else:
-        summary.print_all(found, by_phase=options.phases or "gpu" in found.machine)
+        tables.print_all(found, by_phase=options.phases or "gpu" in found.machine)
     usual = options.show or default_file(found.machine)
     json = usual if options.json == DEFAULT_FILE else options.json
     if json:
@@ -132,22 +133,17 @@ def bench(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace) -> Measurements:
     from .machine import describe_machine, give_each_isa_a_compiler_cache
-    from .measurements import Measurements
     from .parts import PARTS
+    from .results import Measurements
 
     give_each_isa_a_compiler_cache()
     options.started = time.perf_counter()
-    # What eager torch takes for f16 on a CPU would be half of a quick run.
+    # Eager torch in f16 on a CPU would take half of the time of a quick run.
     options.dtypes = options.dtypes or ["f32", "bf16", "f16"][: 2 if options.quick else 3]
     found = Measurements(describe_machine(options.device))
-    asked = {
-        "scale": options.scale,
-        "threads": options.threads is not None,
-        "overhead": options.overhead,
-        "instructions": options.instructions,
-        "linear": options.linear,
-    }
+    chosen = {name for name in PARTS if getattr(options, name, None) not in (None, False)}
+    chosen -= {"losses"}  # these are names
     for name, measure in PARTS.items():
-        if options.all or asked.get(name, not any(asked.values())):
+        if options.all or name in (chosen or {"losses"}):
             measure(options, found)
     return found

@@ -1,10 +1,9 @@
-"""What moved between two runs beyond their noise.
+"""The comparison of two runs: the figures that moved beyond their noise.
 
-Two runs see two machines: another one, or the same while others use it.  So nothing is compared in
-seconds.  A time is taken as a ratio to what the same rounds took for a copy, and for eager torch
-where it ran, and has moved only if it has by each of them: by more than the tolerance, with
-quartiles that do not meet.  Instructions and memory do not depend on the machine's mood, and are
-compared as they are.
+The two runs may be on different machines, or on one that other programs use.  So times are not
+compared in seconds, but as ratios: to the copy of the same rounds, and to eager torch where it ran.
+A time has moved if each ratio has, by more than the tolerance and with quartiles that do not meet.
+Instructions and memory do not depend on other programs, and are compared as they are.
 """
 
 from __future__ import annotations
@@ -12,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from .._cli.console import Cell, print_table
-from .measurements import Measurements
-from .overhead import SHAPE
-from .report import machine_line
-from .result import Result
+from rich.text import Text
+
+from .results import PHASES, Measurements, Record, size_of
+from .tables import machine_line, print_table
 from .timing import Timing
 
-OURS = ("fused", "in_place", "per_row")
-MEGABYTE = 1_000_000  # what the memory of a process moves by itself
+FASTDIV = ("fused", "in_place", "per_row")
+MEGABYTE = 1_000_000  # the noise of a process's memory
 
-What = tuple[str, str, str, str, str]  # part, loss, dtype, size, what of it
+What = tuple[str, str, str, str, str]  # part, loss, dtype, size, quantity
 
 
 class Interval(NamedTuple):
@@ -34,7 +32,7 @@ class Interval(NamedTuple):
 
     @classmethod
     def of(cls, time: Timing, unit: Timing) -> Interval:
-        """A time in units of another of the same rounds."""
+        """Return a time in units of another one of the same rounds."""
         return cls(
             time.lower_quartile / unit.upper_quartile,
             time.median / unit.median,
@@ -42,39 +40,39 @@ class Interval(NamedTuple):
         )
 
     def moved(self, after: Interval) -> float:
-        """By how much more it takes, 0.1 for a tenth; 0 where the quartiles meet."""
+        """Return the relative increase, 0.1 for a tenth; 0 where the quartiles meet."""
         if self.low <= after.high and after.low <= self.high:
             return 0.0
         return after.middle / self.middle - 1 if self.middle > 0 else 1.0
 
 
-Figure = Mapping[str, Interval]  # the same, in every unit that it is known in
+Figure = Mapping[str, Interval]  # one quantity, in every unit in which it is known
 
 
 def compare(before: Measurements, after: Measurements, tolerance: float) -> int:
-    """Prints what moved, and returns how many figures got worse."""
+    """Print what moved, and return how many figures got worse."""
     olds, news = dict(figures(before)), dict(figures(after))
     common = [what for what in news if what in olds]
     moved = {what: change(olds[what], news[what], tolerance) for what in common}
     moved = {what: by for what, by in moved.items() if by}
-    print(f"before: {_origin(before)}\nafter:  {_origin(after)}")
+    print(f"before: {_origin(before.machine)}\nafter:  {_origin(after.machine)}")
     if moved:
-        print_table(
-            f"moved beyond their noise and by more than {100 * tolerance:.0f} %",
-            ["part", "loss", "dtype", "size", "of it", "before", "after", "unit", "change"],
-            [
-                _row(what, olds[what], news[what], by)
-                for what, by in sorted(moved.items(), key=lambda entry: -entry[1])
-            ],
-            names=5,
-        )
+        rows = []
+        for what, by in sorted(moved.items(), key=lambda entry: -entry[1]):
+            old, new = olds[what], news[what]
+            unit = next(unit for unit in old if unit in new)
+            values = (f"{old[unit].middle:.2f}", f"{new[unit].middle:.2f}", unit)
+            rows.append([*what, *values, Text(f"{100 * by:+.0f} %", "red" if by > 0 else "green")])
+        title = f"moved beyond their noise and by more than {100 * tolerance:.0f} %"
+        headers = ["part", "loss", "dtype", "size", "of it", "before", "after", "unit", "change"]
+        print_table(title, headers, rows, names=5)
     worse = sum(by > 0 for by in moved.values())
     print(f"{len(common)} figures compared: {worse} worse, {len(moved) - worse} better")
     return worse
 
 
 def change(before: Figure, after: Figure, tolerance: float) -> float:
-    """By how much a figure moved, in the unit that saw least of it; 0 where one saw nothing."""
+    """Return the change of a figure in the unit where it is least; 0 if one unit shows none."""
     changes = [before[unit].moved(after[unit]) for unit in before if unit in after]
     least = min(changes, key=abs, default=0.0)
     agreed = all(by * least > 0 for by in changes)
@@ -83,60 +81,44 @@ def change(before: Figure, after: Figure, tolerance: float) -> float:
 
 
 def figures(run: Measurements) -> Iterator[tuple[What, Figure]]:
-    """Everything of ours that a run measured."""
+    """Yield all figures of fastdiv in a run."""
     for part in ("results", "by_classes", "by_rows", "threads"):
-        for result in getattr(run, part):
-            yield from _of_result(part, result)
-    size = f"{SHAPE[0]}×{SHAPE[1]}"
-    for call in run.overhead:
-        ratio = Interval.of(call.fused, call.eager)
-        yield ("overhead", call.loss, "f32", size, "training"), {"eager": ratio}
-    for count in run.instructions:
-        number = count.per_element
-        what = ("instructions", count.loss, count.dtype, count.isa, count.phase)
-        yield what, {"an element": Interval(number, number, number)}
-    for entry in run.linear:
-        job, products = entry.job, entry.times["products"]
-        size = f"{job.rows}×{job.hidden}×{job.classes}"
-        for name in OURS:
-            what = ("linear", "linear_cross_entropy", job.dtype, size, name)
-            if name in entry.times:
-                yield what, {"products": Interval.of(entry.times[name], products)}
-            if (extra := entry.extra_bytes.get(name)) is not None:
-                yield (*what[:4], f"memory {name}"), _memory(extra)
+        for r in getattr(run, part):
+            where = (part, r["loss"], r["dtype"], f"{size_of(r)}, {r['threads']} threads")
+            for phase in PHASES:
+                times = r.get(f"{phase}_ms", {})
+                units = {
+                    "copies": r["copy_ms"],
+                    **({"eager": times["eager"]} if "eager" in times else {}),
+                }
+                for name, time in times.items():
+                    if name in FASTDIV:
+                        yield (
+                            (*where, f"{phase} {name}"),
+                            {u: Interval.of(time, v) for u, v in units.items()},
+                        )
+            yield from _memory(where, r)
+    for r in run.overhead:
+        where = ("overhead", r["loss"], "f32", size_of(r))
+        yield (*where, "training"), {"eager": Interval.of(r["fused_ms"], r["eager_ms"])}
+    for r in run.instructions:
+        where = ("instructions", r["loss"], r["dtype"], r["isa"])
+        yield (*where, r["phase"]), {"an element": Interval(*[r["per_element"]] * 3)}
+    for r in run.linear:
+        size = f"{r['rows']}×{r['hidden']}×{r['classes']}"
+        where = ("linear", "linear_cross_entropy", r["dtype"], size)
+        for name, time in r["ms"].items():
+            if name in FASTDIV:
+                yield (*where, name), {"products": Interval.of(time, r["ms"]["products"])}
+        yield from _memory(where, r)
 
 
-def _of_result(part: str, result: Result) -> Iterator[tuple[What, Figure]]:
-    size = f"{result.size}, {result.threads} threads"
-    for phase, times in result.times.items():
-        for name in OURS:
-            if name in times:
-                ratios = {"copies": Interval.of(times[name], result.copy)}
-                if "eager" in times:
-                    ratios["eager"] = Interval.of(times[name], times["eager"])
-                yield (part, result.loss, result.dtype, size, f"{phase} {name}"), ratios
-    for name in OURS:
-        if (extra := result.extra_bytes.get(name)) is not None:
-            yield (part, result.loss, result.dtype, size, f"memory {name}"), _memory(extra)
+def _memory(where: tuple[str, str, str, str], r: Record) -> Iterator[tuple[What, Figure]]:
+    for name, count in r["extra_bytes"].items():
+        if name in FASTDIV and count is not None:
+            megabytes = Interval(*((count + n) / 1e6 for n in (-MEGABYTE, 0, MEGABYTE)))
+            yield (*where, f"memory {name}"), {"MB": megabytes}
 
 
-def _memory(count: int) -> Figure:
-    return {
-        "MB": Interval((count - MEGABYTE) / 1e6, count / 1e6, (count + MEGABYTE) / 1e6),
-    }
-
-
-def _row(what: What, before: Figure, after: Figure, by: float) -> list[str | Cell]:
-    unit = next(unit for unit in before if unit in after)
-    return [
-        *what,
-        f"{before[unit].middle:.2f}",
-        f"{after[unit].middle:.2f}",
-        unit,
-        Cell(f"{100 * by:+.0f} %", "red" if by > 0 else "green"),
-    ]
-
-
-def _origin(run: Measurements) -> str:
-    machine = run.machine
+def _origin(machine: Record) -> str:
     return f"fastdiv {machine['fastdiv']} of {machine['date']} on {machine_line(machine)}"

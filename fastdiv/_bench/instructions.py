@@ -1,9 +1,11 @@
-"""Instructions for an element, counted by valgrind: a slowdown shows however busy the machine is.
+"""Instructions per element, counted by valgrind: they show a slowdown even on a busy machine.
 
-Every loss is called with few rows and with more; the difference, divided by the elements, is what
-the kernels take.  The count repeats within a permille on any machine that runs the same instruction
-set, torch and compiler, which a time does not.  valgrind knows no AVX-512: it stands for a
-processor with AVX2.
+Every loss is called with few rows and with more.  The difference, divided by the elements, is the
+cost of the kernels.  On any machine with the same instruction set, torch and compiler the count
+repeats within 0.1 %; a time does not.  Valgrind has no AVX-512 and emulates a processor with AVX2.
+
+All calls run in one process under callgrind, because ``torch.utils.benchmark``'s
+``collect_callgrind`` starts one per statement, which takes 50 seconds.
 """
 
 from __future__ import annotations
@@ -16,62 +18,41 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from .._cli.console import Advance
-from .apart import run_apart
 from .losses import DTYPES, LOSSES
+from .processes import run_apart
+from .results import Record
+from .timing import Advance
 
 CLASSES = 16384
 ROWS = (1, 9)
-REPEATS = 3  # of which the least counts: now and then Python or torch do something else, too
-WARM_UP = 10  # calls after which Python has specialised its code, and torch filled its caches
+REPEATS = 3  # of which the least counts: now and then Python or torch does something else, too
+WARM_UP = 10  # calls, after which Python has specialised its code and torch has filled its caches
 PHASES = ("forward", "training")
-MARKED = "counted"  # what the dumps of a call are named
-
-
-@dataclass(frozen=True)
-class Count:
-    """Instructions for an element of the logits."""
-
-    loss: str
-    dtype: str
-    phase: str
-    isa: str
-    per_element: float
-
-    def to_json(self) -> dict[str, Any]:
-        """For the JSON file."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, written: Mapping[str, Any]) -> Count:
-        """From the JSON file."""
-        return cls(**written)
+MARKED = "counted"  # begins the name of a call's dump
 
 
 def why_not() -> str:
-    """Why nothing can be counted here; empty if it can."""
+    """Return why nothing can be counted here; empty if it can."""
     missing = [tool for tool in ("valgrind", "callgrind_control") if not shutil.which(tool)]
     return f"needs {' and '.join(missing)}" if missing else ""
 
 
 def count_instructions(
     losses: Sequence[str], dtypes: Sequence[str], advance: Advance
-) -> list[Count]:
-    """Runs this module under valgrind, and reads what it counted."""
+) -> list[Record]:
+    """Run this module under valgrind, and read what it counted."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "callgrind")
         command = ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={out}"]
-        command += ["--instr-atstart=no"]  # imports are not counted, and so take half the time
+        command += ["--instr-atstart=no"]  # halves the time of the imports
         command += [sys.executable, "-m", __name__, json.dumps([losses, dtypes])]
         same_hashes = {**os.environ, "PYTHONHASHSEED": "0"}
-        said = ""  # at last the instruction set
+        said = ""  # in the end the instruction set
         with run_apart(command, same_hashes, stderr=subprocess.DEVNULL) as counted:
             assert counted.stdout is not None
             for line in counted.stdout:
@@ -89,7 +70,13 @@ def count_instructions(
         return round(more / ((many - few) * CLASSES), 3)
 
     return [
-        Count(name, dtype, phase, said, per_element(f"{name} {dtype} {phase}"))
+        {
+            "loss": name,
+            "dtype": dtype,
+            "phase": phase,
+            "isa": said,
+            "per_element": per_element(f"{name} {dtype} {phase}"),
+        }
         for name in losses
         for dtype in dtypes
         for phase in PHASES
@@ -97,7 +84,7 @@ def count_instructions(
 
 
 def _totals(folder: Path) -> Iterator[tuple[str, int]]:
-    """What each dump is called, and how many instructions it holds."""
+    """Yield the name of each dump, and its number of instructions."""
     for file in folder.iterdir():
         text = file.read_text()
         name = re.search(rf"^desc: Trigger: dump {MARKED} (.*)$", text, re.MULTILINE)

@@ -1,10 +1,26 @@
-"""What is timed: every loss of whole rows as users call it, beside the same in torch operations."""
+"""The losses that are timed, each beside its formula in torch operations.
+
+An entry of ``LOSSES`` is one function with its decorator: the formula, as the mean of the rows, and
+the call of fastdiv that it is timed against.  A formula is the fastest one that was found.  These
+were tried on two cores, forward and backward, and are slower:
+
+* ``logsumexp`` in the place of ``log_softmax`` (up to three times);
+* ``F.kl_div`` with and without ``log_target``;
+* ``a * lp + b * lq`` instead of ``lerp``;
+* the exponential of a logarithm where ``softmax`` gives it;
+* the square of the difference of roots for Hellinger.
+
+Cross entropy minus entropy is faster than the formula of KL in bfloat16.  It is not used, because
+it keeps three digits of two large numbers.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,21 +31,16 @@ import fastdiv
 
 from .._engine import ops
 from ..reference import Spec, value_dtype
-from . import eager
 
 Loss = Callable[..., Tensor]  # (logits [R, C], *target) -> scalar
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
-MATRICES = ("logits", "probs")  # targets as large as the logits; none asks for its gradient
+MATRICES = ("logits", "probs")  # targets as large as the logits; none requires its gradient
 TOP_K = 64
 
 
-def _one(value: Any) -> Any:
-    return value
-
-
 class _AsComputed(torch.autograd.Function):
-    """Logits as a model computes them: no leaf of the graph, so a backward may write over them."""
+    """Logits as a model computes them: no leaf of the graph, so a backward may overwrite them."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, x: Tensor) -> Tensor:
@@ -41,41 +52,41 @@ class _AsComputed(torch.autograd.Function):
 
 
 def as_computed(x: Tensor) -> Tensor:
-    """The same memory as logits that require a gradient; nothing comes before them."""
+    """Return the same memory as logits that require a gradient, with nothing before them."""
     return _AsComputed.apply(x.new_zeros((), requires_grad=True), x)
 
 
 @dataclass(frozen=True)
 class BenchmarkedLoss:
-    """A public function with options, reduced to a scalar."""
+    """A public function with options, reduced to a scalar, and its formula in eager torch."""
 
     function: str
     target: str  # "labels", "logits", "probs", "topk" or "none"
     eager: Loss
-    options: Mapping[str, Any] = field(default_factory=dict)
-    variation: str = ""  # tells it from the function without options
-    scalar: Callable[[Any], Tensor] = _one  # of what the function returns
-    shape: float = 0.0  # beta, skew or alpha: see Spec
+    options: Mapping[str, Any]
+    variation: str = ""  # distinguishes it from the function without options
+    scalar: Callable[[Any], Tensor] = lambda value: value  # from the result of the function
+    param: float = 0.0  # beta, skew or alpha, as in Spec
 
     @property
     def name(self) -> str:
-        """What it is called on the command line and in files."""
+        """Return its name on the command line and in files."""
         return "_".join(filter(None, (self.function, self.variation)))
 
     def fused(self, x: Tensor, *target: Tensor, **more: Any) -> Tensor:
-        """The loss, ours."""
+        """Compute the loss with fastdiv."""
         return self.scalar(getattr(fastdiv, self.function)(x, *target, **self.options, **more))
 
     @property
     def in_place(self) -> Loss | None:
-        """The same, where the backward may write over the logits."""
+        """Return the same with a backward that may overwrite the logits, if there is one."""
         accepted = inspect.signature(getattr(fastdiv, self.function)).parameters
         if "inplace_backward" not in accepted:
             return None
         return lambda x, *target: self.fused(x, *target, inplace_backward=True)
 
     def minimum_bytes(self, phase: str, logits_bytes: int) -> int:
-        """The least traffic: every matrix read once in a phase, and one gradient written."""
+        """Return the least traffic: each matrix is read once per phase, one gradient is written."""
         read = logits_bytes * (2 if self.target in MATRICES else 1)
         return {
             "forward": read,
@@ -87,7 +98,7 @@ class BenchmarkedLoss:
     def make_inputs(
         self, shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu"
     ) -> tuple[Tensor, ...]:
-        """Logits, and what the target consists of; always the same."""
+        """Make logits and the tensors of the target, the same every time."""
         generator = torch.Generator(device).manual_seed(0)
 
         def logits() -> Tensor:
@@ -104,15 +115,14 @@ class BenchmarkedLoss:
 
     @property
     def spec(self) -> Spec | None:
-        """What the op of both directions in one go takes; None where it does not fit."""
+        """Return the options of ``forward_grad``; None if the loss is not one call of its op."""
         if self.variation or self.function not in ops.LOSSES:
             return None
-        topk = {"topk": "logits", "labels": "none"}
-        matrix = topk.get(self.target, self.target)
-        return Spec(self.function, target_type=matrix, param=self.shape)
+        matrix = {"topk": "logits", "labels": "none"}.get(self.target, self.target)
+        return Spec(self.function, target_type=matrix, param=self.param)
 
     def forward_grad(self, x: Tensor, *target: Tensor) -> Tensor:
-        """The rows of the loss, and over the logits the gradient of their mean, in one go."""
+        """Compute the rows and, in the same pass, write the gradient of their mean over ``x``."""
         assert self.spec
         rows = x.shape[0]
         t, label = (target, (None,)) if self.target in MATRICES else ((None,), target or (None,))
@@ -123,39 +133,132 @@ class BenchmarkedLoss:
         return op(grad, x, t[0], label[0], None, None, *ops.options(self.spec), False)[0]
 
 
-def _divergence(name: str, shape: float = 0.0, **options: Any) -> BenchmarkedLoss:
-    options["target_type"] = "logits"
-    return BenchmarkedLoss(name, "logits", getattr(eager, name), options, shape=shape)
+LOSSES: dict[str, BenchmarkedLoss] = {}
 
 
-LOSSES = {
-    loss.name: loss
-    for loss in (
-        BenchmarkedLoss("cross_entropy", "labels", F.cross_entropy),
-        BenchmarkedLoss(
-            "cross_entropy",
-            "labels",
-            eager.cross_entropy_smoothed,
-            {"label_smoothing": 0.1},
-            variation="smoothed",
-        ),
-        BenchmarkedLoss("cross_entropy", "probs", F.cross_entropy, variation="of_probs"),
-        _divergence("kl_div"),
-        _divergence("reverse_kl_div"),
-        _divergence("js_div", 0.5),
-        _divergence("skew_kl_div", 0.1),
-        _divergence("alpha_div", 0.5, alpha=0.5),
-        _divergence("renyi_div", 0.5, alpha=0.5),
-        _divergence("tv_distance"),
-        _divergence("hellinger_distance", 0.5),
-        BenchmarkedLoss("topk_kl_div", "topk", eager.topk_kl_div, {"values_type": "logits"}),
-        BenchmarkedLoss("entropy", "none", eager.entropy, {"reduction": "mean"}),
-        BenchmarkedLoss("log_prob", "labels", eager.log_prob, scalar=Tensor.mean),
-        BenchmarkedLoss(
-            "log_prob_and_entropy",
-            "labels",
-            eager.log_prob_and_entropy,
-            scalar=eager.policy_loss,
-        ),
-    )
-}
+def _against(
+    function: str, target: str, options: Mapping[str, Any] | None = None, **more: Any
+) -> Callable[[Loss], Loss]:
+    """Decorate an eager formula: time it against this function of fastdiv with these options."""
+    kind = {"target_type": "logits"} if target == "logits" else {}
+
+    def add(eager: Loss) -> Loss:
+        loss = BenchmarkedLoss(function, target, eager, {**kind, **(options or {})}, **more)
+        LOSSES[loss.name] = loss
+        return eager
+
+    return add
+
+
+def _logs(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.log_softmax(x, -1), torch.log_softmax(t, -1)
+
+
+def _probs(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.softmax(x, -1), torch.softmax(t, -1)
+
+
+def _powers(x: Tensor, t: Tensor) -> Tensor:
+    return torch.lerp(*_logs(x, t), 0.5).exp().sum(-1)  # by logarithms: roots have no slope at 0
+
+
+_against("cross_entropy", "labels")(F.cross_entropy)
+
+
+@_against("cross_entropy", "labels", {"label_smoothing": 0.1}, variation="smoothed")
+def _smoothed(x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(x, y, label_smoothing=0.1)
+
+
+_against("cross_entropy", "probs", variation="of_probs")(F.cross_entropy)
+
+
+@_against("kl_div", "logits")
+def _kl_div(x: Tensor, t: Tensor) -> Tensor:
+    lq, lp = _logs(x, t)
+    return (lp.exp() * (lp - lq)).sum(-1).mean()
+
+
+@_against("reverse_kl_div", "logits")
+def _reverse_kl_div(x: Tensor, t: Tensor) -> Tensor:
+    lq, lp = _logs(x, t)
+    return (lq.exp() * (lq - lp)).sum(-1).mean()
+
+
+@_against("js_div", "logits", param=0.5)
+def _js_div(x: Tensor, t: Tensor) -> Tensor:
+    (lq, lp), (q, p) = _logs(x, t), _probs(x, t)
+    lm = (0.5 * (q + p)).log()
+    return 0.5 * (p * (lp - lm) + q * (lq - lm)).sum(-1).mean()
+
+
+@_against("skew_kl_div", "logits", param=0.1)
+def _skew_kl_div(x: Tensor, t: Tensor) -> Tensor:
+    q, p = _probs(x, t)
+    return (p * (torch.log_softmax(t, -1) - torch.lerp(q, p, 0.1).log())).sum(-1).mean()
+
+
+@_against("alpha_div", "logits", {"alpha": 0.5}, param=0.5)
+def _alpha_div(x: Tensor, t: Tensor) -> Tensor:
+    return (4 * (1 - _powers(x, t))).mean()
+
+
+@_against("renyi_div", "logits", {"alpha": 0.5}, param=0.5)
+def _renyi_div(x: Tensor, t: Tensor) -> Tensor:
+    return (-2 * _powers(x, t).log()).mean()
+
+
+@_against("tv_distance", "logits")
+def _tv_distance(x: Tensor, t: Tensor) -> Tensor:
+    q, p = _probs(x, t)
+    return 0.5 * (q - p).abs().sum(-1).mean()
+
+
+@_against("hellinger_distance", "logits", param=0.5)
+def _hellinger_distance(x: Tensor, t: Tensor) -> Tensor:
+    return (1 - _powers(x, t)).mean()
+
+
+@_against("topk_kl_div", "topk", {"values_type": "logits"})
+def _topk_kl_div(x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    lp = torch.log_softmax(values, -1)
+    return (lp.exp() * (lp - torch.log_softmax(x, -1).gather(-1, indices))).sum(-1).mean()
+
+
+@_against("entropy", "none", {"reduction": "mean"})
+def _entropy(x: Tensor) -> Tensor:
+    lq = torch.log_softmax(x, -1)
+    return -(lq.exp() * lq).sum(-1).mean()
+
+
+@_against("log_prob", "labels", scalar=Tensor.mean)
+def _log_prob(x: Tensor, y: Tensor) -> Tensor:
+    return -F.cross_entropy(x, y)
+
+
+def _policy_loss(log_prob_and_entropy: tuple[Tensor, Tensor]) -> Tensor:
+    log_prob, entropy = log_prob_and_entropy
+    return -(log_prob + 0.01 * entropy).mean()
+
+
+@_against("log_prob_and_entropy", "labels", scalar=_policy_loss)
+def _log_prob_and_entropy(x: Tensor, y: Tensor) -> Tensor:
+    lq = torch.log_softmax(x, -1)
+    log_prob = lq.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return _policy_loss((log_prob, -(lq.exp() * lq).sum(-1)))
+
+
+def peers(loss: str) -> dict[str, Loss]:
+    """Return other libraries' fused losses for GPUs, if installed, called as their users do."""
+    found: dict[tuple[str, str], Loss] = {}
+    with suppress(ImportError):
+        liger = import_module("liger_kernel.transformers")
+        kl = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
+        js = liger.LigerJSD(beta=0.5)
+        found["cross_entropy", "liger"] = liger.LigerCrossEntropyLoss()
+        found["kl_div", "liger"] = lambda x, t: kl(*_logs(x, t))  # it takes log-probabilities
+        found["js_div", "liger"] = lambda x, t: js(*_logs(x, t))
+    with suppress(ImportError):
+        quack = import_module("quack.cross_entropy")
+        found["cross_entropy", "quack"] = lambda x, y: quack.cross_entropy(x, y).mean()
+    return {name: call for (key, name), call in found.items() if key == loss}

@@ -1,4 +1,4 @@
-"""The machine that a figure was measured on."""
+"""Facts about the machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def cpu_model() -> str:
-    """What the processor calls itself."""
+    """Return the name of the processor."""
     if CPU_INFO.exists():
         for line in CPU_INFO.read_text().splitlines():
             if line.startswith("model name"):
@@ -30,14 +30,14 @@ def cpu_model() -> str:
 
 
 def torch_cpu_isa() -> str:
-    """The instruction set that torch's own kernels use, which ATEN_CPU_CAPABILITY may lower."""
+    """Return the instruction set of torch's own kernels, which ATEN_CPU_CAPABILITY may lower."""
     return torch.backends.cpu.get_cpu_capability().lower()
 
 
 def give_each_isa_a_compiler_cache() -> None:
-    """Has ``torch.compile`` keep its code in a folder for the instruction set that torch uses.
+    """Let ``torch.compile`` cache its code in a folder for the instruction set that torch uses.
 
-    Its cache does not tell instruction sets apart.  Code made for AVX-512 is compiled again under
+    Its cache does not distinguish instruction sets.  Code made for AVX-512 is compiled again under
     ``ATEN_CPU_CAPABILITY=avx2``, and gives NaN there.  A folder that the user chose stays.
     """
     folder = Path(tempfile.gettempdir()) / f"fastdiv_compiled_{os.getuid()}_{torch_cpu_isa()}"
@@ -45,7 +45,7 @@ def give_each_isa_a_compiler_cache() -> None:
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """Everything about this machine and its software that moves a timing."""
+    """Return all facts about this machine and its software that may change a timing."""
     facts = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),

@@ -1,15 +1,10 @@
 """Peak memory of forward and backward beyond the logits and their gradient.
 
-There are two measures.  The benchmark reports what the system sees (``peak_of``): on a CPU Linux'
-high-water mark of resident memory.  It is one of a whole process and contains what kernels and
-libraries take for themselves, and freed memory that glibc has found no use for yet, so that it
-differs from machine to machine.  Hence a new process for every measurement, forked from one that
-has imported everything and run nothing: a started thread pool does not survive a fork.  Writing 5
-to ``clear_refs`` lowers the mark to what is resident, once the inputs are there.  On a GPU all
-memory comes from torch, which counts it.
-
-The tests hold us to what we ask torch for (``temporary_bytes``): the tensors on a CPU that are
-made and freed during a call.  That is the same on every machine.
+On a CPU it is Linux' high-water mark of resident memory, which belongs to a whole process.  The
+mark includes buffers of kernels and libraries, and memory that glibc has freed but not returned.
+So each measurement has a new process, forked from one that has imported everything and run nothing:
+a started thread pool does not survive a fork.  Once the inputs are made, writing 5 to
+``clear_refs`` lowers the mark to what is resident.  On a GPU torch counts all memory.
 """
 
 from __future__ import annotations
@@ -17,32 +12,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from .apart import run_apart
 from .losses import DTYPES, LOSSES, Loss, as_computed
+from .processes import run_apart
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
+SERVER = """
+import json, sys
+from {0} import {1} as measure
+from {2} import serve
+serve(json.loads(sys.argv[1]), measure)
+"""
 
-
-class AnyJob(Protocol):
-    """One call to measure: a NamedTuple that JSON can hold."""
-
-    @property
-    def device(self) -> str:
-        """Where it computes."""
-
-
-JobType = TypeVar("JobType", bound=AnyJob)
 Made = TypeVar("Made")
 
 
@@ -58,42 +46,41 @@ class Job(NamedTuple):
 
 
 def extra_memory(jobs: Sequence[Job]) -> Iterator[int | None]:
-    """Bytes at the peak of each, as they come; None where nobody tells."""
-    return measured_apart(__name__, jobs, _measure)
+    """Yield the bytes at the peak of each job; None where the system does not count them."""
+    return measured_apart(measure, jobs)
 
 
-def measured_apart(
-    module: str, jobs: Sequence[JobType], measure: Callable[[JobType], int | None]
-) -> Iterator[int | None]:
-    """``measure`` of each job; of a CPU in ``python -m module``, which hands them to ``serve``."""
+def measured_apart(measure: Callable[..., int | None], jobs: Sequence[Any]) -> Iterator[int | None]:
+    """Yield ``measure(*job)`` of each job, on a CPU measured in a new process for each."""
     if jobs and jobs[0].device == "cuda":
-        yield from map(measure, jobs)
+        yield from (measure(*job) for job in jobs)
         return
     if not (jobs and STATUS.exists() and RESET.exists()):
         yield from (None for _ in jobs)
         return
-    with run_apart([sys.executable, "-m", module, json.dumps(jobs)]) as server:
+    program = SERVER.format(measure.__module__, measure.__name__, __name__)
+    with run_apart([sys.executable, "-c", program, json.dumps(jobs)]) as server:
         assert server.stdout is not None
         for _ in jobs:
             yield json.loads(server.stdout.readline() or "null")
 
 
-def serve(jobs: Sequence[JobType], measure: Callable[[JobType], int | None]) -> None:
-    """Prints one line for every job, which a process of its own has measured."""
+def serve(jobs: Sequence[Any], measure: Callable[..., int | None]) -> None:
+    """Print a line for each job, measured in a process of its own."""
     for job in jobs:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(writer, json.dumps(measure(job)).encode())
+            os.write(writer, json.dumps(measure(*job)).encode())
             os._exit(0)
         os.close(writer)
         with open(reader) as answer:
-            print(answer.read() or "null", flush=True)  # null: killed, for its memory perhaps
+            print(answer.read() or "null", flush=True)  # null: killed, perhaps out of memory
         os.waitpid(child, 0)
 
 
 def peak_of(call: Callable[[], Made], device: str) -> tuple[Made, int | None]:
-    """What a call returns, and the bytes at its peak beyond what was in use before it."""
+    """Return the result of a call, and the bytes at its peak beyond those in use before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -106,37 +93,15 @@ def peak_of(call: Callable[[], Made], device: str) -> tuple[Made, int | None]:
     return call(), _resident("VmHWM") - before
 
 
-def temporary_bytes(call: Callable[[], Made]) -> tuple[Made, int]:
-    """Returns a call's result, and the most bytes at a time of CPU tensors that it freed again.
-
-    What is still alive when the call returns, as its results are, does not count.
-    """
-    cpu = [ProfilerActivity.CPU]
-    with profile(activities=cpu, profile_memory=True, acc_events=True) as recorded:
-        made = call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    changes = [(e["args"]["Addr"], e["args"]["Bytes"]) for e in events]
-    alive: dict[int, int] = {}
-    for i, (address, change) in enumerate(changes):
-        if change > 0:
-            alive[address] = i
-        else:
-            alive.pop(address, None)
-    for i in alive.values():
-        changes[i] = (0, 0)
-    return made, max(accumulate(change for _, change in changes), default=0)
-
-
-def _measure(job: Job) -> int | None:
-    loss, dtype = LOSSES[job.loss], DTYPES[job.dtype]
-    call: Loss = getattr(loss, job.variant)
-    _forward_backward(call, *loss.make_inputs((8, 128), dtype, job.device))  # loads what is lazy
-    inputs = loss.make_inputs((job.rows, job.classes), dtype, job.device)
-    gradient, peak = peak_of(lambda: _forward_backward(call, *inputs), job.device)
+def measure(*job: Any) -> int | None:
+    """Return the bytes of a job at its peak beyond its inputs and the gradient."""
+    name, variant, dtype, rows, classes, device = job
+    loss = LOSSES[name]
+    call: Loss = getattr(loss, variant)
+    # A small call first loads what is loaded lazily.
+    _forward_backward(call, *loss.make_inputs((8, 128), DTYPES[dtype], device))
+    inputs = loss.make_inputs((rows, classes), DTYPES[dtype], device)
+    gradient, peak = peak_of(lambda: _forward_backward(call, *inputs), device)
     kept = 0 if gradient.data_ptr() == inputs[0].data_ptr() else gradient.nbytes
     return None if peak is None else max(0, peak - kept)
 
@@ -151,7 +116,3 @@ def _resident(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
-
-
-if __name__ == "__main__":
-    serve([Job(*fields) for fields in json.loads(sys.argv[1])], _measure)

@@ -1,31 +1,32 @@
-"""The parts of the benchmark: which sizes and losses each of them consists of."""
+"""The parts of the benchmark: the sizes and losses of each."""
 
 from __future__ import annotations
 
+import sys
+import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .._cli.console import progress
 from . import linear
 from .instructions import count_instructions, why_not
 from .losses import LOSSES
-from .measurements import Measurements
-from .overhead import run_overhead
-from .result import PHASES, VARIANTS, Result, Shape
-from .run import Plan, run
-from .timing import Budget
+from .memory import Job, extra_memory
+from .results import PHASES, VARIANTS, Measurements, Record, Shape
+from .run import time_loss, time_overhead
+from .tables import progress
+from .timing import Budget, torch_threads
 
 # Language models with three vocabularies, a speech recogniser, many short rows, few long ones.
 SHAPES = [(512, 32000), (128, 128256), (64, 256000), (4096, 4233), (65536, 100), (2, 256000)]
 QUICK_SHAPES = [(64, 32000)]
 COMPILED_CLASSES = [32000]  # torch.compile takes eight seconds for every loss, dtype and shape
 
-# More than caches hold: 268 MB of half logits.  Powers of two, and the vocabulary of GPT-2.
+# Larger than all caches: 268 MB of half-precision logits.  Powers of two, and GPT-2's vocabulary.
 GPU_ELEMENTS = 2**27
 GPU_CLASSES = sorted([2**n for n in range(8, 19)] + [50257])
+GPU_QUICK_CLASSES = [1024, 8192, 50257, 131072]
 
 SCALED = ("cross_entropy", "kl_div", "js_div", "entropy")  # a kernel of each kind
 SCALE_ELEMENTS = 2**24
@@ -35,87 +36,71 @@ CLASSES_OF_ROWS = 4096
 
 LINEAR_SIZES = [(1024, 32000)]
 
-
-def default_shapes(options: Namespace) -> Sequence[Shape]:
-    """The shapes of a run that names none."""
-    if options.device == "cuda":
-        classes = [1024, 8192, 50257, 131072] if options.quick else GPU_CLASSES
-        return [(GPU_ELEMENTS // c, c) for c in classes]
-    return QUICK_SHAPES if options.quick else SHAPES
-
-
-def thread_counts() -> list[int]:
-    """Powers of two up to what torch uses, and that."""
-    most = torch.get_num_threads()
-    return sorted({2**n for n in range(most.bit_length())} | {most})
-
-
-def names_of(options: Namespace, usual: Sequence[str]) -> Sequence[str]:
-    """The losses that were named, or the usual ones."""
-    return options.losses or usual
+USUAL = ("fused", "in_place", "eager")
 
 
 def losses(options: Namespace, found: Measurements) -> None:
-    """Every loss, phase, dtype and shape."""
-    on_gpu = options.device == "cuda"
-    compiled = options.compile_classes
-    if compiled is None:
-        compiled = [] if on_gpu or options.shapes else COMPILED_CLASSES
-    compile = options.compile and not options.quick
-    plan = _plan(
-        options,
-        names_of(options, list(LOSSES)),
-        options.shapes or default_shapes(options),
-        options.dtypes,
-        compiled_classes=compiled,
-        variants=[v for v in VARIANTS if compile or v != "compile"],
-        phases=PHASES if options.phases or on_gpu else PHASES[:3],
-        memory=True,
+    """Measure every loss, phase, dtype and shape."""
+    names, on_gpu = options.losses or list(LOSSES), options.device == "cuda"
+    shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES)
+    if on_gpu and not options.shapes:
+        classes = GPU_QUICK_CLASSES if options.quick else GPU_CLASSES
+        shapes = [(GPU_ELEMENTS // c, c) for c in classes]
+    # Memory first, since nothing else may run while a call is timed.  It grows like the logits, so
+    # the first shape is enough.
+    first: Shape = shapes[0]
+    jobs = [
+        Job(name, variant, dtype, *first, options.device)
+        for dtype in options.dtypes
+        for name in names
+        for variant in USUAL
+        if getattr(LOSSES[name], variant) is not None
+    ]
+    memory: dict[tuple[str, str, Shape], dict[str, int | None]] = {}
+    with progress("memory", len(jobs)) as advance:
+        for job, extra in zip(jobs, extra_memory(jobs), strict=True):
+            memory.setdefault((job.loss, job.dtype, first), {})[job.variant] = extra
+            advance(f"{job.loss} {job.dtype}")
+    phases = PHASES if options.phases or on_gpu else PHASES[:3]
+    found.results += _run(
+        "losses", options, names, shapes, phases, VARIANTS, options.dtypes, memory
     )
-    found.results += _run("losses", plan)
 
 
 def scale(options: Namespace, found: Measurements) -> None:
-    """A few losses over the number of classes and over that of rows."""
-    names = names_of(options, SCALED)
-    small = 6 if options.quick else 0  # binary digits less
+    """Measure a few losses over the number of classes and over the number of rows."""
+    small = 6 if options.quick else 0  # the number of halvings
     elements, most_rows = SCALE_ELEMENTS >> small, max(SCALE_ROWS) >> small
-    shapes = [(max(1, elements // c), c) for c in SCALE_CLASSES]
     phases = ("forward", "training")
-    plan = _plan(options, names, shapes, phases=phases, variants=("fused", "in_place", "eager"))
-    found.by_classes += _run("classes", plan)
+    shapes = [(max(1, elements // c), c) for c in SCALE_CLASSES]
+    found.by_classes += _run("classes", options, SCALED, shapes, phases)
     shapes = [(r, CLASSES_OF_ROWS) for r in SCALE_ROWS if r <= most_rows]
-    # Eager torch needs several times the memory of the most rows, and is as flat.
-    plan = _plan(options, names, shapes, phases=phases, variants=("fused",))
-    found.by_rows += _run("rows", plan)
+    # Not eager torch: its curve is as flat, and the most rows take several times the memory.
+    found.by_rows += _run("rows", options, SCALED, shapes, phases, ("fused",))
 
 
 def threads(options: Namespace, found: Measurements) -> None:
-    """A few losses with one thread and more."""
+    """Measure a few losses with one thread and more."""
     shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES[:1])
-    for count in options.threads or thread_counts():
-        plan = _plan(
-            options,
-            names_of(options, SCALED),
-            shapes,
-            variants=("fused", "in_place", "eager"),
-            phases=("training",),
-            threads=count,
-        )
-        found.threads += _run(f"{count} threads", plan)
+    most = torch.get_num_threads()
+    for count in options.threads or sorted({2**n for n in range(most.bit_length())} | {most}):
+        with torch_threads(count):
+            found.threads += _run(f"{count} threads", options, SCALED, shapes, ("training",))
 
 
 def overhead(options: Namespace, found: Measurements) -> None:
-    """Calls on tiny inputs."""
-    names = names_of(options, list(LOSSES))
+    """Measure calls on tiny inputs."""
+    names = options.losses or list(LOSSES)
     with progress("overhead", len(names)) as advance:
-        found.overhead += run_overhead(names, _budget(options), advance, options.device)
+        for name in names:
+            found.overhead.append(time_overhead(name, _budget(options), options.device))
+            advance(name)
 
 
 def instructions(options: Namespace, found: Measurements) -> None:
-    """Instructions for an element, where valgrind is there."""
-    names = names_of(options, SCALED if options.quick else list(LOSSES))
-    dtypes = _dtypes_of_curves(options)
+    """Count instructions per element, if valgrind is installed."""
+    names = options.losses or (SCALED if options.quick else list(LOSSES))
+    dtypes = _without_f16(options)
     if why := why_not():
         print(f"No instructions counted: {why}")
         return
@@ -124,18 +109,58 @@ def instructions(options: Namespace, found: Measurements) -> None:
 
 
 def linear_losses(options: Namespace, found: Measurements) -> None:
-    """Cross entropy of a linear layer; shapes are of the logits."""
-    sizes = [
+    """Measure cross entropy of a linear layer; shapes are those of the logits."""
+    jobs = [
         linear.LinearJob("fused", dtype, rows, options.hidden, classes, options.device)
         for rows, classes in options.shapes or LINEAR_SIZES
-        for dtype in _dtypes_of_curves(options)
+        for dtype in _without_f16(options)
     ]
-    curve = [] if options.quick else [s for s in sizes if s[2:] == sizes[0][2:]]
-    with progress("linear", 2 * len(sizes) + len(linear.FACTORS) * len(curve)) as step:
-        compiled = options.compile and not options.quick
-        found.linear += linear.run_linear(sizes, _budget(options), compiled, step)
-        for size in curve:
-            found.linear_memory += linear.memory_by_rows(size, step)
+    curve = [] if options.quick else [j for j in jobs if j[2:] == jobs[0][2:]]
+    with progress("linear", len(jobs) + len(linear.FACTORS) * len(curve)) as advance:
+        for job in jobs:
+            compiled = options.compile and not options.quick
+            found.linear.append(linear.run_linear(job, _budget(options), compiled))
+            advance(f"{job.rows} rows, {job.dtype}")
+        for job in curve:
+            for record in linear.memory_by_rows(job):
+                found.linear_memory.append(record)
+                advance(f"memory of {record['rows']} rows, {job.dtype}")
+
+
+def _run(
+    title: str,
+    options: Namespace,
+    usual_losses: Sequence[str],
+    shapes: Sequence[Shape],
+    phases: Sequence[str],
+    variants: Sequence[str] = USUAL,
+    dtypes: Sequence[str] = (),
+    memory: Mapping[tuple[str, str, Shape], Mapping[str, int | None]] | None = None,
+) -> list[Record]:
+    """Time losses at every shape and dtype."""
+    names, records = options.losses or usual_losses, []
+    cases = [(n, d, s) for s in shapes for d in dtypes or _without_f16(options) for n in names]
+    with progress(title, len(cases)) as advance:
+        for case in cases:
+            name, dtype, shape = case
+            if time.perf_counter() > options.started + options.stop_after:
+                print(f"out of time before {name} {dtype} {shape}", file=sys.stderr)
+                break
+            some = [v for v in variants if v != "compile" or _compiles(options, shape)]
+            extra = (memory or {}).get(case, {})
+            plan = (_budget(options), some, phases, options.device, extra)
+            records.append(time_loss(LOSSES[name], dtype, shape, *plan))
+            advance(f"{name} {dtype} {shape[0]}×{shape[1]}")
+    return records
+
+
+def _compiles(options: Namespace, shape: Shape) -> bool:
+    """Tell whether torch.compile is timed at a shape."""
+    chosen = options.compile_classes
+    if chosen is None:
+        chosen = [] if options.device == "cuda" or options.shapes else COMPILED_CLASSES
+    everywhere = not chosen
+    return options.compile and not options.quick and (everywhere or shape[1] in chosen)
 
 
 def _budget(options: Namespace) -> Budget:
@@ -143,32 +168,9 @@ def _budget(options: Namespace) -> Budget:
     return Budget(usual if options.seconds is None else options.seconds, options.rounds)
 
 
-def _dtypes_of_curves(options: Namespace) -> Sequence[str]:
-    """All but f16, which costs what bf16 does, where there is another."""
+def _without_f16(options: Namespace) -> Sequence[str]:
+    """Return the dtypes except f16, which costs what bf16 does, unless it is the only one."""
     return [d for d in options.dtypes if d != "f16"] or options.dtypes
-
-
-def _plan(
-    options: Namespace,
-    names: Sequence[str],
-    shapes: Sequence[Shape],
-    dtypes: Sequence[str] | None = None,
-    **more: Any,
-) -> Plan:
-    return Plan(
-        names,
-        dtypes or _dtypes_of_curves(options),
-        shapes,
-        _budget(options),
-        device=options.device,
-        stop_at=options.started + options.stop_after,
-        **more,
-    )
-
-
-def _run(title: str, plan: Plan) -> list[Result]:
-    with progress(title, plan.steps) as advance:
-        return run(plan, advance)
 
 
 PARTS: dict[str, Callable[[Namespace, Measurements], None]] = {

@@ -1,31 +1,32 @@
-"""Times of several calls next to each other: a machine that slows down slows all of them."""
+"""Interleaved timing of several calls: a machine that slows down slows all of them."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+Advance = Callable[[str], None]  # reports that a step of a part is done, and which
 Call = Callable[[], object]
-Clock = Callable[[Call, int], float]  # seconds of one of so many calls
+Clock = Callable[[Call, int], float]  # returns the seconds of one of so many calls
 Key = TypeVar("Key", bound=Hashable)
 
 
 class After(NamedTuple):
-    """A call that takes what another one returned, of which only the second is timed."""
+    """A call with the result of another one as its argument; only the second one is timed."""
 
     first: Call
     then: Callable[[Any], object]
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long to measure: at least ``min_rounds``, then until the time is up."""
+class Budget(NamedTuple):
+    """The time of a measurement: at least ``min_rounds``, then more until the time is up."""
 
     seconds: float
     min_rounds: int
@@ -34,7 +35,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call over all rounds."""
+    """Milliseconds of one call over all rounds, with six digits."""
 
     median: float
     lower_quartile: float
@@ -43,27 +44,16 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        """Sums up single measurements."""
-        if len(seconds) == 1:
-            return cls(seconds[0], seconds[0], seconds[0], 1)
-        lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+        """Summarise single measurements."""
+        enough = seconds if len(seconds) > 1 else 2 * seconds
+        quartiles = statistics.quantiles(enough, n=4, method="inclusive")
+        lower, median, upper = (float(f"{1e3 * quartile:.6g}") for quartile in quartiles)
         return cls(median, lower, upper, len(seconds))
 
     @property
     def spread(self) -> float:
-        """Half of the interquartile range."""
+        """Return half of the interquartile range."""
         return (self.upper_quartile - self.lower_quartile) / 2
-
-    def in_milliseconds(self) -> dict[str, float]:
-        """For the JSON file."""
-        values = {k: float(f"{v * 1e3:.6g}") for k, v in asdict(self).items() if k != "rounds"}
-        return {**values, "rounds": self.rounds}
-
-    @classmethod
-    def from_milliseconds(cls, written: Mapping[str, float]) -> Timing:
-        """From the JSON file."""
-        seconds = {k: v * 1e-3 for k, v in written.items() if k != "rounds"}
-        return cls(**seconds, rounds=int(written["rounds"]))
 
 
 def interleave(
@@ -73,11 +63,11 @@ def interleave(
     repeats: int = 1,
     clock: Clock | None = None,
 ) -> dict[Key, Timing]:
-    """Runs every call once in each round, and returns the medians of the rounds.
+    """Run every call once per round, and summarise the rounds.
 
-    Every round begins with another call, so that nobody always follows the same neighbour.
-    ``before_each`` is not timed; it brings every call into the same state of memory and caches.
-    What a call returns is freed after its clock stopped.  Times are of one of ``repeats`` calls.
+    Each round begins with another call, so that neighbours change.  ``before_each`` is not timed;
+    it brings memory and caches into the same state before each call.  The result of a call is freed
+    after the clock has stopped.  Times are of one of ``repeats`` calls.
     """
     clock = clock or host_seconds
     order = list(calls)
@@ -101,7 +91,7 @@ def _prepared(call: Call | After) -> Call:
 
 
 def host_seconds(call: Call, repeats: int, settle: Call = lambda: None) -> float:
-    """By the clock of the host; ``settle`` waits for what the calls have begun."""
+    """Time calls by the clock of the host; ``settle`` waits for the work that they began."""
     start = time.perf_counter()
     for _ in range(repeats - 1):
         call()
@@ -113,22 +103,22 @@ def host_seconds(call: Call, repeats: int, settle: Call = lambda: None) -> float
 
 
 class GpuClock:
-    """By events on the stream of the GPU.
+    """A clock of events on the stream of the GPU.
 
-    Before the first event the cache is filled with something else, and the GPU is kept waiting
-    while the host queues up the call, so that the time the host takes does not count.
+    Before the first event the cache is filled with other data.  The GPU also waits while the host
+    queues the call, so that the host's time does not count.
     """
 
     WAIT = 2_000_000  # cycles, a millisecond
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties().L2_cache_size
-        self.something_else = torch.zeros(4 * cache, dtype=torch.uint8, device="cuda")
+        self.other_data = torch.zeros(4 * cache, dtype=torch.uint8, device="cuda")
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, call: Call, repeats: int) -> float:
-        """Seconds of one of so many calls."""
-        self.something_else.max()  # read, so that nothing is left to be written back
+        """Return the seconds of one of so many calls."""
+        self.other_data.max()  # only read, so that no dirty line is left to write back
         torch.cuda._sleep(self.WAIT)
         self.begin.record()
         for _ in range(repeats - 1):
@@ -138,3 +128,14 @@ class GpuClock:
         self.end.synchronize()
         del result
         return 1e-3 * self.begin.elapsed_time(self.end) / repeats
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""What ``python -m fastdiv check`` tries: losses with every kind of target, and their inputs."""
+"""The cases of ``python -m fastdiv check``: losses with every kind of target, and their inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = ((3, 7), (5, 1021), (2, 8193), (1, 50257))
 
 @dataclass(frozen=True)
 class CheckedLoss:
-    """A public function of logits and target that returns a value for every row."""
+    """A public function of logits and target that returns a value per row."""
 
     name: str
     target: str
@@ -34,7 +34,7 @@ class CheckedLoss:
 
 @dataclass(frozen=True)
 class Combination:
-    """A loss with inputs it is tried on."""
+    """A loss with a dtype and a shape of its inputs."""
 
     loss: CheckedLoss
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class Combination:
 
 
 def combinations(names: Sequence[str], quick: bool) -> list[Combination]:
-    """The losses of these names, or all, with every dtype and shape."""
+    """Return the losses of these names, or all losses, with every dtype and shape."""
     return [
         Combination(loss, dtype, shape)
         for loss in checked_losses(names)
@@ -59,7 +59,7 @@ def combinations(names: Sequence[str], quick: bool) -> list[Combination]:
 
 
 def checked_losses(names: Sequence[str] = ()) -> list[CheckedLoss]:
-    """Every public loss with every kind of target; a new divergence is found in the reference."""
+    """Return all public losses with all kinds of targets; the reference lists the divergences."""
     cross_entropy = partial(fastdiv.cross_entropy, reduction="none")
     smoothed = partial(cross_entropy, label_smoothing=0.1, z_loss=1e-3)
 
@@ -103,10 +103,10 @@ def checked_losses(names: Sequence[str] = ()) -> list[CheckedLoss]:
 
 
 def _of_layer(function: Callable[..., Tensor]) -> RowLoss:
-    """A linear loss as one of logits: hidden states are unit vectors, the weight is logits."""
+    """Turn a linear loss into one of logits: with unit vectors the weight holds the logits."""
 
     def rows(x: Tensor, t: Tensor) -> Tensor:
-        x = x.where(x.isfinite(), -60.0)  # 0 times infinity is no logit
+        x = x.where(x.isfinite(), -60.0)  # 0 times infinity would be NaN
         hidden = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
         return function(hidden, x.t(), t, reduction="none")
 
@@ -123,7 +123,7 @@ def _divergence(name: str, target_type: str) -> RowLoss:
         spec = reference.Spec(name, target_type=target_type, param=0.5)
         return lambda x, t: row_loss(spec, x, t)
     options = {
-        p.name: 0.5  # of the alphas, betas and skews, one that is the limit of no other divergence
+        p.name: 0.5  # for alpha, beta and skew: not the limit of another divergence
         for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name != "target_type"
     }
@@ -132,7 +132,7 @@ def _divergence(name: str, target_type: str) -> RowLoss:
 
 @cache
 def _logits(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The first rows have classes at -inf on both sides, on one, on the other."""
+    """Make logits whose first rows have classes at -inf on both sides, on one, on the other."""
     generator = torch.Generator().manual_seed(shape[1])
     x, t = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * 3
     x[:1, -3:] = t[:1, -3:] = -torch.inf
@@ -141,7 +141,7 @@ def _logits(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def make_inputs(combination: Combination) -> tuple[Tensor, Tensor | None]:
-    """Logits and target."""
+    """Make logits and target."""
     x, t = (v.to(combination.dtype) for v in _logits(combination.shape))
     target = combination.loss.target
     if target == "none":

@@ -1,1 +1,1 @@
-"""Other libraries on our losses, each by one line; none is needed to import fastdiv."""
+"""Patches that let other libraries run on fastdiv; none of them is needed to import fastdiv."""

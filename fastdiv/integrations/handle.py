@@ -1,4 +1,4 @@
-"""A patch of somebody else's library that is undone as it was made."""
+"""How another library's functions are replaced, and put back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -15,56 +15,82 @@ if TYPE_CHECKING:
 
 from .._engine import backend
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+
+
+class _Replaced(NamedTuple):
+    owner: Any  # a class or a module
+    name: str
+    original: Any  # None: inherited
+    replacement: Any
 
 
 class Patch:
-    """A handle on a patch.
+    """A handle on a patch, which ``undo()`` or the end of a ``with`` block takes back.
 
-    Ours stay in the place of theirs until all handles of a kind are undone, in whatever order.
+    Each subclass is a kind of patch.  Its replacements stay in place until all of its handles are
+    undone, in whatever order.
     """
 
-    standing = 0  # handles of this kind that are not undone
+    standing: list[Any]  # the handles of this kind that are not undone, the newest last
+    _replaced: list[_Replaced]
+
+    def __init_subclass__(cls) -> None:
+        cls.standing, cls._replaced = [], []
 
     def __init__(self) -> None:
-        self._stands = False
         self.__enter__()
 
     def __enter__(self) -> Self:
-        kind = type(self)
         with _lock:
-            if not self._stands:
-                kind._install()
-                self._stands = True
-                kind.standing += 1
+            if self not in self.standing:
+                self._install()
+                self.standing.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()
 
     def undo(self) -> None:
-        """Takes this patch back; nothing happens the second time."""
-        kind = type(self)
+        """Take this patch back; nothing happens the second time."""
         with _lock:
-            if self._stands:
-                self._stands = False
-                kind.standing -= 1
-                if not kind.standing:
-                    kind._restore()
+            if self in self.standing:
+                self.standing.remove(self)
+                if not self.standing:
+                    self._restore()
 
     @classmethod
     def _install(cls) -> None:
-        """Puts ours wherever theirs are; where they are not what we know, raises instead."""
+        """Make all replacements that are missing, or raise if the library is not as expected."""
         raise NotImplementedError
 
     @classmethod
+    def replace(cls, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        """Put ``make(original)`` in the place of an attribute, unless it is replaced already."""
+        own = vars(owner).get(name)
+        if own is not None and any(own is entry.replacement for entry in cls._replaced):
+            return
+        replacement = make(getattr(owner, name) if own is None else own)
+        cls._replaced.append(_Replaced(owner, name, own, replacement))
+        setattr(owner, name, replacement)
+
+    @classmethod
     def _restore(cls) -> None:
-        """Puts theirs wherever ours still are; who replaced ours meanwhile stays."""
-        raise NotImplementedError
+        """Put the originals back, except where somebody else replaced the replacement."""
+        covered = []
+        for entry in reversed(cls._replaced):
+            owner, name, original, replacement = entry
+            if vars(owner).get(name) is not replacement:
+                covered.append(entry)
+            elif original is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+        cls._replaced[:] = reversed(covered)
 
 
 def require_kernels(patch: str) -> None:
-    """Raises where a patch of this name would have no effect, for want of kernels."""
+    """Raise if a patch of this name would have no effect because the kernels are missing."""
     if backend._C is None:
         raise RuntimeError(
             f"{patch} would change nothing: the extension module fastdiv._C could not be loaded "
@@ -74,7 +100,7 @@ def require_kernels(patch: str) -> None:
 
 @contextmanager
 def replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Makes calls of these layers run ``forward(layer, input)``, between their hooks."""
+    """Let calls of these layers run ``forward(layer, input)``, between their hooks."""
     for layer in layers:
         vars(layer)["forward"] = partial(forward, layer)
     try:

@@ -32,7 +32,7 @@ def calls_of_ours(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((args, options))
         return fastdiv.cross_entropy(*args, **options)
 
-    monkeypatch.setattr(cross_entropy, "ours", spy)
+    monkeypatch.setattr(cross_entropy, "fastdiv_cross_entropy", spy)
     return calls
 
 

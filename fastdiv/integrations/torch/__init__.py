@@ -1,1 +1,1 @@
-"""torch's own cross entropy on our kernels: :func:`fastdiv.patch_torch`."""
+"""Torch's own cross entropy on fastdiv's kernels: :func:`fastdiv.patch_torch`."""

@@ -1,4 +1,4 @@
-"""The cross entropy that :func:`fastdiv.patch_torch` puts in the place of torch's."""
+"""The replacement that :func:`fastdiv.patch_torch` puts in the place of torch's cross entropy."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..._engine.torch_private import (
     is_jit_traced,
     is_transformed,
 )
-from ..._losses.cross_entropy import cross_entropy as ours
+from ..._losses.cross_entropy import cross_entropy as fastdiv_cross_entropy
 from ...reference.choices import Reduction
 
 on = False  # whether a patch stands
-torchs: Callable[..., Tensor] = F.cross_entropy  # as found by the patch
+original: Callable[..., Tensor] = F.cross_entropy  # as the patch found it
 
 
 def cross_entropy(
@@ -36,7 +36,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Ours where it means the same, else torch's."""
+    """Compute fastdiv's cross entropy where it means the same, else torch's."""
     options: dict[str, Any] = {
         "weight": weight,
         "size_average": size_average,
@@ -50,10 +50,10 @@ def cross_entropy(
         if loss is not None:
             return loss
     if has_torch_function_variadic(input, target, weight):
-        # As torch's function does, which would hand over ours as the one that was called.
+        # Torch's function does the same, but would name the replacement as the function called.
         overridable = (input, target, weight)
-        return handle_torch_function(torchs, overridable, input, target, **options)
-    return torchs(input, target, **options)
+        return handle_torch_function(original, overridable, input, target, **options)
+    return original(input, target, **options)
 
 
 def fused(
@@ -66,7 +66,7 @@ def fused(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """Ours in the dtype of torch's, or None where it would mean something else."""
+    """Compute fastdiv's loss in torch's dtype, or return None where it means something else."""
     if (
         size_average is None
         and reduce is None
@@ -80,7 +80,7 @@ def fused(
         and _fit(input, target, weight, ignore_index)
     ):
         try:
-            value = ours(
+            value = fastdiv_cross_entropy(
                 input,
                 target,
                 weight,
@@ -88,8 +88,8 @@ def fused(
                 reduction=reduction,
                 label_smoothing=label_smoothing,
             )
-        except IndexError:  # a label that is no class: torch says so in its own words
-            if not input.is_cpu:  # there it would say so by stopping the device
+        except IndexError:  # a label out of range, for which torch has its own error
+            if not input.is_cpu:  # torch's own error would be a device-side assertion
                 raise
         else:
             return value.to(result_dtype(input, target))
@@ -97,12 +97,12 @@ def fused(
 
 
 def _watched() -> bool:
-    """Tells whether somebody wants to see torch's function or its operations."""
+    """Tell whether a trace, an export or a mode records torch's function or its operations."""
     return is_jit_traced() or is_exporting() or function_mode_watches()
 
 
 def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
-    """Whether these are tensors of which torch and we make the same, and there is a kernel."""
+    """Tell whether torch and fastdiv agree on these tensors, and there is a kernel for them."""
     if target is None or not are_plain(input, target, weight):
         return False
     if input.dtype not in FLOATS or input.dim() == 0:
@@ -124,12 +124,12 @@ def _fit(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 
 
 def _differentiated(weight: Tensor) -> bool:
-    """Whether these class weights may be what is differentiated, or of a batch, each its own."""
+    """Tell whether these class weights may be differentiated, or batched by ``vmap``."""
     return weight.requires_grad or is_transformed()
 
 
 def result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
-    """What torch returns."""
+    """Return the dtype of torch's result."""
     dtype = _without_autocast(input)
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, _without_autocast(target))
@@ -137,6 +137,6 @@ def result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
 
 
 def _without_autocast(v: Tensor) -> torch.dtype:
-    """The dtype in which torch computes a loss of this tensor: autocast makes halves float32."""
+    """Return the dtype in which torch computes the loss: autocast makes half precision float32."""
     half = v.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if half and torch.is_autocast_enabled(v.device.type) else v.dtype

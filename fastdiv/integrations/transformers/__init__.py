@@ -1,7 +1,8 @@
-"""Training of Hugging Face Transformers on our losses."""
+"""Training of Hugging Face Transformers on fastdiv's losses."""
 
 from ..._engine.public import set_home as _set_home
-from .patch import TransformersPatch, apply
+from .library import TransformersPatch
+from .patch import apply
 
 __all__ = ["TransformersPatch", "apply"]
 

@@ -1,4 +1,4 @@
-"""How the logits of a training step come from its hidden states."""
+"""The formula that computes the logits of a training step from its hidden states."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..._linear.cross_entropy import linear_cross_entropy
 
 @dataclass(frozen=True)
 class Formula:
-    r"""How logits come from tensors :math:`h_1, W_1, h_2, W_2, \dots` and perhaps a bias, the last.
+    r"""A formula for logits from tensors :math:`h_1, W_1, h_2, W_2, \dots` and perhaps a last bias.
 
-    They are :math:`s\,x` or :math:`g \tanh(s\,x)` of :math:`x = \sum_i h_i W_i^\top + b`.
+    The logits are :math:`s\,x` or :math:`g \tanh(s\,x)` of :math:`x = \sum_i h_i W_i^\top + b`.
     """
 
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class Formula:
 
 
 def one_product(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias of one layer that makes the sum of these layers' logits."""
+    """Return hidden states, weight and bias of one layer that computes the sum of these layers."""
     layers, bias = _layers(tensors)
     (hidden, weight), *others = layers
     if others:

@@ -1,4 +1,4 @@
-"""A model's forward whose cross entropy is ours."""
+"""The forward of a model, run so that the cross entropy of its logits is fastdiv's."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _reported: set[type] = set()
 
 
 def is_running() -> bool:
-    """Whether a model that calls this one has its logits deferred, or held, already."""
+    """Tell whether a model that calls this one has its logits deferred, or held, already."""
     return getattr(_here, "running", False)
 
 
 def run(
     model: Any, forward: Callable[..., Any], linear: bool, keep: bool, /, *args: Any, **kwargs: Any
 ) -> Any:
-    """A model's forward; its logits are deferred in training if ``linear``, and else held.
+    """Run a model's forward; its logits are deferred in training if ``linear``, and else held.
 
-    Held ones are returned as ordinary tensors, unless somebody is waiting for them (``keep``).
+    Held logits are returned as ordinary tensors, unless ``keep`` is true.
     """
     training = model.training and torch.is_grad_enabled()
     try:
@@ -57,7 +57,7 @@ def run(
 
 
 class _Unknown(ValueError):
-    """A model that computes its logits, or its loss, in a way we do not know."""
+    """A model that computes its logits, or its loss, in a way that fastdiv does not know."""
 
     def __init__(self, model: Any, why: str) -> None:
         self.model = type(model)
@@ -65,18 +65,18 @@ class _Unknown(ValueError):
 
 
 def _report(trouble: _Unknown) -> None:
-    """Once for each class."""
+    """Warn, once for each class."""
     if trouble.model not in _reported:
         _reported.add(trouble.model)
         warnings.warn(f"{trouble}; it is trained as without fastdiv", stacklevel=4)
 
 
 def output_layers(model: Any) -> list[nn.Linear]:
-    """The linear layers that this model's logits come from; with LoRA they are a sum of several."""
+    """Return the linear layers whose sum is this model's logits; with LoRA there are several."""
     head = model.get_output_embeddings()
     if head is None:
         raise _Unknown(model, "get_output_embeddings() is None")
-    # Another one might be given its weight for the time of its own forward only (FSDP).
+    # A layer of another class may hold its weight only while its own forward runs (FSDP).
     if type(head) is not nn.Linear and not type(head).__module__.startswith("peft."):
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
         raise _Unknown(model, f"its output layer is a {kind}, not a torch.nn.Linear")
@@ -88,7 +88,7 @@ def output_layers(model: Any) -> list[nn.Linear]:
 
 
 def _layers_of(head: nn.Module) -> list[nn.Linear]:
-    """The linear layers inside a head that make its logits, whose sum they are."""
+    """Return the linear layers inside a head whose sum is its logits."""
     linear = [layer for layer in head.modules() if type(layer) is nn.Linear]
     classes = max((layer.out_features for layer in linear), default=0)
     return [layer for layer in linear if layer.out_features == classes]
@@ -96,7 +96,7 @@ def _layers_of(head: nn.Module) -> list[nn.Linear]:
 
 @contextmanager
 def deferred_logits(head: nn.Module) -> Iterator[None]:
-    """Lets a head return deferred logits, where nothing replaced its layers' forward."""
+    """Let a head return deferred logits, where nothing replaced its layers' forward."""
     layers = [layer for layer in _layers_of(head) if "forward" not in vars(layer)]
     step = Step()
     try:
@@ -124,7 +124,7 @@ def _deferred(step: Step, layer: nn.Linear, input: Tensor) -> Tensor:
 
 
 def with_plain_logits(output: Any) -> Any:
-    """A model's output with ordinary tensors in place of ``HeldLogits``."""
+    """Return a model's output with ordinary tensors in place of ``HeldLogits``."""
     if isinstance(output, HeldLogits):
         return output.as_subclass(Tensor)
     if type(output) is tuple:

@@ -1,75 +1,79 @@
-"""What is replaced in Transformers while a patch stands."""
+"""The patch of Transformers: its handle, and the replacements that it makes."""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache, partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._engine.torch_private import is_jit_traced, is_transformed
+from ..handle import Patch, require_kernels
 from . import forward as model_forward
 from .logits import DeferredLogits, HeldLogits
 
-if TYPE_CHECKING:
-    from . import TransformersPatch
-
-standing: list[TransformersPatch] = []  # the last one counts
-_replaced: list[Replaced] = []
 # Whether the Trainer took the labels away, to smooth them in a loss of its own.
 _smoothing: ContextVar[bool] = ContextVar("fastdiv_smoothing", default=False)
 
 
-class Replaced:
-    """A class's attribute that is ours for a while; it may have inherited its own."""
+class TransformersPatch(Patch):
+    """The handle that ``apply()`` returns."""
 
-    def __init__(self, owner: type, name: str, make: Callable[[Any], Any]) -> None:
-        self._owner, self._name = owner, name
-        self._theirs = vars(owner).get(name)
-        self.ours = make(getattr(owner, name) if self._theirs is None else self._theirs)
-        setattr(owner, name, self.ours)
+    def __init__(self, model: nn.Module | None, linear: bool) -> None:
+        _check_version()
+        found = None if model is None else _find_model(model)
+        if found is not None:
+            model_forward.output_layers(found)
+        self._model = None if found is None else weakref.ref(found)
+        self.linear = linear
+        super().__init__()
 
-    def undo(self) -> None:
-        """Who replaced ours meanwhile stays; ours, if he calls it, does nothing."""
-        if vars(self._owner).get(self._name) is not self.ours:
-            return
-        if self._theirs is None:
-            delattr(self._owner, self._name)
-        else:
-            setattr(self._owner, self._name, self._theirs)
+    def fits(self, model: nn.Module) -> bool:
+        """Tell whether this patch is for this model."""
+        return self._model is None or self._model() is model
+
+    @classmethod
+    def _install(cls) -> None:
+        from transformers import PreTrainedModel
+        from transformers.trainer import Trainer
+        from transformers.trainer_pt_utils import LabelSmoother
+
+        # Models are called, which runs the forward of their class.  But some wrappers (PEFT) call
+        # the forward itself, and Accelerate gives an instance a forward of its own.
+        cls.replace(PreTrainedModel, "__call__", lambda original: _with_labels(original, None))
+        cls.replace(PreTrainedModel, "__init_subclass__", _init_subclass)
+        for model_class in _subclasses(PreTrainedModel):
+            _replace_forward(model_class)
+        cls.replace(Trainer, "compute_loss", _compute_loss)
+        cls.replace(LabelSmoother, "__call__", _label_smoother)
 
 
-def _replace(owner: type, name: str, make: Callable[[Any], Any]) -> None:
-    found = vars(owner).get(name)
-    if found is None or all(replaced.ours is not found for replaced in _replaced):
-        _replaced.append(Replaced(owner, name, make))
+def _check_version() -> None:
+    import transformers
+
+    major, minor = transformers.__version__.split(".")[:2]
+    if major != "5" and (major, minor) != ("4", "57"):
+        raise RuntimeError(
+            "fastdiv.integrations.transformers.apply() knows versions 4.57 and 5 of Transformers, "
+            f"not {transformers.__version__}; use fastdiv.linear_cross_entropy"
+        )
+    require_kernels("fastdiv.integrations.transformers.apply()")
 
 
-def install() -> None:
-    """Replaces all that is not replaced already."""
+def _find_model(wrapped: nn.Module) -> nn.Module:
     from transformers import PreTrainedModel
-    from transformers.trainer import Trainer
-    from transformers.trainer_pt_utils import LabelSmoother
 
-    # Models are called; but some wrappers of them (PEFT) call forward, and some instances have one
-    # of their own, of which their class does not know (Accelerate).
-    _replace(PreTrainedModel, "__call__", lambda theirs: _with_labels(theirs, None))
-    _replace(PreTrainedModel, "__init_subclass__", _init_subclass)
-    for cls in _subclasses(PreTrainedModel):
-        _replace_forward(cls)
-    _replace(Trainer, "compute_loss", _compute_loss)
-    _replace(LabelSmoother, "__call__", _label_smoother)
-
-
-def restore() -> None:
-    """Gives everything back."""
-    while _replaced:
-        _replaced.pop().undo()
+    if isinstance(wrapped, nn.Module):
+        for module in wrapped.modules():
+            if isinstance(module, PreTrainedModel):
+                return module
+    raise TypeError(f"model must hold a model of Transformers, got {type(wrapped).__name__}")
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
@@ -78,72 +82,74 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
         yield from _subclasses(sub)
 
 
-def _init_subclass(theirs: Any) -> Any:
-    """Classes to come."""
+def _init_subclass(original: Any) -> Any:
+    """Make the replacement that patches classes defined while a patch is active."""
 
     def init_subclass(cls: type[Any], /, **kwargs: Any) -> None:
-        theirs.__func__(cls, **kwargs)
-        if standing:
+        original.__func__(cls, **kwargs)
+        if TransformersPatch.standing:
             _replace_forward(cls)
 
     return classmethod(init_subclass)
 
 
 def _replace_forward(cls: type) -> None:
-    """A class's own, or the one it inherits."""
+    """Replace the forward of a class, or the one that it inherits."""
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
     if _place_of_labels(vars(owner)["forward"]) is not None:
-        _replace(owner, "forward", lambda theirs: _with_labels(theirs, theirs))
+        TransformersPatch.replace(
+            owner, "forward", lambda original: _with_labels(original, original)
+        )
 
 
 @cache
 def _place_of_labels(forward: Callable[..., Any]) -> int | None:
-    """Among positional arguments; None where there are no labels."""
+    """Return the position of ``labels`` among the arguments, or None if there are none."""
     names = list(inspect.signature(forward).parameters)[1:]  # without self
     return names.index("labels") if "labels" in names else None
 
 
 def _with_labels(
-    theirs: Callable[..., Any], signature: Callable[..., Any] | None
+    original: Callable[..., Any], signature: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    """A model's method whose losses are ours if it is given labels.
+    """Make the replacement of a model's method; given labels, its losses are fastdiv's.
 
     Args:
-        theirs: The method.
-        signature: A forward that takes the same; None for a call, which is left to the forward
-            unless the model has one of its own.
+        original: The method.
+        signature: A forward with the same arguments.  None means ``__call__``, which leaves the
+            work to the forward, unless the instance has a forward of its own.
     """
 
-    @wraps(theirs)
+    @wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         elsewhere = signature is None and "forward" not in vars(self)
         compiling = torch.compiler.is_compiling()
         watched = is_jit_traced() or is_transformed()
         if compiling or elsewhere or model_forward.is_running() or watched:
-            return theirs(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         place = _place_of_labels(signature or type(self).forward)
         labels = kwargs.get("labels")
         if place is not None and len(args) > place:
             labels = args[place]
-        patch = next((p for p in reversed(standing) if p.fits(self)), None)
+        patch = next((p for p in reversed(TransformersPatch.standing) if p.fits(self)), None)
         if patch is None or (labels is None and not _smoothing.get()):
-            return theirs(self, *args, **kwargs)
-        call = partial(theirs, self)
+            return original(self, *args, **kwargs)
+        call = partial(original, self)
         return model_forward.run(self, call, patch.linear, _smoothing.get(), *args, **kwargs)
 
     return method
 
 
-def _compute_loss(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """The Trainer's, which takes the labels away from the model where it smoothes them."""
+def _compute_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the Trainer's replacement, which records that the Trainer smooths the labels."""
 
-    @wraps(theirs)
+    @wraps(original)
     def compute_loss(self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.label_smoother is None or self.compute_loss_func or "labels" not in inputs:
-            return theirs(self, model, inputs, *args, **kwargs)
+            return original(self, model, inputs, *args, **kwargs)
         token = _smoothing.set(True)
         try:
-            result = theirs(self, model, inputs, *args, **kwargs)
+            result = original(self, model, inputs, *args, **kwargs)
         finally:
             _smoothing.reset(token)
         if isinstance(result, tuple):  # with the outputs
@@ -153,15 +159,15 @@ def _compute_loss(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return compute_loss
 
 
-def _label_smoother(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same loss by a cross entropy, which does not look at the logits."""
+def _label_smoother(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make the replacement that takes the same loss by a cross entropy of deferred logits."""
 
-    @wraps(theirs)
+    @wraps(original)
     def smoothed(self: Any, output: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits = output["logits"] if isinstance(output, dict) else output[0]
         if isinstance(logits, (DeferredLogits, HeldLogits)):
             return _smoothed_loss(self, logits, labels, *args, **kwargs)
-        return theirs(self, output, labels, *args, **kwargs)
+        return original(self, output, labels, *args, **kwargs)
 
     return smoothed
 

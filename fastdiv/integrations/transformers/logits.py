@@ -1,7 +1,7 @@
-"""Logits of a model's output layer whose cross entropy is ours.
+"""Tensor classes for the logits of a model's output layer, whose cross entropy is fastdiv's.
 
-A model makes logits and takes a loss of them, in its own way: scaled, capped, shifted, flattened.
-Both classes here let it, until it asks for the cross entropy.
+A model scales, caps, shifts or flattens its logits before it calls the cross entropy.  Both classes
+here follow it until that call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .formula import Formula, one_product
 
 
 class HeldLogits(Tensor):
-    """A tensor as any other, but for its cross entropy."""
+    """An ordinary tensor whose cross entropy is computed by fastdiv."""
 
     @classmethod
     def __torch_function__(
@@ -38,18 +38,18 @@ class HeldLogits(Tensor):
 
 @dataclass
 class Step:
-    """What becomes of the logits while a model's forward runs."""
+    """A record of what happens to the logits while a model's forward runs."""
 
     running: bool = True
-    called: bool = False  # the output layer
-    trouble: str = ""  # why they had to be computed
+    called: bool = False  # whether the output layer ran
+    trouble: str = ""  # why the logits had to be computed
 
 
 class DeferredLogits(Tensor):
-    """Logits that are computed when somebody looks at them: a tensor without memory until then.
+    """Logits that are computed when they are first used; until then they take no memory.
 
-    Their cross entropy does not look, nor do scaling, capping, indexing and reshaping before it.
-    Whatever else it is, function or kernel, gets the real ones, with their gradient.
+    The cross entropy does not use them, nor do scaling, capping, indexing and reshaping before it.
+    Any other function or kernel gets the computed logits, with their gradient.
     """
 
     formula: Formula
@@ -60,13 +60,13 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def of_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, step: Step) -> DeferredLogits:
-        """Those that ``F.linear`` makes, under autocast, too."""
+        """Return the deferred result of ``F.linear``, also under autocast."""
         given = (hidden, weight) if bias is None else (hidden, weight, bias)
         tensors = tuple(as_autocast(v) for v in given)
         return _defer(Formula(tensors[0].dtype), tensors, step)
 
     def held(self, user: str) -> Tensor:
-        """The logits themselves, with a graph whether or not one is being recorded."""
+        """Compute the logits, with a graph whether or not one is being recorded."""
         if self._held is None:
             if self.step.running and not self.step.trouble:
                 self.step.trouble = f"it takes {user}() of its logits, which are then held"
@@ -75,7 +75,7 @@ class DeferredLogits(Tensor):
         return self._held
 
     def as_one_product(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Hidden states, weight and bias that make them, if nothing but a scale came after."""
+        """Return hidden states, weight and bias of the logits, if only a scale came after them."""
         if self._held is not None or self.formula.gain is not None:
             return None
         return one_product(_unscaled(self))
@@ -84,8 +84,8 @@ class DeferredLogits(Tensor):
         if [v._version for v in self.tensors] != self._versions:
             raise RuntimeError(
                 "these logits were not computed in the forward, since their loss does not need "
-                "them, and the weights have changed since (an optimizer's step?); look at them "
-                "before, or run the model again"
+                "them, and the weights have changed since (an optimizer's step?); use them "
+                "before that, or run the model again"
             )
         with torch.autocast(self.device.type, enabled=False):
             return self.formula.logits(*self.tensors)
@@ -114,7 +114,7 @@ class DeferredLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Where C++ got hold of them, below autograd, whose part ``_Defer.backward`` is."""
+        """Compute the logits for an operation called from C++, below autograd."""
 
         def values(v: DeferredLogits) -> Tensor:
             return v._computed() if v._held is None else v._held.detach()
@@ -153,7 +153,7 @@ def _defer(formula: Formula, tensors: Iterable[Tensor], step: Step) -> DeferredL
 def _derived(
     x: DeferredLogits, of_hidden: Callable[[Tensor], Tensor] | None = None, **changes: Any
 ) -> DeferredLogits:
-    """The same with another formula, or the same function of all hidden states."""
+    """Return the logits of a changed formula, or of a function of all hidden states."""
     tensors = list(x.tensors)
     if of_hidden is not None:
         for i in range(0, len(tensors) - 1, 2):
@@ -180,7 +180,7 @@ def _tanh(x: DeferredLogits) -> Any:
 
 
 def _added(x: DeferredLogits, other: Any) -> Any:
-    """Of a bias, or of another layer's logits, as LoRA has them."""
+    """Add a bias, or another layer's logits, as LoRA does."""
     if not isinstance(other, Tensor) or x.formula.gain is not None:
         return NotImplemented
     if isinstance(other, DeferredLogits):
@@ -191,15 +191,15 @@ def _added(x: DeferredLogits, other: Any) -> Any:
         added = (other.flatten(),)
     else:
         return NotImplemented
-    ours = _unscaled(x)
-    biases = [v[-1] for v in (ours, added) if len(v) % 2]
-    layers = [v for w in (ours, added) for v in w[: len(w) - len(w) % 2]]
+    both = (_unscaled(x), added)
+    biases = [v[-1] for v in both if len(v) % 2]
+    layers = [v for w in both for v in w[: len(w) - len(w) % 2]]
     tensors = [*layers, sum(biases[1:], biases[0])] if biases else layers
     return _defer(Formula(torch.promote_types(x.dtype, other.dtype)), tensors, x.step)
 
 
 def _unscaled(x: DeferredLogits) -> tuple[Tensor, ...]:
-    """Tensors that make the same logits with scale 1."""
+    """Return tensors that give the same logits with scale 1."""
     if x.formula.scale == 1:
         return x.tensors
     weights = range(1, len(x.tensors), 2)
@@ -216,13 +216,13 @@ def _to(x: DeferredLogits, *args: Any, **options: Any) -> Any:
     if device is not None and torch.empty(0, device=device).device != x.device:
         return NotImplemented
     dtype = dtype or x.dtype
-    # A loss has the digits of what it is computed from, whatever is asked for here.
+    # The deferred loss has the digits of the layer's dtype, and no more.
     more_digits = dtype is torch.float64 and x.tensors[0].dtype is not torch.float64
     return NotImplemented if more_digits else _derived(x, dtype=dtype)
 
 
 def _indexed(x: DeferredLogits, index: Any) -> Any:
-    """Rows; what selects classes is left to the logits themselves."""
+    """Select rows; an index into the classes needs the computed logits."""
     items = index if isinstance(index, tuple) else (index,)
     dimensions, dots = 0, False
     for item in items:
@@ -272,7 +272,7 @@ def _cross_entropy(
     return loss.to(cross_entropy.result_dtype(x, target))
 
 
-# By the names of torch's functions; what they can't do they leave to the logits themselves.
+# By the names of torch's functions.  NotImplemented: the logits are computed for this call.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply"), _scaled),
     **dict.fromkeys(("div", "__truediv__", "divide", "true_divide"), _divided),
@@ -287,7 +287,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 WITH_OPTIONS: dict[str, Callable[..., Any]] = {"to": _to, "cross_entropy": _cross_entropy}
 
-# What a tensor without memory knows.
+# Functions and attributes that need no values.
 METADATA = frozenset(
     "shape dtype device requires_grad grad_fn grad is_leaf ndim layout is_cpu is_cuda is_sparse "
     "is_meta is_nested is_quantized itemsize nbytes size dim ndimension numel nelement stride "

@@ -1,4 +1,4 @@
-"""TRL's losses on our kernels."""
+"""TRL's losses on fastdiv's kernels."""
 
 from ..._engine.public import set_home as _set_home
 from .patch import TrlPatch, apply

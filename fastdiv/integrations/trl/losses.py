@@ -1,7 +1,7 @@
-"""TRL's functions of logits on fastdiv's: their arguments, their values in their dtypes.
+"""Replacements of TRL's functions of logits, with TRL's arguments and the dtypes of its results.
 
-Each takes TRL's own function first.  It returns None for a call that is to go there: no kernel
-fits, or TRL means something that fastdiv has not, or the arguments are wrong.
+The first argument of each is TRL's original.  A replacement returns None for a call that belongs to
+the original: no kernel fits, fastdiv has no such loss, or the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .original import PADDING, Function, least_count, result_dtype
 
 
 def generalized_jsd_loss(
-    theirs: Function,
+    original: Function,
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
@@ -34,7 +34,7 @@ def generalized_jsd_loss(
     add_tail: bool = True,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor | None:
-    """:func:`fastdiv.js_div`; its ``beta`` is GKD's."""
+    """Compute :func:`fastdiv.js_div`, whose ``beta`` is GKD's."""
     x, t = student_logits, teacher_logits
     if (
         t is None
@@ -47,7 +47,7 @@ def generalized_jsd_loss(
         or not _is_temperature(temperature)
         or (num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean"))
         or not isinstance(num_items_in_batch, (Tensor, int, float, NoneType))
-        or logits_are_probs  # taken as they are, normalised or not
+        or logits_are_probs  # which TRL does not normalise
         or not is_number(top_k)
         or 0 < top_k < x.shape[-1]
     ):
@@ -63,7 +63,7 @@ def generalized_jsd_loss(
         token_weight=counted,
     )
     # Divided before it is rounded: the sum of a large batch is beyond float16.
-    dtype = result_dtype(theirs, x, t)
+    dtype = result_dtype(original, x, t)
     if num_items_in_batch is not None:
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(x.device)
@@ -76,38 +76,38 @@ def generalized_jsd_loss(
     elif reduction == "mean":
         value = total / (counted.sum() * x.shape[-1])
     else:
-        value = total / counted.sum().clamp_min(least_count(theirs))
+        value = total / counted.sum().clamp_min(least_count(original))
     return value.to(dtype)
 
 
 def selective_log_softmax(
-    theirs: Function,
+    original: Function,
     logits: Tensor,
     index: Tensor,
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """:func:`fastdiv.log_prob`, of one class a row or of several."""
+    """Compute :func:`fastdiv.log_prob` of one class per row, or of several."""
     if not _fit_index(logits, index, temperature, row_mask):
         return None
     try:
         value = _log_probs(logits, index, temperature)
-    except IndexError:  # an index that is no class: TRL says so in its own words
+    except IndexError:  # an index out of range, for which TRL has its own error
         if not logits.is_cpu:
             raise
         return None
-    return _masked(value.to(result_dtype(theirs, logits)), row_mask)
+    return _masked(value.to(result_dtype(original, logits)), row_mask)
 
 
 def selective_log_softmax_and_entropy(
-    theirs: Function,
+    original: Function,
     logits: Tensor,
     index: Tensor,
     entropy_requires_grad: bool = True,
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """:func:`fastdiv.log_prob_and_entropy`."""
+    """Compute :func:`fastdiv.log_prob_and_entropy`."""
     if not _fit_index(logits, index, temperature, row_mask) or index.dim() == logits.dim():
         return None
     try:
@@ -118,28 +118,27 @@ def selective_log_softmax_and_entropy(
         return None
     if not entropy_requires_grad:
         entropies = entropies.detach()
-    dtype = result_dtype(theirs, logits)
+    dtype = result_dtype(original, logits)
     return _masked(log_probs.to(dtype), row_mask), _masked(entropies.to(dtype), row_mask)
 
 
-def entropy_from_logits(theirs: Function, logits: Tensor, chunk_size: int = 128) -> Tensor | None:
-    """:func:`fastdiv.entropy`, which needs no chunks."""
+def entropy_from_logits(original: Function, logits: Tensor, chunk_size: int = 128) -> Tensor | None:
+    """Compute :func:`fastdiv.entropy`, which needs no chunks."""
     if not _fit(logits) or not (isinstance(chunk_size, int) and chunk_size > 0):
         return None
-    return entropy(logits).to(result_dtype(theirs, logits))
+    return entropy(logits).to(result_dtype(original, logits))
 
 
 def _log_probs(x: Tensor, index: Tensor, temperature: float) -> Tensor:
     if index.dim() < x.dim():
         return log_prob(x, index, temperature=temperature)
-    # The likeliest of a row's classes by the kernel; the others differ from it by their logits.
-    named = x.gather(-1, index).to(value_dtype(x.dtype))
-    best, place = named.max(-1, keepdim=True)
+    # The kernel computes the most likely of the indexed classes.  The others follow from the
+    # difference of their logits, which is not defined if all of them are at -inf.
+    logits = x.gather(-1, index).to(value_dtype(x.dtype))
+    best, place = logits.max(-1, keepdim=True)
     of_best = log_prob(x, index.gather(-1, place).squeeze(-1), temperature=temperature)
-    of_best = of_best.unsqueeze(-1)
-    # All of them may be at -inf, from where there is no difference.
-    apart = torch.where(best == -torch.inf, 0.0, named - best)
-    return of_best + apart / temperature
+    difference = torch.where(best == -torch.inf, 0.0, logits - best)
+    return of_best.unsqueeze(-1) + difference / temperature
 
 
 def _masked(value: Tensor, row_mask: Tensor | None) -> Tensor:
@@ -147,7 +146,7 @@ def _masked(value: Tensor, row_mask: Tensor | None) -> Tensor:
 
 
 def _fit(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are tensors of which TRL and we make the same, and there is a kernel."""
+    """Tell whether TRL and fastdiv agree on these tensors, and there is a kernel for them."""
     return (
         are_plain(x, *others)
         and x.dtype in FLOATS

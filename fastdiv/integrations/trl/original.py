@@ -1,4 +1,4 @@
-"""What only TRL's own functions can tell: the dtype of a result, and whether we know them."""
+"""Facts found by calling TRL's own functions: the dtypes of results, and whether formulas agree."""
 
 from __future__ import annotations
 
@@ -14,52 +14,56 @@ from ..._engine.backend import backend
 from ..._engine.torch_private import constant
 
 Function = Callable[..., Any]
-PADDING = -100  # TRL's label of a token that does not count
+PADDING = -100  # TRL's label for a token that does not count
 
 
 @constant
-def result_dtype(theirs: Function, *logits: Tensor) -> torch.dtype:
-    """The dtype in which TRL's function returns its result of such logits.
+def result_dtype(original: Function, *logits: Tensor) -> torch.dtype:
+    """Return the dtype of the result that TRL's function computes from such logits.
 
-    Autocast has a say in it, and so have TRL's own kernels on a GPU.
+    It depends on autocast, and on TRL's own kernels on a GPU.
     """
     device = logits[0].device
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    return _result_dtype(theirs, tuple(v.dtype for v in logits), device, autocast)
+    return _result_dtype(original, tuple(v.dtype for v in logits), device, autocast)
 
 
 @constant
-def least_count(theirs: Function) -> int:
-    """What batchmean divides by at least: 1, or in older versions 0, which gives NaN."""
-    return _least_count(theirs)
+def least_count(original: Function) -> int:
+    """Return the least divisor of batchmean: 1, or in older versions 0, which gives NaN."""
+    return _least_count(original)
 
 
 @cache
 def _result_dtype(
-    theirs: Function, dtypes: tuple[torch.dtype, ...], device: torch.device, _autocast: Any
+    original: Function, dtypes: tuple[torch.dtype, ...], device: torch.device, _autocast: Any
 ) -> torch.dtype:
     with torch.no_grad():
-        value = theirs(**_sample(theirs.__name__, dtypes, device))
+        value = original(**_sample(original.__name__, dtypes, device))
     return (value[0] if isinstance(value, tuple) else value).dtype
 
 
 @cache
-def _least_count(theirs: Function) -> int:
-    sample = _sample(theirs.__name__, (torch.float32,), "cpu")
-    nothing = theirs(**sample, labels=torch.full((1, 2), PADDING, device="cpu"))
+def _least_count(original: Function) -> int:
+    sample = _sample(original.__name__, (torch.float32,), "cpu")
+    nothing = original(**sample, labels=torch.full((1, 2), PADDING, device="cpu"))
     return 0 if nothing.isnan() else 1
 
 
-def same_values(theirs: Function, ours: Function) -> bool:
-    """Whether both make the same of a sample, whatever TRL's function can be asked for."""
-    name, known = theirs.__name__, inspect.signature(theirs).parameters
+def same_values(original: Function, replacement: Function) -> bool:
+    """Tell whether both compute the same from a sample, with all options of TRL's function."""
+    name, known = original.__name__, inspect.signature(original).parameters
     sample = _sample(name, (torch.float64,), "cpu")
     with torch.no_grad(), backend("auto"):
         for options in _options(name):
             given = sample | {k: v for k, v in options.items() if k in known}
             try:
                 torch.testing.assert_close(
-                    ours(theirs, **given), theirs(**given), rtol=1e-9, atol=1e-12, equal_nan=True
+                    replacement(original, **given),
+                    original(**given),
+                    rtol=1e-9,
+                    atol=1e-12,
+                    equal_nan=True,
                 )
             except AssertionError:
                 return False
@@ -69,7 +73,7 @@ def same_values(theirs: Function, ours: Function) -> bool:
 def _sample(
     name: str, dtypes: tuple[torch.dtype, ...], device: torch.device | str
 ) -> dict[str, Tensor]:
-    """What TRL's function of this name must be given, too small to cost anything."""
+    """Return small required arguments for TRL's function of this name."""
     x = torch.tensor([[[0.3, -1.2, 0.5], [2.0, 0.1, -0.4]]], dtype=dtypes[0], device=device)
     if name == "generalized_jsd_loss":
         return {"student_logits": x, "teacher_logits": x.flip(-1).to(dtypes[-1])}
@@ -79,7 +83,7 @@ def _sample(
 
 
 def _options(name: str) -> Iterator[dict[str, Any]]:
-    """What it can be given besides, so far as this version has it."""
+    """Yield optional arguments for it, some of which a version may lack."""
     yield {}
     mask = torch.tensor([[1, 0]], device="cpu")
     if name != "generalized_jsd_loss":

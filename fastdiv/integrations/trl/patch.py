@@ -1,4 +1,4 @@
-"""TRL's losses on our kernels."""
+"""The public function that patches TRL, its handle, and the search for what it replaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .original import Function, same_values
 UTILS = "trl.trainer.utils"
 LATER = "selective_log_softmax_and_entropy"  # not in TRL 1.12
 FUNCTIONS = ("selective_log_softmax", "entropy_from_logits", LATER)
-JSD = "generalized_jsd_loss"  # a static method; below who has it, or had it in older versions
+JSD = "generalized_jsd_loss"  # a static method of these classes, by module, in some version
 GKD = (
     ("trl.experimental.gkd.gkd_trainer", "GKDTrainer"),
     ("trl.trainer.gkd_trainer", "GKDTrainer"),
@@ -29,13 +29,14 @@ OTHERS = (
     ("trl.experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer"),
 )
 
-_ours: dict[Function, Function] = {}  # by the function of TRL's that each stands for
+_replacements: dict[Function, Function] = {}  # by TRL's original
 
 
 def apply() -> TrlPatch:
-    r"""Has TRL's losses run on fastdiv: GKD's generalized JSD, and log-probabilities and entropies.
+    r"""Run TRL's losses on fastdiv: GKD's generalized JSD, log-probabilities and entropies.
 
-    From now on, or inside a ``with`` block, in all modules of TRL, loaded before or after:
+    The patch lasts until it is undone, or for a ``with`` block.  It holds in all modules of TRL,
+    also in those loaded later:
 
     * ``generalized_jsd_loss`` of ``GKDTrainer``, ``GOLDTrainer``, ``DistillationTrainer`` and
       ``IWOPDTrainer`` runs on :func:`fastdiv.js_div`;
@@ -44,26 +45,28 @@ def apply() -> TrlPatch:
     * ``entropy_from_logits`` on :func:`fastdiv.entropy`;
     * ``selective_log_softmax_and_entropy`` on :func:`fastdiv.log_prob_and_entropy`;
 
-    each so far as this version of TRL has it, with TRL's arguments, and with the dtype of TRL's
-    result.  Values differ by rounding: TRL computes halves in halves; and where fastdiv's are
-    better: classes at :math:`-\infty` give no NaN, and masked tokens may hold anything.
+    Functions that this version of TRL does not have are left out.  Arguments and the dtype of the
+    result are TRL's.  Values differ by rounding, because TRL computes half precision in half
+    precision.  They also differ where fastdiv's are better: classes at :math:`-\infty` give no NaN,
+    and masked tokens may hold anything.
 
-    Every other call is TRL's, and so is every error of bad arguments: ``reduction="none"``, where
-    the result is as large as the logits; probabilities (``logits_are_probs``), which need not add
-    up to 1; the ``top_k`` of a distribution; devices without kernels, and all of them under
-    ``fastdiv.backend("reference")``; subclasses of tensors.
+    Every other call runs on TRL, and so does every call with bad arguments, which raises TRL's
+    error.  These calls are TRL's: ``reduction="none"``, whose result is as large as the logits;
+    probabilities (``logits_are_probs``), which need not add up to 1; the ``top_k`` of a
+    distribution; devices without kernels; subclasses of tensors.  Under
+    ``fastdiv.backend("reference")`` all calls are.
 
-    What took these functions from TRL by name (``from trl.trainer.utils import ...`` in a program
-    of your own) before this, keeps TRL's.
+    Code of your own that imported one of these functions by name before the patch keeps TRL's.
 
     Returns:
-        A handle whose ``undo()`` undoes this patch, as does leaving a ``with`` block of it.  With
-        several patches TRL has its functions back when the last is undone, in whatever order.
+        A handle.  Its ``undo()``, or leaving a ``with`` block of it, undoes this patch.  With
+        several patches, TRL gets its functions back when the last one is undone, in any order.
 
     Raises:
-        ImportError: TRL is not installed.
-        RuntimeError: TRL's functions are not those we know, since this version has others, or
-            another library replaced them; or the kernels are not built.  Nothing is changed then.
+        ImportError: if TRL is not installed.
+        RuntimeError: if TRL's functions are not those fastdiv knows, because this version has
+            others or another library replaced them; or if the kernels are not built.  Nothing is
+            changed then.
 
     Example:
         >>> import fastdiv.integrations.trl  # doctest: +SKIP
@@ -77,25 +80,26 @@ def apply() -> TrlPatch:
 
 
 class TrlPatch(Patch):
-    """What ``apply()`` returns."""
+    """The handle that ``apply()`` returns."""
 
     @classmethod
     def _install(cls) -> None:
         require_kernels("fastdiv.integrations.trl.apply()")
-        known = {*_ours, *_ours.values()}
-        new = [(name, theirs) for name, theirs in _find() if theirs not in known]
-        for name, theirs in new:
-            _check(name, theirs)
-        _ours.update({theirs: _disguise(theirs) for _, theirs in new})
-        _exchange(_ours)
+        known = {*_replacements, *_replacements.values()}
+        new = [(name, original) for name, original in _find() if original not in known]
+        for name, original in new:
+            _check(name, original)
+        _replacements.update({original: _replacement(original) for _, original in new})
+        _exchange(_replacements)
 
     @classmethod
     def _restore(cls) -> None:
-        _exchange({ours: theirs for theirs, ours in _ours.items()})
+        # Also in modules that were loaded meanwhile, and imported replacements by name.
+        _exchange({replacement: original for original, replacement in _replacements.items()})
 
 
 def _find() -> Iterator[tuple[str, Function]]:
-    """Every function there is to replace and what it is called, after its module is loaded."""
+    """Yield the name and the function of everything to replace, after loading its module."""
     utils = vars(import_module(UTILS))
     for name in FUNCTIONS:
         if name in utils:
@@ -111,31 +115,34 @@ def _find() -> Iterator[tuple[str, Function]]:
 
 
 def _trainer(module: str, name: str) -> type | None:
-    """A class that has a loss of its own; None if this version does not, or it can't be loaded."""
+    """Return a class with a loss of its own; None if there is none, or it cannot be loaded."""
     try:
-        with warnings.catch_warnings():  # of what is experimental, which the user may never touch
+        with warnings.catch_warnings():  # about experimental classes that the user may never use
             warnings.simplefilter("ignore")
             trainer = getattr(import_module(module), name, None)
-    except (ImportError, RuntimeError):  # for want of a package: nobody can use it
+    except (ImportError, RuntimeError):  # a package is missing, so nobody can use it
         return None
     return trainer if trainer is not None and JSD in vars(trainer) else None
 
 
-def _check(name: str, theirs: Function) -> None:
-    """Raises, if what TRL has under this name is not the function that we know."""
-    module, made_in = str(getattr(theirs, "__module__", None)), getattr(theirs, "__globals__", {})
+def _check(name: str, original: Function) -> None:
+    """Raise if TRL's function of this name is not the one that fastdiv knows."""
+    module, made_in = (
+        str(getattr(original, "__module__", None)),
+        getattr(original, "__globals__", {}),
+    )
     if not module.startswith("trl.") or made_in is not vars(sys.modules[module]):
         raise RuntimeError(
-            f"fastdiv.integrations.trl.apply(): TRL's {name} is not TRL's, but {theirs!r} of "
+            f"fastdiv.integrations.trl.apply(): TRL's {name} is not TRL's, but {original!r} of "
             f"{made_in.get('__name__', module)}; undo what replaced it first"
         )
-    where, ours = f"{module}.{theirs.__qualname__}", getattr(losses, name)
-    signature = inspect.signature(theirs)
+    where, replacement = f"{module}.{original.__qualname__}", getattr(losses, name)
+    signature = inspect.signature(original)
     arguments = [(p.name, p.default) for p in signature.parameters.values()]
-    known = [(p.name, p.default) for p in inspect.signature(ours).parameters.values()]
+    known = [(p.name, p.default) for p in inspect.signature(replacement).parameters.values()]
     if arguments != [argument for argument in known if argument in arguments]:
         raise _unknown(f"has {where}{signature}")
-    if not same_values(theirs, ours):
+    if not same_values(original, replacement):
         raise _unknown(f"has another formula in {where}")
 
 
@@ -147,27 +154,27 @@ def _unknown(what: str) -> RuntimeError:
     )
 
 
-def _disguise(theirs: Function) -> Function:
-    """Ours, with the name, documentation and signature of TRL's."""
-    ours, signature = getattr(losses, theirs.__name__), inspect.signature(theirs)
+def _replacement(original: Function) -> Function:
+    """Make the replacement, with the name, documentation and signature of the original."""
+    fused, signature = getattr(losses, original.__name__), inspect.signature(original)
 
-    @wraps(theirs)
-    def patched(*args: Any, **given: Any) -> Any:
-        if TrlPatch.standing:  # else somebody kept ours beyond the end
+    @wraps(original)
+    def replacement(*args: Any, **given: Any) -> Any:
+        if TrlPatch.standing:  # else somebody kept the replacement after the patch was undone
             try:
                 arguments = signature.bind(*args, **given).arguments
-            except TypeError:  # TRL's function says so in its own words
-                return theirs(*args, **given)
-            value = ours(theirs, **arguments)
+            except TypeError:  # the original raises its own error
+                return original(*args, **given)
+            value = fused(original, **arguments)
             if value is not None:
                 return value
-        return theirs(*args, **given)
+        return original(*args, **given)
 
-    return patched
+    return replacement
 
 
 def _exchange(new: dict[Function, Function]) -> None:
-    """Puts functions in the place of others, wherever TRL has these."""
+    """Put functions in the place of others, wherever TRL holds these."""
     by_id = {id(old): function for old, function in new.items()}
     for holder in _holders():
         for name, value in list(vars(holder).items()):
@@ -178,7 +185,7 @@ def _exchange(new: dict[Function, Function]) -> None:
 
 
 def _holders() -> Iterator[ModuleType | type]:
-    """TRL's modules that are loaded, and their classes with a loss of their own."""
+    """Yield TRL's loaded modules, and their classes with a loss of their own."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "trl" and module is not None:
             yield module

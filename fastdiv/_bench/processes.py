@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import NoReturn
 
 
@@ -19,10 +18,10 @@ def run_apart(
     environment: Mapping[str, str] | None = None,
     stderr: int | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
-    """Runs a command whose output is read; whatever ends the block ends all that it started.
+    """Run a command whose output is read, and kill all its processes when the block ends.
 
-    The command gets a process group of its own, which is killed, because valgrind ignores SIGTERM
-    and a process may leave children.  While the block runs, SIGTERM and SIGHUP raise SystemExit.
+    The command gets its own process group, which is killed, because valgrind ignores SIGTERM and a
+    process may leave children.  Inside the block SIGTERM and SIGHUP raise SystemExit.
     """
     with _signals_raise():
         process = subprocess.Popen(
@@ -45,13 +44,13 @@ def run_apart(
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Lets signals that would end Python at once unwind its stack; only a main thread may ask."""
+    """Let signals that would end Python at once raise instead; only a main thread can do this."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as nohup asks for
+        if handler != signal.SIG_IGN:  # nohup ignores it on purpose
             signal.signal(number, _leave)
     try:
         yield
@@ -60,5 +59,5 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)  # as a shell reports it
+def _leave(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)  # the code that a shell reports
