@@ -2,21 +2,20 @@
 
     python examples/asr_label_smoothing.py
 
-Batches have the shape they have there: 16 utterances of some 13 characters out of 4233, padded.
-Nothing is downloaded: a character sounds like a fixed spectrum under noise, held for a few frames.
+Batches have the shape of WeNet's: 16 utterances of some 13 characters out of 4233, padded. Nothing
+is downloaded: a character sounds like a fixed spectrum under noise, held for a few frames.
 
 The loss is the KL divergence of the prediction from the smoothed label. `PlainLoss` computes it as
 WeNet and ESPnet do: it writes out the true distribution of every character, takes `KLDivLoss`, and
-asks for the number of characters on the host. `fastdiv.nn.LabelSmoothingLoss` takes its place as it
-is. Same model, same batches, same curve; what changes is time and memory. If the curves are apart
-by more than float32 noise, the script exits with 1.
+copies the number of characters to the host. `fastdiv.nn.LabelSmoothingLoss` is a drop-in
+replacement. Model, batches and curve are the same; time and memory differ. If the curves differ by
+more than float32 noise, the script exits with 1.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -25,8 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastdiv.nn import LabelSmoothingLoss
 from measure import Loss, measure
-from report import Comparison, bar, plot, progress_bars, report
-from train_lm import example_parser, fit, machine
+from report import Comparison, bar, finish, progress_bars
+from training import fit, parse, sizes
 
 ROWS, CHARACTERS, PADDING, SMOOTHING = 16, 4233, -1, 0.1
 START = 0  # a character that is never spoken
@@ -55,24 +54,15 @@ LOSSES: dict[str, Loss] = {
     "fastdiv": fused(),
     "fastdiv in place": fused(inplace_backward=True),
 }
-COMPARED = ("torch", "fastdiv in place")  # what the decoders are trained with
+COMPARED = ("torch", "fastdiv in place")  # the losses that decoders are trained with
 
 
-class Options(argparse.Namespace):
-    """The command line."""
-
-    device: str
-    steps: int
-    seed: int
-    output: Path
-
-
-def utterances(steps: int, options: Options) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields pairs (frames `[rows, frames, bands]`, characters `[rows, length]`), both padded."""
+def utterances(steps: int, options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield pairs (frames `[rows, frames, bands]`, characters `[rows, length]`), both padded."""
     generator = torch.Generator().manual_seed(options.seed)
     integers = partial(torch.randint, generator=generator)
     spectra = torch.randn(CHARACTERS, BANDS, generator=generator)
-    # As in a language, the n-th character is n times rarer than the first.
+    # The n-th character is n times rarer than the first, as in a language.
     frequency = 1 / torch.arange(1, CHARACTERS)
     for _ in range(steps):
         texts, sounds = [], []
@@ -100,7 +90,7 @@ class Recogniser(nn.Module):
         self.head = nn.Linear(WIDTH, CHARACTERS)
 
     def forward(self, frames: Tensor, text: Tensor) -> Tensor:
-        """Maps frames and characters to every character's logits `[rows, length, classes]`."""
+        """Map frames and characters to every character's logits `[rows, length, classes]`."""
         sound = self.encoder(frames.mT).mT
         silent = (frames == 0).all(-1)
         before = torch.cat([torch.full_like(text[:, :1], START), text[:, :-1].clamp(min=0)], 1)
@@ -116,13 +106,13 @@ class Recogniser(nn.Module):
 
 
 def positions(length: int, device: torch.device) -> Tensor:
-    """Sines and cosines of the place in a sequence, `[length, width]`."""
+    """Return sines and cosines of the position in a sequence, `[length, width]`."""
     rate = 1e-4 ** torch.linspace(0, 1, WIDTH // 2, device=device)
     angle = torch.arange(length, device=device).unsqueeze(1) * rate
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def compare(options: Options, console: Console) -> Comparison:
+def compare(options: argparse.Namespace, console: Console) -> Comparison:
     models = {}
     for name in COMPARED:
         torch.manual_seed(options.seed)
@@ -139,31 +129,17 @@ def compare(options: Options, console: Console) -> Comparison:
     with torch.no_grad():
         logits = models["torch"](frames, text)
     with console.status("measuring the losses alone"):
-        return Comparison("label smoothing", runs, *measure(LOSSES, logits, text))
-
-
-def parse_options() -> Options:
-    parser = example_parser(__doc__, 100, Path(__file__).with_suffix(".png"))
-    options = parser.parse_args(namespace=Options())
-    if options.steps < 1:
-        parser.error("--steps must be at least 1")
-    return options
+        return Comparison("label smoothing", runs, *measure(LOSSES, logits, target=text))
 
 
 def main() -> int:
-    """Returns 0 if fastdiv's curve and torch's agree, else 1."""
-    options, console = parse_options(), Console()
-    megabytes = ROWS * LENGTHS[-1] * CHARACTERS * 4 / 1e6
-    sizes = (
-        f"{ROWS} utterances × {LENGTHS[0]} to {LENGTHS[-1]} of {CHARACTERS:,} characters: at most "
-        f"{megabytes:.0f} MB of float32 logits per step, {machine(options.device)}"
-    )
-    console.print(sizes, soft_wrap=True)
-    comparison = compare(options, console)
-    report([comparison], console)
-    plot([comparison], sizes, options.output)
-    console.print(f"picture: {options.output}", soft_wrap=True)
-    return 0 if comparison.agrees else 1
+    """Return 0 if fastdiv's curve and torch's agree, else 1."""
+    options = parse(__file__, __doc__, steps=(100, "batches to train on"))
+    console = Console()
+    lengths = f"{ROWS} utterances × {LENGTHS[0]} to {LENGTHS[-1]}, at most "
+    title = lengths + sizes(ROWS * LENGTHS[-1], CHARACTERS, options.device, "characters")
+    console.print(title, soft_wrap=True)
+    return finish([compare(options, console)], title, options.output, console)
 
 
 if __name__ == "__main__":

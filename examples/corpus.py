@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-WORD = re.compile(
-    r"\w+|[^\w\s]|\n *"
-)  # a word or number · one punctuation mark · a line's indentation
-UNKNOWN = 0  # the id of every word that is not in the vocabulary
+WORD = re.compile(r"\w+|[^\w\s]|\n *")  # a word or number, a punctuation mark, an indentation
+UNKNOWN = 0  # the id of all words outside the vocabulary
 
 
 @dataclass(frozen=True)
@@ -24,18 +23,18 @@ class Corpus:
 
     tokens: Tensor  #: int64 `[tokens]`, each in `[0, len(words))`
     words: list[str]  #: by falling frequency, after `<unk>`
-    types: int  #: how many distinct words the text has
-    sources: list[str]  #: what was read
+    types: int  #: number of distinct words in the text
+    sources: list[str]  #: the names of what was read
 
     @property
     def coverage(self) -> float:
-        """The share of the text that is in the vocabulary."""
+        """The share of the text that the vocabulary covers."""
         return (self.tokens != UNKNOWN).float().mean().item()
 
     def batches(
         self, steps: int, rows: int, length: int, seed: int, device: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields pairs (words, next words) of shape `[rows, length]`; same seed, same pairs."""
+        """Yield pairs (words, next words) of shape `[rows, length]`; same seed, same pairs."""
         generator = torch.Generator().manual_seed(seed)
         window = torch.arange(length + 1)
         for _ in range(steps):
@@ -45,10 +44,10 @@ class Corpus:
 
 
 def read_corpus(vocabulary: int) -> Corpus:
-    """Reads Python's own text and keeps its `vocabulary - 1` most frequent words and `<unk>`.
+    """Read Python's own text and keep its `vocabulary - 1` most frequent words and `<unk>`.
 
-    The manual and the standard library come first. Where they have too few distinct words (a Python
-    packaged without its tests), the sources of torch and of what is installed beside it follow.
+    The manual and the standard library come first. If they have too few distinct words (as in a
+    Python packaged without its tests), the sources of torch and of other packages follow.
 
     Raises:
         ValueError: if all of that together has fewer than `vocabulary` distinct words.
@@ -77,8 +76,17 @@ def read_corpus(vocabulary: int) -> Corpus:
     return Corpus(rank[appeared], words, len(number), sources)
 
 
+def print_corpus(corpus: Corpus, console: Console) -> None:
+    """Print the sources and how much the vocabulary covers."""
+    console.print(
+        f"{' and '.join(corpus.sources)}: {len(corpus.tokens):,} words, {corpus.types:,} distinct; "
+        f"the {len(corpus.words):,} kept cover {corpus.coverage:.1%}",
+        soft_wrap=True,
+    )
+
+
 def _sources() -> Iterator[tuple[str, Iterator[str]]]:
-    """Yields (name, texts), always in the same order."""
+    """Yield (name, texts), always in the same order."""
     topics = _manual()
     yield "the Python manual", (topics[key] for key in sorted(topics))
     yield "the standard library", _python_files(Path(sysconfig.get_path("stdlib")))

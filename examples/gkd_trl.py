@@ -3,11 +3,10 @@
     python examples/gkd_trl.py          (needs `pip install trl`)
 
 Nothing is downloaded: the text is Python's own manual and standard library, the tokenizer is made
-of its words, the teacher is trained first, for a few steps. The student then learns from the
-teacher's distributions, half of the time on what it wrote itself, by TRL's generalized
-Jensen-Shannon divergence. The one line is `trl_on_fastdiv.apply()`. Same models, same data, same
-curve; what changes is time and memory. If the curves are apart by more than float32 noise, the
-script exits with 1.
+of its words, and the teacher is first trained for a few steps. The student then learns from the
+teacher's distributions by TRL's generalized Jensen-Shannon divergence, half of the time on its own
+text. The one line is `trl_on_fastdiv.apply()`. Models, data and curve are the same; time and memory
+differ. If the curves differ by more than float32 noise, the script exits with 1.
 """
 
 import argparse
@@ -17,10 +16,9 @@ import tempfile
 import time
 import warnings
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # GKD is there
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # GKD is experimental there
 
 import torch
 from datasets import Dataset
@@ -36,8 +34,8 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 import fastdiv.integrations.trl as trl_on_fastdiv
 from corpus import Corpus, read_corpus
 from measure import Loss, measure
-from report import Comparison, Run, plot, report
-from train_lm import example_parser, machine
+from report import Comparison, Run, finish
+from training import parse, sizes
 
 ROWS, QUESTION, ANSWER, CONVERSATIONS = 8, 8, 40, 64
 STUDENT_WIDTH, TEACHER_WIDTH = 32, 64
@@ -47,7 +45,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
-TRLS_LOSS = GKDTrainer.generalized_jsd_loss  # as it is before the line
+TRLS_LOSS = GKDTrainer.generalized_jsd_loss  # before the line
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
@@ -67,22 +65,11 @@ def the_line() -> trl_on_fastdiv.TrlPatch:
 LOSSES: dict[str, Loss] = {"torch": plain, "patched": patched}
 
 
-class Options(argparse.Namespace):
-    """The command line."""
-
-    device: str
-    steps: int
-    teacher_steps: int
-    seed: int
-    vocab: int
-    output: Path
-
-
 class Text:
-    """The corpus as TRL reads it: a tokenizer of its words, and conversations."""
+    """The corpus in the form that TRL reads: a tokenizer of its words, and conversations."""
 
     def __init__(self, corpus: Corpus) -> None:
-        self.words = [word for word in corpus.words if word.strip()]  # but no indentation
+        self.words = [word for word in corpus.words if word.strip()]  # without indentation
         number = {word: i for i, word in enumerate(SPECIAL + self.words)}
         tokenizer = Tokenizer(WordLevel(number, unk_token="<unk>"))
         tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -102,7 +89,7 @@ class Text:
         rows = (self.stream[i * length : (i + 1) * length] for i in range(CONVERSATIONS))
         return Dataset.from_list([{"messages": conversation(row)} for row in rows])
 
-    def model(self, width: int, options: Options) -> LlamaForCausalLM:
+    def model(self, width: int, options: argparse.Namespace) -> LlamaForCausalLM:
         torch.manual_seed(options.seed)
         config = LlamaConfig(
             vocab_size=len(SPECIAL) + len(self.words),
@@ -117,7 +104,7 @@ class Text:
         )
         return LlamaForCausalLM(config).to(options.device)
 
-    def teacher(self, options: Options) -> LlamaForCausalLM:
+    def teacher(self, options: argparse.Namespace) -> LlamaForCausalLM:
         model = self.model(TEACHER_WIDTH, options)
         words = torch.tensor(self.tokenizer.convert_tokens_to_ids(self.stream))
         windows = words[: len(words) // 32 * 32].view(-1, 32).to(options.device)
@@ -136,7 +123,7 @@ def conversation(words: list[str]) -> list[dict[str, str]]:
 
 
 class Clock(TrainerCallback):
-    """How long each step takes."""
+    """A record of the time of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -148,8 +135,8 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def distil(text: Text, teacher: LlamaForCausalLM, options: Options) -> Run:
-    """Trains a student as TRL does; whether with the line or without, is not seen here."""
+def distil(text: Text, teacher: LlamaForCausalLM, options: argparse.Namespace) -> Run:
+    """Train a student as TRL does; nothing here depends on the line."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = GKDConfig(
@@ -157,7 +144,7 @@ def distil(text: Text, teacher: LlamaForCausalLM, options: Options) -> Run:
             max_steps=options.steps,
             per_device_train_batch_size=ROWS,
             learning_rate=1.0,
-            # Adam makes large steps of rounding noise, and the student would write other words.
+            # Adam turns rounding noise into large steps, and the student would write other words.
             optim="sgd",
             lmbda=0.5,
             beta=BETA,
@@ -185,7 +172,7 @@ def distil(text: Text, teacher: LlamaForCausalLM, options: Options) -> Run:
     return Run(losses, clock.seconds)
 
 
-def compare(text: Text, options: Options, console: Console) -> Comparison:
+def compare(text: Text, options: argparse.Namespace, console: Console) -> Comparison:
     with console.status("training the teacher"):
         teacher = text.teacher(options)
     with console.status("distilling with TRL"):
@@ -196,35 +183,25 @@ def compare(text: Text, options: Options, console: Console) -> Comparison:
         classes = teacher.config.vocab_size
         logits = torch.randn(ROWS * ANSWER, classes, device=options.device)
         target = torch.randn_like(logits)
-    return Comparison("GKD", runs, *measure(LOSSES, logits, target))
-
-
-def parse_options() -> Options:
-    parser = example_parser(__doc__, 15, Path(__file__).with_suffix(".png"))
-    parser.add_argument("--teacher-steps", type=int, default=40, help="batches the teacher sees")
-    parser.add_argument("--vocab", type=int, default=16_000, help="distinct words to keep")
-    options = parser.parse_args(namespace=Options())
-    if min(options.steps, options.teacher_steps) < 1:
-        parser.error("--steps and --teacher-steps must be at least 1")
-    return options
+    return Comparison("GKD", runs, *measure(LOSSES, logits, target=target))
 
 
 def main() -> int:
-    """Returns 0 if both curves agree, else 1."""
-    options, console = parse_options(), Console()
-    warnings.simplefilter("ignore", FutureWarning)  # of what TRL uses of transformers
-    text = Text(read_corpus(options.vocab))
-    rows, classes = ROWS * ANSWER, len(SPECIAL) + len(text.words)
-    sizes = (
-        f"{rows} tokens × {classes:,} words: {rows * classes * 4 / 1e6:.0f} MB of float32 logits"
-        f" per step, and as much of the teacher's, {machine(options.device)}"
+    """Return 0 if both curves agree, else 1."""
+    options = parse(
+        __file__,
+        __doc__,
+        steps=(15, "batches to train on"),
+        teacher_steps=(40, "batches for the teacher"),
+        vocab=(16_000, "distinct words to keep"),
     )
-    console.print(sizes, soft_wrap=True)
-    comparison = compare(text, options, console)
-    report([comparison], console)
-    plot([comparison], sizes, options.output)
-    console.print(f"picture: {options.output}", soft_wrap=True)
-    return 0 if comparison.agrees else 1
+    console = Console()
+    warnings.simplefilter("ignore", FutureWarning)  # about parts of transformers that TRL uses
+    text = Text(read_corpus(options.vocab))
+    line = sizes(ROWS * ANSWER, len(SPECIAL) + len(text.words), options.device)
+    title = line.replace("per step", "per step, and as much of the teacher's")
+    console.print(title, soft_wrap=True)
+    return finish([compare(text, options, console)], title, options.output, console)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python examples/identities.py
 
-Every line is computed with fastdiv, with torch and, from probabilities, with SciPy; the columns
-must show the same digits, or the script exits with 1. In code, `x` are logits and `q` their
-softmax, `t` are logits too and `p` theirs.
+Every line is computed with fastdiv, with torch and, from probabilities, with SciPy. If the columns
+do not show the same digits, the script exits with 1. In the code, `q` is the softmax of logits `x`,
+and `p` the softmax of logits `t`.
 """
 
 import sys
@@ -24,7 +24,7 @@ import fastdiv
 from fastdiv import stats
 
 Value = torch.Tensor | np.ndarray | float
-Line = tuple[str, Value, Value | None, Value | None]  # what it is; by fastdiv, torch, SciPy
+Line = tuple[str, Value, Value | None, Value | None]  # name; by fastdiv, torch, SciPy
 
 X, T = torch.tensor([[-0.1, 0.2, -0.4, 0.3]]), torch.tensor([[-0.7, 0.1, -0.1, 0.1]])
 Q, P = X.softmax(-1), T.softmax(-1)
@@ -115,7 +115,7 @@ def of_probabilities() -> list[Line]:
 
 
 def of_smoothed_labels(smoothing: float = 0.1) -> list[Line]:
-    """What WeNet trains with: a batch of two, the second with one label and one of padding."""
+    """Compute WeNet's loss of a batch of two; the second has one label and one of padding."""
     x, y = DRAWS[[0, 1, 2, 0]].unflatten(0, (2, 2)), torch.tensor([[0, 2], [4, -1]])
     kept = y != -1
     true = torch.full_like(x[kept], smoothing / 4)
@@ -138,10 +138,10 @@ TABLES = {
 
 
 def digits(value: Value | None) -> str:
-    """Four after the point, two numbers a line; a dash where there is nothing to compare with."""
+    """Write four decimals, two numbers per line; a dash if there is nothing to compare with."""
     if value is None:
         return "–"
-    numbers = np.asarray(value, dtype=np.float64).round(4) + 0.0  # which makes 0 of -0
+    numbers = np.asarray(value, dtype=np.float64).round(4) + 0.0  # turns -0 into 0
     printed = [f"{number:.4f}" for number in numbers.flat]
     return "\n".join(" ".join(printed[i : i + 2]) for i in range(0, len(printed), 2))
 
@@ -151,7 +151,7 @@ def agree(cells: Sequence[str]) -> bool:
 
 
 def main() -> int:
-    """Returns 0 if all columns show the same digits, else 1."""
+    """Return 0 if all columns show the same digits, else 1."""
     console, lines, wrong = Console(), 0, 0
     for title, function in TABLES.items():
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)

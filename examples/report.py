@@ -1,4 +1,4 @@
-"""The demo's progress bars, table and picture."""
+"""Progress bars, the table and the picture of the examples."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,15 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from torch import Tensor
 
-# So far apart, in nats, may two curves be that differ in rounding only. One float32 rounding of a
-# loss is 5e-7; each step hands its own on to the weights, so that they may add up.
+# The largest difference, in nats, of two curves that differ only in rounding. One float32 rounding
+# of a loss is 5e-7; each step passes its own on to the weights, so they may add up.
 NOISE_50_STEPS = 1e-4
 NOISE = 1e-3
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training leaves behind: the loss and the seconds of every step."""
+    """The loss and the seconds of every step of a training."""
 
     losses: list[float]
     seconds: list[float]
@@ -35,25 +35,25 @@ class Comparison:
     """One task done with fastdiv and with torch."""
 
     task: str
-    runs: dict[str, Run]  #: a training with `torch`, then one with fastdiv; or none
+    runs: dict[str, Run]  #: a training with torch, then one with fastdiv; or none
     seconds: dict[str, float]  #: of each loss alone, forward and backward
-    memory: dict[str, float | None]  #: the bytes that takes at its peak beyond the logits
+    memory: dict[str, float | None]  #: the bytes of each at its peak beyond the logits
 
     @property
     def differences(self) -> Tensor:
-        """How far apart the two curves are at every step, in nats."""
-        theirs, ours = (torch.tensor(run.losses) for run in self.runs.values())
-        return (ours - theirs).abs()
+        """The difference of the two curves at every step, in nats."""
+        original, fused = (torch.tensor(run.losses) for run in self.runs.values())
+        return (fused - original).abs()
 
     @property
     def agrees(self) -> bool:
-        """Whether that is float32 noise; a NaN is not."""
+        """Whether the differences are float32 noise; a NaN is not."""
         early, overall = self.differences[:50].max(), self.differences.max()
         return bool(early <= NOISE_50_STEPS and overall <= NOISE)
 
 
 def progress_bars(console: Console) -> Progress:
-    """Returns a display for `bar`, to be used as a context manager."""
+    """Return a display for `bar`, to be used as a context manager."""
     return Progress(
         TextColumn("{task.description:<25}"),
         BarColumn(),
@@ -64,7 +64,7 @@ def progress_bars(console: Console) -> Progress:
 
 
 def bar(bars: Progress, task: str, names: Iterable[str], steps: int) -> Callable[[str, Run], None]:
-    """Adds a bar for each of `names`; returns what to call with a name and its run every step."""
+    """Add a bar for each name; return a function to call with a name and its run every step."""
     ids = {
         name: bars.add_task(f"{task}, {name}", total=steps, loss=math.nan, speed=math.nan)
         for name in names
@@ -77,11 +77,25 @@ def bar(bars: Progress, task: str, names: Iterable[str], steps: int) -> Callable
     return on_step
 
 
+def finish(
+    trained: list[Comparison],
+    title: str,
+    picture: Path,
+    console: Console,
+    others: Iterable[Comparison] = (),
+) -> int:
+    """Print the tables, draw the picture, and return 0 if the curves of all trainings agree."""
+    report([*trained, *others], console)
+    plot(trained, title, picture)
+    console.print(f"picture: {picture}", soft_wrap=True)
+    return 0 if all(comparison.agrees for comparison in trained) else 1
+
+
 HEADINGS = ("start\nnats", "end\nnats", "total\ns", "step\ns", "alone\nms", "speed-up", "peak\nMB")
 
 
 def report(comparisons: list[Comparison], console: Console) -> None:
-    """Prints a table, and whether the curves agree."""
+    """Print a table of each comparison, and whether its curves agree."""
     for comparison in comparisons:
         name_column = Column(f"\n{comparison.task}", min_width=24)
         columns = (Column(heading, justify="right", min_width=6) for heading in HEADINGS)
@@ -98,7 +112,7 @@ def report(comparisons: list[Comparison], console: Console) -> None:
         console.print(table)
     console.print(
         "start: first batch; end: mean of the last 20; step: median. alone: the loss without the"
-        " model, forward and backward, median; peak: the memory that takes beyond the logits\n",
+        " model, forward and backward, median; peak: its memory beyond its arguments\n",
         soft_wrap=True,
     )
     for comparison in comparisons:
@@ -129,7 +143,7 @@ SMOOTH = 10  # steps
 
 
 def plot(comparisons: list[Comparison], title: str, path: Path) -> None:
-    """Draws of each task the curves over steps, their difference, and the curves over time."""
+    """Draw for each task the curves over steps, their difference, and the curves over time."""
     figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(3, len(comparisons), height_ratios=[3, 1.5, 2], squeeze=False)
@@ -147,7 +161,7 @@ def plot(comparisons: list[Comparison], title: str, path: Path) -> None:
 
 
 def _draw_curves(axes: Axes, comparison: Comparison) -> None:
-    """Draws fastdiv's curve thin over torch's thick one: they would hide each other otherwise."""
+    """Draw fastdiv's curve thin over torch's thick one, so that both are visible."""
     for (name, run), color, width in zip(comparison.runs.items(), COLORS, (5, 1), strict=True):
         steps = range(1, len(run.losses) + 1)
         axes.plot(steps, run.losses, color=color, linewidth=width, label=name)
@@ -158,7 +172,7 @@ def _draw_curves(axes: Axes, comparison: Comparison) -> None:
 def _draw_differences(axes: Axes, comparison: Comparison) -> None:
     difference = comparison.differences.numpy()
     steps = np.arange(1, len(difference) + 1)
-    equal = difference == 0  # these have no place on a log scale
+    equal = difference == 0  # which a logarithmic scale cannot show
     difference[equal] = np.nan
     label = f"apart ({equal.sum()} of {len(steps)} steps are equal)"
     axes.semilogy(steps, difference, ".", color=COLORS[1], markersize=4, label=label)

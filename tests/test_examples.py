@@ -1,4 +1,4 @@
-"""The examples run, and what they compare agrees: else they exit with 1."""
+"""The examples run, and the curves that they compare agree: else they exit with 1."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def test_identities() -> None:
     assert "29 of 29 lines show the same digits" in done.stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_label_smoothing(tmp_path: Path) -> None:
     picture = tmp_path / "asr.png"
@@ -32,6 +33,7 @@ def test_label_smoothing(tmp_path: Path) -> None:
     assert "same curve" in done.stdout and picture.stat().st_size > 10_000
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_distillation(tmp_path: Path) -> None:
     picture = tmp_path / "distill.png"
@@ -51,6 +53,7 @@ def test_fused_linear(tmp_path: Path) -> None:
     assert "linear_cross_entropy" in done.stdout and done.stdout.count("same curve") == 2
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_patch_torch(tmp_path: Path) -> None:
     picture = tmp_path / "lm.png"
@@ -59,6 +62,7 @@ def test_patch_torch(tmp_path: Path) -> None:
     assert "same curve" in done.stdout and picture.stat().st_size > 10_000
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_gkd_of_trl(tmp_path: Path) -> None:
     pytest.importorskip("trl", exc_type=ImportError)
@@ -79,6 +83,7 @@ def test_sharded_vocabulary() -> None:
     assert "same curve" in done.stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_transformers(tmp_path: Path) -> None:
     """The same curve with the one line as without."""
