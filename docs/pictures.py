@@ -40,7 +40,7 @@ STYLE = {
 
 
 def of_rows(function: Callable[..., Tensor], **options: float) -> Divergence:
-    """The divergence of every row, from logits."""
+    """Return a function that computes the divergence of every row from logits."""
     return partial(function, target_type="logits", reduction="none", **options)
 
 
@@ -165,7 +165,7 @@ def two_classes() -> plt.Figure:
 def fit_from(
     start: float, divergence: Divergence, places: Tensor, teacher: Tensor
 ) -> tuple[float, Tensor]:
-    """What a Gaussian that begins at ``start`` comes to: its divergence, its log-density."""
+    """Fit a Gaussian that begins at ``start``; return its divergence and its log-density."""
     mean = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     log_deviation = torch.zeros_like(mean, requires_grad=True)
     optimizer = torch.optim.LBFGS([mean, log_deviation], max_iter=30, line_search_fn="strong_wolfe")
@@ -184,7 +184,7 @@ def fit_from(
 
 
 def fit() -> plt.Figure:
-    """A Gaussian student of a teacher with two bumps."""
+    """Draw a Gaussian student of a teacher with two bumps."""
     places = torch.linspace(-6, 6, 161, dtype=torch.float64)
     bumps = [(0.6, -2.0, 0.7), (0.4, 2.3, 0.6)]
     density = sum(w * torch.exp(-(((places - m) / s) ** 2) / 2) / s for w, m, s in bumps)
