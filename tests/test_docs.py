@@ -63,11 +63,11 @@ def navigation() -> list[Path]:
 def test_blocks_run(page: Path) -> None:
     pytest.importorskip("sybil")
     if page not in PATCHING:
-        from run_page import run_page
+        from helpers.run_page import run_page
 
         run_page(page)
         return
-    command = [sys.executable, str(ROOT / "tests" / "run_page.py"), str(page)]
+    command = [sys.executable, str(ROOT / "tests/helpers/run_page.py"), str(page)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", done.stderr)
     if missing and missing[1] in OPTIONAL:
