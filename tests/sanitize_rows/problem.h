@@ -47,6 +47,7 @@ class Problem {
         report(report) {
     if (!traits.softcap) this->setup.softcap = 0;
     fill();
+    dx = x, dt = t;  // what a kernel does not write, compares equal
     set_arguments(loss, split);
   }
 
@@ -100,7 +101,7 @@ class Problem {
 
   RowBuffer x{dtype, rows, classes, setup.padding};
   RowBuffer t{dtype, rows, traits.topk ? k : classes, setup.padding};
-  RowBuffer dx = x, dt = t;
+  RowBuffer dx = x, dt = t;      // sizes; the constructor copies the numbers
   std::vector<Doubles> teacher;  // what t has for all classes
   std::vector<int64_t> indices = std::vector<int64_t>(rows * k);
   std::vector<int64_t> labels = std::vector<int64_t>(rows), argmax = labels;
