@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastdiv
-from helpers.cases import LOSSES, PUBLIC_LOSSES, Case, make_inputs
+from helpers.cases import LOSSES, PUBLIC_LOSSES, Case, make_inputs, module_of
 from helpers.linear_cases import TARGETS, LinearCase, make_case
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -121,19 +121,9 @@ def of_hidden(m: Any, v: dict[str, Any]) -> Any:
 LINEAR = (HIDDEN, CLASSES)
 MODULES: dict[str, tuple[tuple[Any, ...], dict[str, Any], Call]] = {
     **{
-        f"{name}Loss": ((), {"target_type": "logits"}, of_logits)
-        for name in (
-            "HellingerDistance",
-            "JSDiv",
-            "KLDiv",
-            "ReverseKLDiv",
-            "SkewKLDiv",
-            "TVDistance",
-        )
-    },
-    **{
-        f"{name}Loss": ((), {"target_type": "logits", "alpha": 0.3}, of_logits)
-        for name in ("AlphaDiv", "RenyiDiv")
+        module_of(case.name).__name__: ((), {"target_type": "logits", **case.options}, of_logits)
+        for case in LOSSES
+        if case.divergence
     },
     "CrossEntropyLoss": ((torch.ones(CLASSES),), {"return_stats": True}, of_labels),
     "EntropyLoss": ((), {}, lambda m, v: m(v["x"])),

@@ -342,3 +342,13 @@ def randn(*shape: Any, **options: Any) -> Tensor:
 def rand(*shape: Any, **options: Any) -> Tensor:
     """``torch.rand``, likewise."""
     return torch.rand(*shape, **options, device="cpu").to(torch.get_default_device())
+
+
+# The classes of fastdiv.nn by the name of their function: KLDivLoss is that of kl_div.
+MODULES = {name.removesuffix("Loss").lower(): name for name in fastdiv.nn.__all__}
+
+
+def module_of(function: str) -> Any:
+    """Return the class of fastdiv.nn that computes a function, or None."""
+    name = MODULES.get(function.replace("_", ""))
+    return None if name is None else getattr(fastdiv.nn, name)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-from helpers.cases import LOSSES, Case
+from helpers.cases import LOSSES, Case, module_of
 
 # A loss of logits ``[4, C]``, of a target of their shape or labels, and of options.
 Call = Callable[..., Tensor]
@@ -52,26 +52,13 @@ def _label_smoothing(x: Tensor, t: Tensor, inplace_backward: bool = False) -> Te
     return loss(x.unsqueeze(0), t.unsqueeze(0))
 
 
-MODULES = {
-    "cross_entropy": "CrossEntropyLoss",
-    "kl_div": "KLDivLoss",
-    "reverse_kl_div": "ReverseKLDivLoss",
-    "js_div": "JSDivLoss",
-    "skew_kl_div": "SkewKLDivLoss",
-    "alpha_div": "AlphaDivLoss",
-    "renyi_div": "RenyiDivLoss",
-    "tv_distance": "TVDistanceLoss",
-    "hellinger_distance": "HellingerDistanceLoss",
-    "topk_kl_div": "TopKKLDivLoss",
-}
-
 for case in LOSSES:
     function = getattr(fastdiv, case.name)
     if not takes_it(function):
         continue
     topk = case.name == "topk_kl_div"
     PROGRAMS[str(case)] = (case, _of_values(function, case) if topk else case.call)
-    module = getattr(fastdiv.nn, MODULES[case.name])
+    module = module_of(case.name)
     PROGRAMS[f"nn.{module.__name__}-{case}"] = (case, _in_a_module(module, case))
     if case.name in sharded.__all__:
         function = getattr(sharded, case.name)
