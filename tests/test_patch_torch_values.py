@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from helpers.torch_patched import TORCHS, calls_of_ours, patched, torch_has_its_own
-from helpers.values import value_and_gradients
+from helpers.values import uneven, value_and_gradients
+
+gradients = partial(value_and_gradients, upstream=uneven)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def agree(calls: list[Any], target: Tensor | None, *leaves: Tensor, **options: A
     for function in (patched, TORCHS):
         calls.clear()
         call = partial(function, **options)
-        results.append(value_and_gradients(lambda *v, call=call: call(*v, *fixed), *leaves))
+        results.append(gradients(lambda *v, call=call: call(*v, *fixed), *leaves))
         assert len(calls) == (function is patched)
     lowest = min((v.dtype for v in leaves), key=lambda dtype: -torch.finfo(dtype).eps)
     tolerance = {"rtol": 1e-11, "atol": 1e-12} if lowest is torch.float64 else {}
@@ -103,7 +105,7 @@ def test_probabilities_of_another_dtype(
     ours: list[Any], dtype: torch.dtype, target: torch.dtype
 ) -> None:
     x, p = torch.randn(4, 9).to(dtype), torch.randn(4, 9).softmax(1).to(target)
-    got, expected = (value_and_gradients(function, x, p) for function in (patched, TORCHS))
+    got, expected = (gradients(function, x, p) for function in (patched, TORCHS))
     assert len(ours) == 1
     eps = max(torch.finfo(dtype).eps, torch.finfo(target).eps)
     for a, b in zip(got, expected, strict=True):
@@ -129,7 +131,7 @@ def test_autocast(
 
         return call
 
-    got, expected = (value_and_gradients(under(function), x) for function in (patched, TORCHS))
+    got, expected = (gradients(under(function), x) for function in (patched, TORCHS))
     assert len(ours) == 1
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got[1], expected[1])
@@ -146,9 +148,7 @@ def test_no_rows_that_count(ours: list[Any], reduction: str, smoothing: float) -
         (torch.randn(2, 9, 0), torch.zeros(2, 0, dtype=torch.int64)),
         (torch.randn(0, 9), torch.zeros(0, 9)),
     ):
-        got, expected = (
-            value_and_gradients(partial(f, target=y, **given), x) for f in (patched, TORCHS)
-        )
+        got, expected = (gradients(partial(f, target=y, **given), x) for f in (patched, TORCHS))
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
     assert len(ours) == 4
@@ -238,9 +238,7 @@ def test_weights_with_a_derivative_are_torchs(ours: list[Any]) -> None:
     def batched(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda weight: torch.vmap(function)(torch.stack([weight, 2 * weight]))
 
-    assert value_and_gradients(by_weight(patched), weight)[1].equal(
-        value_and_gradients(by_weight(TORCHS), weight)[1]
-    )
+    assert gradients(by_weight(patched), weight)[1].equal(gradients(by_weight(TORCHS), weight)[1])
     for transform in (torch.func.grad, torch.func.jacfwd, batched):
         assert transform(by_weight(patched))(weight).equal(transform(by_weight(TORCHS))(weight))
     tangent = torch.rand(9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from helpers.trl_functions import (
     rows,
     some_labels,
 )
-from helpers.values import value_and_gradients
+from helpers.values import uneven, value_and_gradients
+
+gradients = partial(value_and_gradients, upstream=uneven)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,11 +39,11 @@ def agree(name: str, calls: list[str], *leaves: Tensor, **given: Any) -> None:
     """What TRL's own function has of the same numbers in double, in the dtype of its result."""
     theirs, ours = THEIRS[name], given_to(name)
     calls.clear()
-    got = value_and_gradients(lambda *v: ours(*v, **given), *leaves)
+    got = gradients(lambda *v: ours(*v, **given), *leaves)
     assert calls[0] == RUNS_ON[theirs.__name__], given
     with fastdiv.backend("reference"):  # what a function of TRL's calls in turn is TRL's, too
-        exact = value_and_gradients(lambda *v: theirs(*v, **given), *(v.double() for v in leaves))
-        plain = value_and_gradients(lambda *v: theirs(*v, **given), *leaves)
+        exact = gradients(lambda *v: theirs(*v, **given), *(v.double() for v in leaves))
+        plain = gradients(lambda *v: theirs(*v, **given), *leaves)
     assert [v.dtype for v in got] == [v.dtype for v in plain], given
     for a, b in zip(got, exact, strict=True):
         # Roundings of a few operations, or, of a half, of the result.
@@ -85,10 +88,10 @@ def test_jsd_of_a_slice_and_of_two_dtypes(calls: list[str]) -> None:
         return lambda x: function(x[:, :-1], teacher[:, :-1], labels, 0.1)
 
     theirs = THEIRS[WITH_JSD[0]]
-    got = value_and_gradients(loss(given_to(WITH_JSD[0]), teacher), student)
+    got = gradients(loss(given_to(WITH_JSD[0]), teacher), student)
     assert calls == ["js_div"] and got[0].dtype is loss(theirs, teacher)(student).dtype
     # TRL rounds the teacher's log-probabilities to its dtype.
-    expected = value_and_gradients(loss(theirs, teacher.float()), student)
+    expected = gradients(loss(theirs, teacher.float()), student)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -186,8 +189,8 @@ def test_excluded_classes(calls: list[str]) -> None:
     for name in WITH_JSD:
         for beta in (0, 0.3, 1):
             assert THEIRS[name](wide_x, wide_t, beta=beta).isnan()
-            got = value_and_gradients(lambda *v: given_to(name)(*v, beta=beta), wide_x, wide_t)  # noqa: B023
-            expected = value_and_gradients(lambda *v: THEIRS[name](*v, beta=beta), x, t)  # noqa: B023
+            got = gradients(lambda *v: given_to(name)(*v, beta=beta), wide_x, wide_t)  # noqa: B023
+            expected = gradients(lambda *v: THEIRS[name](*v, beta=beta), x, t)  # noqa: B023
             torch.testing.assert_close(got[0], expected[0])
             for a, b in zip(got[1:], expected[1:], strict=True):
                 torch.testing.assert_close(a[..., :-2], b, rtol=1e-5, atol=1e-6)
@@ -204,8 +207,8 @@ def test_padding_may_hold_anything(calls: list[str]) -> None:
     x, t = rows(torch.float32, 3, 5), rows(torch.float32, 3, 5)
     labels = some_labels()[1]
     assert labels is not None
-    expected = value_and_gradients(lambda *v: THEIRS[WITH_JSD[0]](*v, labels), x, t)
+    expected = gradients(lambda *v: THEIRS[WITH_JSD[0]](*v, labels), x, t)
     x[1], t[0, 3] = torch.nan, torch.inf
-    got = value_and_gradients(lambda *v: given_to(WITH_JSD[0])(*v, labels), x, t)
+    got = gradients(lambda *v: given_to(WITH_JSD[0])(*v, labels), x, t)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
