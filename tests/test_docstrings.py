@@ -17,7 +17,7 @@ import pytest
 
 import fastdiv
 import fastdiv.distributed
-from fastdiv.nn import divergence, linear
+from fastdiv.nn import base, linear_divergence
 from fastdiv.reference import choices, topk
 
 pytestmark = pytest.mark.cpu_only("docstrings")
@@ -191,7 +191,7 @@ def test_words(path: str) -> None:
 
 
 def test_lists_of_words() -> None:
-    assert tuple(divergence.FUNCTIONS) == get_args(choices.Divergence)
+    assert tuple(base.FUNCTIONS) == get_args(choices.Divergence)
     assert tuple(topk.TOPK.values()) == get_args(choices.Missing)
 
 
@@ -206,6 +206,8 @@ def test_options_of_linear_modules(path: str) -> None:
     hints, of_function = get_type_hints(options), get_type_hints(kind.function)
     own = inspect.signature(kind).parameters.values()
     known = {*parameters(path)} - {p.name for p in own if p.kind is not p.VAR_KEYWORD}
-    extra = {"beta"} if options is linear.DivergenceOptions else set()  # one of the classes has it
+    extra = (
+        {"beta"} if options is linear_divergence.DivergenceOptions else set()
+    )  # one of the classes has it
     assert hints.keys() - extra == known - extra
     assert {name: hints[name] for name in known} == {name: of_function[name] for name in known}

@@ -131,7 +131,7 @@ def test_statistics_load_as_weights_only() -> None:
 
 
 # Everything that fastdiv.nn is made of is imported anew, after the package has bound its functions.
-PARTS = ["nn", "nn.distillation", "nn.divergence", "nn.label_smoothing", "nn.linear"]
+PARTS = ["nn"] + [f"nn.{path.stem}" for path in Path(fastdiv.nn.__file__).parent.glob("[!_]*.py")]
 ORDERS = {
     "anew": f"""
 for part in {PARTS}:

@@ -13,9 +13,10 @@ compared by checksums, on a GPU only with ``FASTDIV_CHECK=1``.
 """
 
 from .._engine.public import set_home as _set_home
+from .divergences import js_div, kl_div, reverse_kl_div
 from .linear import linear_cross_entropy, linear_kl_div
 from .log_probs import entropy, log_prob, log_prob_and_entropy
-from .losses import cross_entropy, js_div, kl_div, reverse_kl_div
+from .losses import cross_entropy
 from .mean import token_mean
 
 __all__ = [

@@ -1,28 +1,16 @@
 """The losses as modules: the constructor takes the options, the call takes the tensors."""
 
 from .._engine.public import set_home as _set_home
+from .alpha import AlphaDivLoss, RenyiDivLoss
 from .cross_entropy import CrossEntropyLoss
+from .distance import HellingerDistanceLoss, TVDistanceLoss
 from .distillation import DistillationLoss
-from .divergence import (
-    AlphaDivLoss,
-    HellingerDistanceLoss,
-    JSDivLoss,
-    KLDivLoss,
-    RenyiDivLoss,
-    ReverseKLDivLoss,
-    SkewKLDivLoss,
-    TopKKLDivLoss,
-    TVDistanceLoss,
-)
+from .divergence import JSDivLoss, KLDivLoss, ReverseKLDivLoss, SkewKLDivLoss
 from .entropy import EntropyLoss
 from .label_smoothing import LabelSmoothingLoss
-from .linear import (
-    LinearCrossEntropyLoss,
-    LinearJSDivLoss,
-    LinearKLDivLoss,
-    LinearLogProbAndEntropy,
-    LinearReverseKLDivLoss,
-)
+from .linear import LinearCrossEntropyLoss, LinearLogProbAndEntropy
+from .linear_divergence import LinearJSDivLoss, LinearKLDivLoss, LinearReverseKLDivLoss
+from .topk import TopKKLDivLoss
 
 __all__ = [
     "AlphaDivLoss",

@@ -13,7 +13,7 @@ from .._engine.recording import recordable
 from .._engine.symbolic import term, times
 from .._losses.cross_entropy import cross_entropy
 from ..reference.choices import Divergence, Reduction, TargetType, check_choice
-from .divergence import FUNCTIONS
+from .base import FUNCTIONS
 
 DIVERGENCES = get_args(Divergence)
 

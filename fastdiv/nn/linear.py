@@ -13,17 +13,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._engine.symbolic import term, times
 from .._linear.cross_entropy import linear_cross_entropy, linear_log_prob_and_entropy
-from .._linear.divergence import check_teacher, linear_js_div, linear_kl_div, linear_reverse_kl_div
 from .._losses.cross_entropy import cross_entropy
-from .._losses.divergence import js_div, kl_div, reverse_kl_div
 from .._losses.entropy import log_prob_and_entropy
 from ..reference import Stats
-from ..reference.choices import Reduction, Smoothing, TargetType
+from ..reference.choices import Reduction, Smoothing
 from .layer import loss_through
 
 if sys.version_info >= (3, 11):
@@ -46,17 +42,7 @@ class CrossEntropyOptions(TypedDict, total=False):
     chunk_size: int | None
 
 
-class DivergenceOptions(TypedDict, total=False):
-    """What the modules of divergences pass on; only :class:`LinearJSDivLoss` takes ``beta``."""
-
-    target_type: TargetType | None
-    beta: float
-    reduction: Reduction
-    temperature: float
-    chunk_size: int | None
-
-
-class _LinearLoss(nn.Module):
+class LinearModule(nn.Module):
     """A linear layer, and the options of its loss."""
 
     function: ClassVar[Callable[..., Any]]
@@ -90,7 +76,7 @@ class _LinearLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class LinearCrossEntropyLoss(_LinearLoss):
+class LinearCrossEntropyLoss(LinearModule):
     r"""Cross entropy of the logits of a linear layer, as a module.
 
     It holds the layer, ``linear``, and calls :func:`fastdiv.linear_cross_entropy`, which has the
@@ -195,202 +181,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
         return loss_through(self.linear, input, of_layer, of_logits)
 
 
-class _LinearDivergenceLoss(_LinearLoss):
-    """The options of every divergence."""
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        scale_by_temperature: bool = False,
-        **options: Unpack[DivergenceOptions],
-    ) -> None:
-        super().__init__(in_features, num_classes, bias=bias, device=device, dtype=dtype, **options)
-        self.scale_by_temperature = scale_by_temperature
-
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        token_weight: Tensor | None = None,
-        *,
-        target_linear_weight: Tensor | None = None,
-        target_linear_bias: Tensor | None = None,
-    ) -> Tensor:
-        """Compute the divergence of these hidden states from the target, or from a teacher's."""
-        teacher = (target_linear_weight, target_linear_bias)
-
-        def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self.function(
-                input,
-                weight,
-                target,
-                linear_bias=bias,
-                target_linear_weight=target_linear_weight,
-                target_linear_bias=target_linear_bias,
-                token_weight=token_weight,
-                **self.options,
-            )
-
-        def of_logits(logits: Tensor) -> Tensor:
-            options = self.options_of_logits
-            target_type, _ = check_teacher(
-                logits, target, options.pop("target_type", None), *teacher
-            )
-            rows = target
-            if target_linear_weight is not None:
-                rows = F.linear(target, target_linear_weight, target_linear_bias)
-            return self.of_logits(
-                logits, rows, target_type=target_type, token_weight=token_weight, **options
-            )
-
-        value = loss_through(self.linear, input, of_layer, of_logits)
-        if not self.scale_by_temperature:
-            return value
-        return times(value, term(self.options.get("temperature", 1.0)) ** 2)
-
-
-class LinearKLDivLoss(_LinearDivergenceLoss):
-    """KL divergence KL(p || q) of the logits of a linear layer from a target p, as a module.
-
-    It holds the layer, ``linear``, and calls :func:`fastdiv.linear_kl_div`, which has the formula
-    and lists the errors.
-
-    Args:
-        in_features: Size :math:`H` of the hidden states.
-        num_classes: Number :math:`C` of classes.
-        bias: Whether the layer has a bias.
-        device: Device of the layer.
-        dtype: Dtype of the layer.
-        scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
-            gradient about the same for all temperatures (Hinton et al., 2015).
-        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
-            unless it holds hidden states.
-        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
-            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
-
-    Shape:
-        * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
-          float64.
-        * ``target``: the teacher's rows, shape ``(..., num_classes)``, or its hidden states, shape
-          ``(..., K)``.
-        * ``token_weight``: weights of the rows, shape ``(...)``; optional.
-        * ``target_linear_weight``, ``target_linear_bias``: the teacher's layer, shapes
-          ``(num_classes, K)`` and ``(num_classes,)``, if the target holds hidden states.
-        * Result: a scalar, or with ``reduction="none"`` one value per row, shape ``(...)``.
-
-    Example:
-        >>> import torch, fastdiv
-        >>> kl = fastdiv.nn.LinearKLDivLoss(2, 3, target_type="probs")
-        >>> kl(torch.zeros(1, 2), torch.tensor([[9 / 25, 12 / 25, 4 / 25]])).item()
-        0.0853
-
-    Source: :func:`fastdiv.linear_kl_div`.
-    """
-
-    function = staticmethod(linear_kl_div)
-    of_logits = staticmethod(kl_div)
-
-
-class LinearReverseKLDivLoss(_LinearDivergenceLoss):
-    """Reverse KL divergence KL(q || p) of the logits of a linear layer, as a module.
-
-    It holds the layer, ``linear``, and calls :func:`fastdiv.linear_reverse_kl_div`, which has the
-    formula and lists the errors.
-
-    Args:
-        in_features: Size :math:`H` of the hidden states.
-        num_classes: Number :math:`C` of classes.
-        bias: Whether the layer has a bias.
-        device: Device of the layer.
-        dtype: Dtype of the layer.
-        scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
-            gradient about the same for all temperatures (Hinton et al., 2015).
-        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
-            unless it holds hidden states.
-        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
-            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
-
-    Shape:
-        * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
-          float64.
-        * ``target``: the teacher's rows, shape ``(..., num_classes)``, or its hidden states, shape
-          ``(..., K)``.
-        * ``token_weight``: weights of the rows, shape ``(...)``; optional.
-        * ``target_linear_weight``, ``target_linear_bias``: the teacher's layer, shapes
-          ``(num_classes, K)`` and ``(num_classes,)``, if the target holds hidden states.
-        * Result: a scalar, or with ``reduction="none"`` one value per row, shape ``(...)``.
-
-    Example:
-        >>> import torch, fastdiv
-        >>> kl = fastdiv.nn.LinearReverseKLDivLoss(2, 3, target_type="probs")
-        >>> kl(torch.zeros(1, 2), torch.tensor([[9 / 25, 12 / 25, 4 / 25]])).item()
-        0.0975
-
-    Source: :func:`fastdiv.linear_reverse_kl_div`.
-    """
-
-    function = staticmethod(linear_reverse_kl_div)
-    of_logits = staticmethod(reverse_kl_div)
-
-
-class LinearJSDivLoss(_LinearDivergenceLoss):
-    r"""Jensen-Shannon divergence of the logits of a linear layer, as a module.
-
-    It holds the layer, ``linear``, and calls :func:`fastdiv.linear_js_div`, which has the formula
-    and lists the errors.
-
-    Args:
-        in_features: Size :math:`H` of the hidden states.
-        num_classes: Number :math:`C` of classes.
-        bias: Whether the layer has a bias.
-        device: Device of the layer.
-        dtype: Dtype of the layer.
-        scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
-            gradient about the same for all temperatures (Hinton et al., 2015).
-        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.  Required
-            unless it holds hidden states.
-        beta: :math:`\beta` in [0, 1], the share of the target in the mixture.
-        reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
-            weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
-
-    Shape:
-        * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
-          float64.
-        * ``target``: the teacher's rows, shape ``(..., num_classes)``, or its hidden states, shape
-          ``(..., K)``.
-        * ``token_weight``: weights of the rows, shape ``(...)``; optional.
-        * ``target_linear_weight``, ``target_linear_bias``: the teacher's layer, shapes
-          ``(num_classes, K)`` and ``(num_classes,)``, if the target holds hidden states.
-        * Result: a scalar, or with ``reduction="none"`` one value per row, shape ``(...)``.
-
-    Example:
-        >>> import torch, fastdiv
-        >>> js = fastdiv.nn.LinearJSDivLoss(2, 3, beta=0.1)  # from a teacher's hidden states
-        >>> js(torch.zeros(1, 2), torch.zeros(1, 5), target_linear_weight=torch.ones(3, 5)).item()
-        0.0
-
-    Source: :func:`fastdiv.linear_js_div`.
-    """
-
-    function = staticmethod(linear_js_div)
-    of_logits = staticmethod(js_div)
-
-
-class LinearLogProbAndEntropy(_LinearLoss):
+class LinearLogProbAndEntropy(LinearModule):
     """Log-probability and entropy of the logits of a linear layer, as a module.
 
     It holds the layer, ``linear``, and calls :func:`fastdiv.linear_log_prob_and_entropy`, which has
