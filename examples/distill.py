@@ -168,6 +168,8 @@ def main() -> int:
         vocab=(32_000, "distinct words to keep"),
         k=(32, "words of the teacher to store; at most VOCAB"),
     )
+    if options.k > options.vocab:
+        sys.exit("--k must be at most --vocab")
     console, corpus = Console(), read_corpus(options.vocab)
     title = sizes(ROWS * LENGTH, len(corpus.words), options.device)
     console.print(title)

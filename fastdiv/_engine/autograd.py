@@ -1,7 +1,4 @@
-"""The one autograd.Function of all losses: kernels for values and first derivatives.
-
-Everything above this module handles losses, everything below rows.
-"""
+"""The autograd.Functions of losses of whole rows: kernels for values and first derivatives."""
 
 from __future__ import annotations
 
@@ -71,8 +68,7 @@ def row_loss_and_stats(
         value, _, _, stats, argmax = _traced(call, rows)
     else:
         value, _, _, stats, argmax = _RowLoss.apply(call, *rows)
-    lse, entropy, log_prob = stats.unbind(0)
-    return value, Stats(lse, entropy, argmax, log_prob)
+    return value, ops.stats_of(stats, argmax)
 
 
 def _traced(call: RowCall, rows: Tensors) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import Spec, value_dtype
+from ..reference import Spec, Stats, value_dtype
 from . import backend
 from .symbolic import as_tensor, is_symbolic
 
@@ -61,6 +61,12 @@ def packed(
 def unpacked(ints: Sequence[int], floats: Sequence[float], symbolic: Tensor | None) -> Spec:
     """Return the spec that was packed."""
     return spec_of([*ints, *(floats if symbolic is None else symbolic.tolist())])
+
+
+def stats_of(stats: Tensor, argmax: Tensor) -> Stats:
+    """Return the statistics of rows from the two tensors that ops give them in."""
+    lse, entropy, log_prob = stats.unbind(0)
+    return Stats(lse, entropy, argmax, log_prob)
 
 
 def value_shape(spec: Spec, rows: int) -> tuple[int, ...]:

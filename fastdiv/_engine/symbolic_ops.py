@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..reference import Spec
 from . import ops
 from .loss_call import Forward, Tensors
@@ -44,8 +45,10 @@ class SymbolicCall:
         return backward(grad.contiguous(), *tensors, *kept, ints, floats, *needed)
 
     def differentiable_value(self, tensors: Tensors) -> Tensor:
-        """See ``LossCall``; ``torch.compile`` has no second derivatives."""
-        raise NotImplementedError
+        """See ``LossCall``."""
+        x, *others = tensors
+        assert x is not None
+        return reference.loss(self.spec, x, *others)
 
 
 @torch.library.custom_op("fastdiv::_symbolic_row_forward", mutates_args=())

@@ -80,7 +80,7 @@ def linear_loss(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stat
         return _of_whole_logits(call, tensors)
     flops.tell_counters()
     value, stats, argmax = run(call, tensors)
-    return value, Stats(stats[0], stats[1], argmax, stats[2]) if call.stats else None
+    return value, row_ops.stats_of(stats, argmax) if call.stats else None
 
 
 def _of_whole_logits(call: LinearCall, tensors: Tensors) -> tuple[Tensor, Stats | None]:

@@ -105,8 +105,7 @@ def shard_loss(call: ShardCall, *rows: Tensor | None) -> tuple[Tensor, Tensor, S
         weight = reference.row_weights(call.spec.ignore_index, x, label, row_weight)
         label = label - call.shards.first
     value, _, divisor, stats, argmax = run(call, (x, t, label, class_weight, weight))
-    found = Stats(stats[0], stats[1], argmax, stats[2]) if call.stats else None
-    return value, divisor, found
+    return value, divisor, ops.stats_of(stats, argmax) if call.stats else None
 
 
 def whole_loss(call: ShardCall, *rows: Tensor | None) -> tuple[Tensor, Tensor, Stats | None]:

@@ -136,7 +136,7 @@ def shard_linear_loss(
         label = label - call.shards.first
     of_rows = (label, class_weight, row_weight)
     value, _, divisor, found, argmax = run(call, (*tensors[:N_HEAD_TENSORS], *of_rows))
-    return value, divisor, Stats(found[0], found[1], argmax, found[2]) if call.stats else None
+    return value, divisor, ops.stats_of(found, argmax) if call.stats else None
 
 
 def _of_whole_logits(call: ShardCall, tensors: Tensors) -> tuple[Tensor, Tensor, Stats | None]:

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -86,8 +88,12 @@ inline PlainTerms plain_terms(const std::string& loss, double b, double lq, doub
     const double sign = p > q ? 0.5 : (p < q ? -0.5 : 0);
     return {sign * (p - q), -sign * q, sign * p};
   }
-  // skew_kl_div; reversed, q and p are exchanged.
+  // Reversed, q and p are exchanged.
   const bool reversed = loss == "reverse_skew_kl_div";
+  if (!reversed && loss != "skew_kl_div") {
+    std::printf("plain_terms lacks a formula for %s\n", loss.c_str());
+    std::exit(1);
+  }
   const double first = reversed ? q : p, second = reversed ? p : q;
   const double m = b * first + (1 - b) * second;
   if (m == 0) return {};
