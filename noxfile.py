@@ -27,9 +27,9 @@ LEFT_OUT = (
     # the same calls as others, with more values
     *("patch_torch_values", "regressions", "meaning"),
     # what needs other packages, or git
-    *("bench", "docs", "examples", "packaging"),
+    *("bench", "docs", "docstrings", "examples", "gpu_check", "packaging", "source_tree"),
     *("transformers", "transformers_patch", "transformers_training"),
-    *("trl", "trl_other_calls", "trl_patch"),
+    *("trl", "trl_errors", "trl_other_calls", "trl_patch"),
 )
 WORKERS = ("--numprocesses=2", "--dist=worksteal")
 
@@ -39,6 +39,7 @@ TEST_PACKAGES = (
     "pytest",
     "pytest-timeout",
     "pytest-xdist",
+    "rich",
     "scipy",
     "sybil",
 )

@@ -91,6 +91,7 @@ SUITE = [
     "edge_rows",
     "dead_rows",
     "layout",
+    "in_place_gradients",
     "determinism",
     "ops",
     "terms",

@@ -110,36 +110,6 @@ def test_input_and_target_of_two_dtypes(case: Case, dtypes: tuple[str, str]) -> 
     assert dx.equal(expected[1].to(x.dtype)) and dt.equal(expected[2].to(t.dtype))
 
 
-@pytest.mark.parametrize("backend", ["native"], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "case", [c for c in KERNELS if not c.name.startswith(("log_prob", "entropy"))], ids=str
-)
-def test_in_place_backward_writes_the_rows_of_a_slice_and_nothing_else(
-    case: Case, dtype: torch.dtype
-) -> None:
-    classes = 601
-    x, logits = make_inputs((5, classes), dtype)
-    t = case.make_target(x, logits)
-    expected = gradients(lambda x: case.call(x, t, **case.per_row), x)
-    leaf = torch.randn(7, classes + 8).to(dtype).requires_grad_()
-    big = leaf * 1
-    rows = big[1:6, 3 : 3 + classes]
-    with torch.no_grad():
-        rows.copy_(x)
-    before = big.detach().clone()
-    value = case.call(rows, t, inplace_backward=True, **case.per_row)
-    assert big.detach().equal(before), "the forward wrote to its input"
-    upstream = torch.linspace(0.5, 1.5, 5, dtype=value.dtype)
-    (grad,) = torch.autograd.grad(value, rows, upstream)
-    assert grad.equal(expected[1])
-    assert grad.data_ptr() == rows.data_ptr()
-    after, (top, left) = big.detach().clone(), (slice(1, 6), slice(3, 3 + classes))
-    assert after[top, left].equal(expected[1])
-    after[top, left] = before[top, left] = 0
-    assert after.equal(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64], ids=str)
 def test_label_types(dtype: torch.dtype) -> None:
     x, _ = make_inputs((2, 300, 3), torch.float32)
