@@ -1,12 +1,12 @@
 """Builds fastdiv._C with the torch that build_backend.py finds; metadata is in pyproject.toml.
 
-The CUDA kernels are built too where nvcc is found: in CUDA_HOME, on PATH, of the PyPI packages, or
-in /usr/local/cuda, which is where torch looks last, too.
-Torch itself need not have CUDA: they are plain objects, linked against nothing of torch's.
+The CUDA kernels are built too if nvcc is found in CUDA_HOME, on PATH, in the PyPI packages, or in
+/usr/local/cuda, in this order.  Torch itself need not have CUDA: the kernels are plain objects that
+link against nothing of torch's.
 
 Environment variables:
-    FASTDIV_CUDA_ARCHS: architectures such as "90" or "80;90;100+PTX" or "none".  The default are
-        those of the GPUs of this machine, or, without any, 80, 90 and 100 with PTX for newer ones.
+    FASTDIV_CUDA_ARCHS: architectures such as "90" or "80;90;100+PTX" or "none".  By default
+        those of this machine's GPUs or, without any, 80, 90 and 100 with PTX for newer ones.
     FASTDIV_NVCC_FLAGS: further flags of nvcc.
     MAX_JOBS: files that nvcc compiles at a time.
 """

@@ -47,7 +47,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the differences are float32 noise; a NaN is not."""
+        """True if all differences are float32 noise; a NaN is not."""
         early, overall = self.differences[:50].max(), self.differences.max()
         return bool(early <= NOISE_50_STEPS and overall <= NOISE)
 

@@ -164,7 +164,9 @@ def test_registers_and_local_memory() -> None:
 @needs_cuda_build
 def test_launches_leave_room_for_static_shared_memory() -> None:
     """A launch asks for all shared memory of a block, less kStaticShared."""
-    (static,) = re.findall(r"kStaticShared = (\d+);", (ROOT / "csrc/cuda/shapes.h").read_text())
+    (static,) = re.findall(
+        r"kStaticShared = (\d+);", (ROOT / "csrc/cuda/launch_shapes.h").read_text()
+    )
     reserved = 1024  # by CUDA itself, for every block; cuobjdump counts it from sm_90 on
     most = {kernel: used["SHARED"] for kernel, used in resources().items()}
     assert not {k: v for k, v in most.items() if v > int(static) + reserved}

@@ -105,6 +105,16 @@ def test_student_mass_where_the_teacher_has_none(kind: str) -> None:
             assert dt[1, 5] == 0
 
 
+@pytest.mark.parametrize("case", [c for c in LOSSES if c.divergence], ids=str)
+def test_mass_on_one_side_of_every_divergence(case: Case) -> None:
+    x, logits = make_inputs((3, 40), torch.float32)
+    x[1, 5] = logits[1, 5] = x[0, 5] = logits[2, 5] = -INF
+    t = case.make_target(x, logits)
+    value, dx, dt = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
+    same(value.double(), case.truth(x, t, **case.per_row), 1e-5)  # infinite or not
+    assert not value.isnan().any() and dx.isfinite().all() and dt.isfinite().all()
+
+
 def test_js_of_distributions_that_share_nothing_is_ln_2() -> None:
     x = torch.tensor([[0.0, -INF, 1.0, -INF]])
     t = torch.tensor([[-INF, 3.0, -INF, 0.0]])

@@ -245,7 +245,9 @@ def test_patch_torch() -> None:
 
 
 def test_trl() -> None:
-    functions = pytest.importorskip("helpers.trl_functions")
+    pytest.importorskip("trl")
+    from helpers import trl_functions as functions
+
     x, t, y = leaf(2, 4, 9), torch.randn(2, 4, 9), torch.full((2, 4), 3)
     y[0] = -100
     for name in functions.WITH_JSD:

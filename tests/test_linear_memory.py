@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastdiv._bench.linear import LinearJob, losses, step
-from fastdiv._linear.chunks import Problem
+from fastdiv._linear.loops import Problem
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("trl")
+
 from helpers.trl_functions import (
     CLASSES,
     THEIRS,

@@ -197,8 +197,8 @@ template <class real>
 struct Log1p {
   real value, psi;
 };
-// v is 1 + u, as accurate as the caller has it.  Near u = -1 it has digits that u has lost; near
-// u = 0 it is the other way round.
+// v is 1 + u as the caller computed it.  Near u = -1, v has digits that u has lost.  Near u = 0, u
+// has digits that v has lost.
 FD_FN Log1p<float> log1p_gap(float u, float v) {
   const LogParts l = log_parts(v);
   const bool near = l.k == 0.f;  // of 0, where 1 + m is v

@@ -76,9 +76,11 @@ FD_FN real log_target(real t, real t_max, real t_logz, real scale) {
   return t;
 }
 
-// P is a policy of csrc/losses.  It says which rows it reads (kTarget, kWeights), what it sums over
-// the columns (partial: the first kSums of Sums) and how the sums change with the maxima (rebase).
-// A kTilted policy mixes the logs of both rows (tilt); the state has a log-sum-exp of that too.
+// P is a policy of csrc/losses, with these members:
+//   kTarget, kWeights  which rows it reads
+//   partial            what it sums over the columns, the first kSums of Sums
+//   rebase             how the sums change with the maxima
+//   tilt, if kTilted   a mixture of the logs of both rows, which gets a log-sum-exp of its own
 template <class P>
 struct RowState {
   using real = typename P::real;
@@ -104,8 +106,8 @@ struct RowState {
       }
   }
 
-  // Add a tile.  With kRun > 0, sums that decide the last digits of the value are added up in runs
-  // of kRun columns, because rounding errors grow with the number of terms.
+  // Add a tile.  Rounding errors grow with the number of terms.  So with kRun > 0, the sums that
+  // decide the last digits of the value are added up in runs of kRun columns.
   template <int kRun = 0>
   FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
     rebase(loss, max_of(tile.x, tile.n, x.max), kNormalise ? max_of(tile.t, tile.n, t.max) : t.max,

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/pack.cuh"
-#include "cuda/shapes.h"
+#include "cuda/launch_shapes.h"
 #include "cuda/team.cuh"
 #include "losses/gradient.h"
 #include "losses/row.h"

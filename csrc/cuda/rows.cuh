@@ -103,17 +103,17 @@ constexpr bool has_moment() {
   if constexpr (P::kDivergence) return P::kMoment != P::Moment::kNone;
   return true;
 }
-// How many blocks of 256 threads share the 65536 registers of a multiprocessor:
+// How many blocks of 256 threads share the 65536 registers of a multiprocessor, at least:
 //   blocks      4    3    2    1
 //   registers  64   80  128  255   per thread
 // Kernels that would spill get fewer blocks: fewer threads with more loads in flight each.
 template <class P, bool kCapped, bool kGradient>
-constexpr int kBlocks = sizeof(typename P::real) == 8        ? 1
-                        : kCapped || P::kStats || P::kTilted ? 2
-                        : P::kDivergence && kGradient        ? 2
-                        : !has_moment<P>()                   ? 2
-                        : P::kDivergence || P::kWeights      ? 3
-                                                             : 4;
+constexpr int kMinBlocks = sizeof(typename P::real) == 8        ? 1
+                           : kCapped || P::kStats || P::kTilted ? 2
+                           : P::kDivergence && kGradient        ? 2
+                           : !has_moment<P>()                   ? 2
+                           : P::kDivergence || P::kWeights      ? 3
+                                                                : 4;
 
 // The second pass: sum the terms of a divergence, from the cache where it has the row.
 template <class Reader, class L, class real>
@@ -132,7 +132,7 @@ __device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& 
 }
 
 template <class P, class T, bool kCapped, bool kGradient>
-__global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, kGradient>)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<P, kCapped, kGradient>)
     forward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
   using real = typename P::real;
   FD_DYNAMIC_SHARED(cache);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, kGradient>)
 }
 
 template <class P, class T, bool kCapped>
-__global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, false>)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<P, kCapped, false>)
     backward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ BackwardShape shape) {
   const bool warps = shape.rows > 1;
   const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + int(threadIdx.x) / kWarp
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks<P, kCapped, false>)
 
 // Sum the terms with a given record.  For a shard of a row it is the record of the whole row.
 template <class P, class T>
-__global__ void __launch_bounds__(kBlock, kBlocks<P, false, false>)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<P, false, false>)
     terms_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
   using real = typename P::real;
   const int warp = int(threadIdx.x) / kWarp;

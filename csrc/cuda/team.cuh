@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/shapes.h"
+#include "cuda/launch_shapes.h"
 #include "losses/divergence.h"
 
 namespace fastdiv {

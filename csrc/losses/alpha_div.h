@@ -1,4 +1,4 @@
-// The divergences of order alpha.  All are functions of E = log S, S = sum p^alpha q^(1 - alpha):
+// The divergences of order alpha, functions of E = log S with S = sum p^alpha q^(1 - alpha):
 //   alpha_div            (S - 1) / (alpha (alpha - 1))
 //   renyi_div            E / (alpha - 1)
 //   hellinger_distance   (1 + sum p) / 2 - S, of order 1/2
@@ -66,8 +66,8 @@ struct AlphaDiv : Divergence<real, target> {
       return mass_times(less(lw, c.lp, rest * c.log_ratio - row.small_log_s, row), slope * scale);
     if constexpr (target == Target::kLogProbs)
       return mass_times(exp_neg(lw), slope) + mass * exp_neg(t);
-    // w / p is largest where p is small and log p least accurate.  So log p is multiplied by the
-    // smaller of alpha and alpha - 1.  A factor corrects for rounding.
+    // w / p is largest where p is small, and there log p is least accurate.  So log p is multiplied
+    // by the smaller of alpha and alpha - 1, and a factor corrects the rounding.
     const real half = real(0.5), most = Limits<real>::log_largest;
     const real log_w_over_p = rest * (c.lx - c.lt) - row.tilted_logz;
     const real power_of_p = alpha < half ? lw : (log_w_over_p > most ? most : log_w_over_p);
@@ -80,7 +80,7 @@ struct AlphaDiv : Divergence<real, target> {
   // alpha close to 0 and 1, and for p close to q.  Let z <= 0 be the log of the smaller of p and q
   // minus that of the larger; k = alpha if p is the smaller, else 1 - alpha.  Then f~ / larger is
   //   (chi(z) - chi(k z) / k) / (1 - k)   or   (phi(z) + e^z chi(c z) / c) / k,  c = k - 1.
-  // Each of them cancels for some k.  For a positive argument, chi(-a) = e^-a phi(a).
+  // Each of the two cancels for some k.  For a positive argument, chi(-a) = e^-a phi(a).
   FD_FN Terms<real> terms(const StablePair<real>& pair) const {
     // The mixture of two masses that are 0 or subnormal may be a normal number.
     const real log_larger = pair.lq > pair.lp ? pair.lq : pair.lp;

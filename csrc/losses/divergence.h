@@ -19,9 +19,9 @@ struct Terms {
   FD_FN void add(const Terms& o) { f += o.f, u += o.u, v += o.v; }
 };
 
-// Sums over a row in the second pass.  q and p are summed too: computed from rounded logs, they add
-// up to 1 only within 3e-7.  The gradient u - q sum u would carry that error, so sum u is divided
-// by the actual sum of q, and sum v by that of p.
+// Sums over a row in the second pass.  q and p come from rounded logs, so they add up to 1 only
+// within 3e-7.  The gradient u - q sum u would carry that error.  So sum u is divided by the actual
+// sum of q, and sum v by that of p.
 template <class real>
 struct TermSums {
   real f = 0, u = 0, v = 0, q = 0, p = 0;
@@ -37,13 +37,12 @@ struct Divergence : Loss<Real, target> {
 
   static constexpr bool kDivergence = true, kDirectTerms = true;
   static constexpr int kSums = 1;
-  // The moment of the first pass that gives the divergence.  Where it is sound, there is no second
-  // pass.
+  // Which moment of the first pass gives the divergence.  If it is sound, no second pass runs.
   enum class Moment { kNone, kForward, kReverse, kTilted };
   static constexpr Moment kMoment = Moment::kNone;
 
   FD_FN real kappa() const { return real(0); }
-  // Return about which fraction of KL(p || q) the loss is.  It is small where the mixture is almost
+  // Return the approximate ratio of the loss to KL(p || q).  It is small if the mixture is almost
   // one of the two rows.
   FD_FN real kl_fraction() const { return real(1); }
 

@@ -1,6 +1,6 @@
-// The value of a divergence.  The moments of the first pass give it where they are sound; else a
-// second pass over the row does, which is still in the cache.  `second_pass(loss, row)` returns the
-// TermSums of a loss.
+// The value of a divergence.  Where the moments of the first pass are sound, they give the value.
+// Elsewhere a second pass sums the terms, while the row is still in the cache.
+// `second_pass(loss, row)` returns the TermSums of a loss.
 #pragma once
 
 #include "losses/alpha_div.h"
@@ -8,8 +8,8 @@
 
 namespace fastdiv {
 
-// A divergence as mean + logs, and whether cancellation leaves it six digits.  The logs of sums are
-// uncertain by some ulps of 1, however small they are.
+// A divergence as mean + logs.  It is sound if cancellation leaves it six digits.  The log of a sum
+// has an absolute error of some ulps of 1, even where it is small.
 template <class real>
 struct Difference {
   real value;
@@ -22,16 +22,17 @@ FD_FN Difference<real> from_moments(real mean, real logs) {
   return {value, value > real(0.05) * terms && value <= Limits<real>::highest};
 }
 
-// Return 1 where the rows are well separated, else 0.  From this KL(p || q) on, rounding errors of
-// the logits are small beside the difference of the rows.
+// Return 1 where the rows are well separated, else 0.  Above this KL(p || q), the rounding errors
+// of the logits are small compared with the difference of the rows.
 template <class real>
 FD_FN real well_separated(real kl) {
   return kl > real(0.25) && !is_infinite(kl) ? real(1) : real(0);
 }
 
-// Return KL(p || q) of two rows of logits, and set row.log_z_ratio.  Where the rows are so close
-// that the moments cancel, let d = log q~ - log p~ and c about sum p d.  The rounding of the first
-// pass left off o = sum p (d - c).  Then KL = log(1 + o + sum p (e^(d-c) - 1 - (d - c))) - o.
+// Return KL(p || q) of two rows of logits, and set row.log_z_ratio.
+// Close rows make the moments cancel, so a second pass computes KL around a centre.  Let
+// d = log q~ - log p~, and c the mean sum p d as the first pass rounded it.  With the error of the
+// rounding o = sum p (d - c), KL = log(1 + o + sum p (e^(d-c) - 1 - (d - c))) - o.
 template <class P, class SecondPass>
 FD_FN typename P::real anchor(const RowState<P>& s, typename P::Record& row, SecondPass second_pass,
                               const LossParams& params) {
@@ -50,8 +51,8 @@ FD_FN typename P::real anchor(const RowState<P>& s, typename P::Record& row, Sec
   return excess;
 }
 
-// Return the value of a loss of order alpha.  E is small if the rows are close, or if alpha is
-// close to 0 or 1.  Then it comes from the terms of a second pass.
+// Return the value of a loss of order alpha.  If E is small, it comes from the terms of a second
+// pass.  E is small for close rows, and for alpha close to 0 or 1.
 template <class P, class SecondPass>
 FD_FN typename P::real tilted_value(const P& loss, const RowState<P>& s, typename P::Record& row,
                                     SecondPass second_pass) {
@@ -76,7 +77,7 @@ FD_FN typename P::real terms_value(const P& loss, const RowState<P>& s, typename
   using real = typename P::real;
   using Moment = typename P::Moment;
   constexpr bool kLogits = P::kTarget == Target::kLogits;
-  // u + v = f~, and one of them is q - p or p - q.  So the value gives both sums.
+  // u + v = f~, and one of u and v is q - p or p - q.  So the value determines both sums.
   if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
     row.sum_u = kl != kl ? kl : real(1) - s.mass();
     row.sum_v = kl;

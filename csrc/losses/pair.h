@@ -23,7 +23,7 @@ FD_FN LogPair<real> log_pair(real x, real t, real scale, const PairRecord<real>&
   return {lx, lt, lq, lp, log_ratio};
 }
 
-// For rows that may be close: everything follows from the log ratio, and nothing cancels.
+// For rows that may be close.  Everything is computed from the log ratio, and nothing cancels.
 template <class real>
 struct StablePair {
   real lq, lp, log_ratio;  // as above, but the log ratio is 0 where there is no mass
@@ -38,8 +38,8 @@ struct StablePair {
     const LogPair<real> logs = log_pair<kTarget>(x, t, scale, row);
     StablePair c;
     c.lq = logs.lq, c.lp = logs.lp;
-    // A class without mass on either side (-inf minus -inf) adds nothing; other NaNs stay.  The
-    // logs show it, so that the second exponential does not wait for e^log_larger.
+    // A class without mass on either side (-inf minus -inf) adds nothing; other NaNs stay.  We test
+    // the logs, because a test of the masses would make one exponential wait for the other.
     const real log_larger = c.lq > c.lp ? c.lq : c.lp;
     const real most = kTarget == Target::kProbs && t > real(0) ? real(0) : log_larger;
     c.log_ratio = most < Limits<real>::log_smallest ? real(0) : logs.log_ratio;
@@ -54,8 +54,8 @@ struct StablePair {
   }
 };
 
-// For well-separated rows: accurate enough there, at half the cost.  Without mass, lq or lp is
-// -inf, so multiply with mass_times.
+// For well-separated rows, where it is accurate enough at half the cost.  lq or lp is -inf for a
+// class without mass, so multiply with mass_times.
 template <class real>
 struct DirectPair {
   real lq, lp, log_ratio, q, p;

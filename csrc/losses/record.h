@@ -48,7 +48,7 @@ struct TopKRecord : Row<real> {
   real topk_mass;  // what the k probabilities are divided by
   real mass;       // sum of p over all classes
   real mass_per_other;
-  real common_slope;  // what the slopes of all p have in common
+  real common_slope;  // derivative by the mass that a larger p takes from the others
 };
 
 }  // namespace fastdiv

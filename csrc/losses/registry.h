@@ -1,5 +1,5 @@
-// The losses and their policies.  All kernel tables are made from these lists, to which a new loss
-// adds one line.  Losses may share a policy, which reads in LossParams::loss which one to compute.
+// The losses and their policies.  All kernel tables are made from these lists; a new loss adds one
+// line.  A policy that several losses share reads LossParams::loss to tell them apart.
 #pragma once
 
 // Name, policy.

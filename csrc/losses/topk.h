@@ -1,6 +1,10 @@
-// KL(p || q) from a teacher p that is known at k classes (topk_kl_div).  The gradient of a logit is
-// mass q - p for those k and mass q - mass_per_other for all others.  mass_per_other is 0 unless
-// missing="uniform", which spreads the rest of p evenly over the others.
+// KL(p || q) from a teacher p that is known at k classes (topk_kl_div).
+//
+// Why the gradient is what it is: KL = sum_c p_c log p_c - sum_c p_c log q_c, and a scaled logit
+// moves every log q by d log q_c / d x_j = [c = j] - q_j.  So d KL / d x_j = mass q_j - p_j, with
+// mass = sum_c p_c, which need not be 1: missing="ignore" leaves the rest out.
+// A class that is not among the k has p = mass_per_other, which is 0 unless missing="uniform".
+// That option spreads the rest of p evenly over the other classes, and then mass is 1.
 #pragma once
 
 #include "losses/divergence.h"

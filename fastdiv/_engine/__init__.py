@@ -1,1 +1,1 @@
-"""What all losses share: checks, autograd, ops, and the private names of torch."""
+"""From checked arguments to the op: checks, autograd, ops, and private names of torch."""

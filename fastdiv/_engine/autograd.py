@@ -23,7 +23,7 @@ from .torch_private import is_transformed, light_apply, unwrap_if_dead
 class RowCall:
     """A loss of whole rows with all of its options that are not tensors.
 
-    To torch.func a tuple would be a tree of arguments, so the spec is wrapped.
+    It wraps the spec, because torch.func takes a tuple for a tree of arguments.
     """
 
     spec: Spec
@@ -88,7 +88,7 @@ def _for_apply(ctx: Any, dx: Tensor, dt: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _TracedRowLoss(torch.autograd.Function):
-    """One function for every loss; this form of it is what ``torch.compile`` can trace."""
+    """The form that ``torch.compile`` can trace."""
 
     generate_vmap_rule = True
 
@@ -114,12 +114,12 @@ class _TracedRowLoss(torch.autograd.Function):
 
 
 class _RowLoss(_TracedRowLoss):
-    """The same with what Dynamo does not trace: in place, second and forward-mode derivatives."""
+    """The form with what Dynamo cannot trace: in place, second and forward-mode derivatives."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _TracedRowLoss.setup_context(ctx, inputs, output)
-        ctx.set_materialize_grads(False)  # of the record, which has none
+        ctx.set_materialize_grads(False)  # the record has no gradient
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -139,8 +139,8 @@ class _RowLoss(_TracedRowLoss):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Any, ...]:
-        # The kernel's gradient of every row, times the tangents.  (A torch.func.jvp here would nest
-        # forward modes, which gradcheck refuses.)
+        # Multiply the kernel's gradient of every row by the tangents.  A torch.func.jvp would nest
+        # forward modes here, which gradcheck refuses.
         spec, (dx, dt) = ctx.spec, tangents[:2]
         *rows, record, divisor = ctx.saved_tensors
         x = rows[0]
@@ -168,7 +168,7 @@ class _RowLoss(_TracedRowLoss):
 
 
 class _EagerRowLoss(_RowLoss):
-    """The same in the form that costs least to call; no transform may be active."""
+    """The form that costs least to call; no transform may be active."""
 
     setup_context = torch.autograd.Function.setup_context
 

@@ -1,4 +1,4 @@
-"""How public functions pass DTensors to ``fastdiv.distributed.dtensor``."""
+"""The decorator by which public functions pass DTensors to ``fastdiv.distributed.dtensor``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The autograd.Function of all losses whose op is written in Python: linear and sharded ones.
 
-A ``LossCall`` says how such an op is called.  Second derivatives come from the same loss, computed
-by operations that autograd differentiates.
+A ``LossCall`` says how such an op is called.  For a second derivative, the loss is computed again
+by torch operations that autograd differentiates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Tensors = Sequence[Tensor | None]
 
 
 class Forward(NamedTuple):
-    """What the forward of an op-backed loss returns."""
+    """The tensors that the forward of a ``LossCall`` returns."""
 
     outputs: Sequence[Tensor]  # the value; others that have no gradient
     kept: Sequence[Tensor]  # what the backward needs besides the arguments
@@ -52,7 +52,7 @@ class LossCall(Protocol):
 
 
 def is_differentiated(grad: Tensor) -> bool:
-    """Return whether a gradient of this one may be differentiated in turn, or is batched."""
+    """Return whether autograd or a transform may differentiate this gradient, or batches it."""
     return torch.is_grad_enabled() or is_batched(grad)
 
 
@@ -113,7 +113,7 @@ class TracedLoss(torch.autograd.Function):
 
 
 class _EagerLoss(TracedLoss):
-    """The same with second derivatives, and without a copy of the gradients."""
+    """The eager form: it has second derivatives, and hands its gradients out uncopied."""
 
     @staticmethod
     def forward(
@@ -160,7 +160,7 @@ def _differentiable(
     """Compute gradients that may be differentiated or batched."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # One tensor in two places would get the gradient of both twice, so each is an alias.
+        # If one tensor is given twice, each place must get its own gradient, so we use aliases.
         own = [None if v is None else v.view_as(v) for v in tensors]
         value = call.differentiable_value(own)
     wanted = [v for v, need in zip(own, needed, strict=False) if need and v is not None]

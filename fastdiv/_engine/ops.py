@@ -13,7 +13,7 @@ from ..reference import Spec, Stats, value_dtype
 from . import backend
 from .symbolic import as_tensor, is_symbolic
 
-RECORD_SIZE = 8  # numbers per row that the forward keeps for the backward: Row in row_state.h
+RECORD_SIZE = 8  # numbers per row that the forward keeps for the backward: csrc/losses/record.h
 TERM_SUMS = 5  # of a divergence: TermSums in divergence.h
 
 LOSSES = () if backend._C is None else tuple(backend._C.loss_names())

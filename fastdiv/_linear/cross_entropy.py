@@ -155,7 +155,7 @@ def linear_cross_entropy(
         chunk_size = getattr(options, "batch_chunk_size", None)
     check_chunk_size(chunk_size)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        return cross_entropy(  # type: ignore[misc]  # of so many words, mypy tries no unions
+        return cross_entropy(  # type: ignore[misc]  # mypy gives up on unions of so many Literals
             _logits_of_many_dimensions(input, linear_weight, linear_bias),
             target,
             weight,

@@ -1,4 +1,4 @@
-"""Linear losses as private ops around the loops of ``chunks``, with fakes for the compiler.
+"""Linear losses as private ops around the loops of ``loops``, with fakes for the compiler.
 
 What happens inside is hidden from autograd, autocast and the compiler.
 """
@@ -15,7 +15,7 @@ from .. import reference
 from .._engine import arguments, ops
 from ..reference import Spec, value_dtype
 from . import flops
-from .chunks import Problem, by_classes, by_rows
+from .loops import Problem, by_classes, by_rows
 from .tiles import Gradients, TiledLogits
 
 # input, linear_weight, linear_bias; the target with a weight and a bias if it is hidden states;

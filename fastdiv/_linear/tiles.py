@@ -1,4 +1,4 @@
-"""One tile of a linear layer's logits, and the gradients that its gradient adds to."""
+"""One tile of a linear layer's logits, and the gradients of input, weight and bias."""
 
 from __future__ import annotations
 
@@ -130,12 +130,11 @@ def _add_product(total: Tensor, rows: RowRange, a: Tensor, b: Tensor) -> None:
     elif not rounds_products(a):
         total[rows] += torch.mm(a, b, out_dtype=total.dtype)
     else:
-        # A second product computes what rounding the first one lost.
+        # A second product computes what rounding the first one lost.  Where the product is infinite
+        # that is nothing.
         product = a @ b
         total[rows] += product
-        total[rows] += product.addmm_(a, b, beta=-1).nan_to_num_(
-            0, 0, 0
-        )  # an infinite product lost nothing
+        total[rows] += product.addmm_(a, b, beta=-1).nan_to_num_(0, 0, 0)
 
 
 def _sum_for(gradient: Tensor | None) -> Tensor | None:
@@ -153,7 +152,7 @@ def _store(total: Tensor | None, gradient: Tensor | None) -> None:
 def ranges(whole: slice, most: int) -> Iterator[slice]:
     """Split a range into pieces of one size, except the last, so that memory is reused.
 
-    A multiple of 16 if it may be: products of 79 rows take a tenth longer than those of 80.
+    The size is a multiple of 16 if possible: products of 79 rows take a tenth longer than of 80.
     """
     length = whole.stop - whole.start
     size = -(-length // -(-length // most)) if length else 1

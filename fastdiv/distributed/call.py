@@ -1,4 +1,4 @@
-"""The way from the arguments of a public function to its loss: check, agree, compute."""
+"""From the arguments of a public function to its loss: check, let ranks agree, compute."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ class Arguments:
     label: Tensor | None = None  # global
     class_weight: Tensor | None = None
     row_weight: Tensor | None = None
-    smoothing: tuple[float, str] | None = (
-        None  # the rates depend on the number of classes of all shards
-    )
+    # Label smoothing and its kind.  The rates depend on the number of classes of all shards.
+    smoothing: tuple[float, str] | None = None
     label_name: str = "target"
     stats: bool = False
     num_classes: int | None = None  # of all shards, if the caller says so
@@ -142,7 +141,7 @@ def size_of(group: Group) -> int | None:
 
 
 def plan_of(a: Arguments, x: Tensor, classes: int, more: dict[str, Any]) -> Plan:
-    """Return what must be equal on all ranks; compiled code leaves out numbers it may trace."""
+    """Return what must be equal on all ranks, in compiled code without numbers it may trace."""
     spec, compiling = a.spec, torch.compiler.is_compiling()
     what = {
         "loss": spec.loss,

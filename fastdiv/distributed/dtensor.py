@@ -31,7 +31,7 @@ Placements = list[Any]
 
 @dataclass
 class Layout:
-    """What each dimension of the mesh shards, and the shape of all rows."""
+    """The placements of a loss on its mesh, and the shape of all rows."""
 
     mesh: DeviceMesh
     dim: int  # of the input along a row: that of the classes, or of the hidden states

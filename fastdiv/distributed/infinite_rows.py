@@ -1,13 +1,13 @@
 """The finite part of shards whose divergence is infinite, and the mass of shards without logits.
 
 A divergence is infinite where one side has mass and the other has none.  Its gradient is that of
-the finite terms, and whole rows need two numbers for it: the sum of the finite terms, and the mass
-of their classes.  The kernels have the first in their record.  The second takes another pass over
-such rows, which are few.
+the finite terms.  Whole rows need two numbers for it: the sum of the finite terms, and the mass of
+their classes.  The kernels' record has the sum.  The mass takes another pass over such rows, which
+are few.
 
-That pass sums the terms for log q + 1 instead of log q.  A finite term p (log p - log q) changes by
--p then, and an infinite one, which is a constant, not at all.  So the mean of the terms changes by
-the share of p that is on classes with finite terms.
+That pass sums the terms with log q + 1 in place of log q.  A finite term p (log p - log q) then
+changes by -p.  An infinite term counts as a constant and does not change.  So the mean of the terms
+changes by the share of p's mass that lies on classes with finite terms.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..reference import Spec
+from .record import SLOTS
 
-RECORD = ("x_max", "x_logz", "t_max", "t_logz", "log_z_ratio", "a", "b", "c")  # Row in row_state.h
 TERMS = ("f", "u", "v", "q", "p")  # TermSums in divergence.h
-NOTHING_INFINITE = 2.0  # the share of a row whose value is finite
+NOTHING_INFINITE = 2.0  # in place of the share, for a row whose value is finite
 
 
 class ShardForward(NamedTuple):
@@ -50,7 +50,7 @@ def odd_rows(empty_ones: bool, infinite_ones: bool) -> Odd | None:
         return None
 
     def odd(value: Tensor, record: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        x_logz = record[:, RECORD.index("x_logz")]
+        x_logz = record[:, SLOTS["x_logz"]]
         empty = x_logz == -torch.inf
         found = (empty & empty_ones) | (value.isinf() & infinite_ones)
         if weight is not None:
@@ -58,8 +58,8 @@ def odd_rows(empty_ones: bool, infinite_ones: bool) -> Odd | None:
         if none_found(found):
             return None
         shifted = record.clone()  # log q + 1
-        shifted[:, RECORD.index("x_logz")] = torch.where(empty, 0.0, x_logz - 1)
-        shifted[:, RECORD.index("log_z_ratio")] -= 1
+        shifted[:, SLOTS["x_logz"]] = torch.where(empty, 0.0, x_logz - 1)
+        shifted[:, SLOTS["log_z_ratio"]] -= 1
         return shifted, found.to(value.dtype)
 
     return odd
@@ -71,12 +71,12 @@ def none_found(found: Tensor) -> bool:
 
 
 def finite_part(spec: Spec, local: ShardForward, record: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the finite sum in place of infinite values, and the share of classes it is over."""
+    """Return the finite sum in place of infinite values, and the share of mass it is over."""
     share = torch.full_like(local.value, NOTHING_INFINITE)
     if local.terms is None:
         return {"share": share}
     _, u, v, q, p = local.terms.unbind(1)
-    finite, moved = (record["b"], v / p) if spec.loss == "kl_div" else (record["a"], u / q)
+    finite, moved = (record["sum_v"], v / p) if spec.loss == "kl_div" else (record["sum_u"], u / q)
     infinite = local.value.isinf()
     return {
         "value": torch.where(infinite, finite, local.value),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._engine import arguments, ops
 from ..reference import Spec
-from .infinite_rows import RECORD, TERMS, Odd, ShardForward, finite_part, odd_rows
+from .infinite_rows import TERMS, Odd, ShardForward, finite_part, odd_rows
+from .record import unpacked_record
 
 
 class Kernels(Protocol):
@@ -97,8 +98,8 @@ class LocalRows:
     def of_shard(self) -> Spec:
         """Return the loss that a shard computes by itself.
 
-        Whole rows add the squared log-sum-exp and what a smoothed label takes off.  js_div first
-        needs the same numbers as kl_div.
+        Whole rows add the z-loss, and the part of a smoothed label.  js_div first needs the same
+        numbers as kl_div.
         """
         spec = self.spec
         confidence = spec.confidence
@@ -126,7 +127,7 @@ def columns(rows: LocalRows, kernels: Kernels, stats: bool) -> dict[str, Tensor]
         stats or (rows.smoothed and label is not None),  # for the label's log-probability
         odd_rows(rows.needs_mass_of_empty, rows.needs_finite_share),
     )
-    record = dict(zip(RECORD, local.record.unbind(1), strict=True))
+    record = unpacked_record(local.record)
     out = {name: record[name] for name in ("x_max", "x_logz")}
     if spec.loss == "entropy":
         return {**out, "entropy": local.value}
@@ -135,7 +136,7 @@ def columns(rows: LocalRows, kernels: Kernels, stats: bool) -> dict[str, Tensor]
     if spec.loss in ("kl_div", "reverse_kl_div"):
         return {**out, **_divergence_columns(rows, local, record)}
     if rows.smoothed:
-        out |= {"value": local.value, "mass": record["a"]}
+        out |= {"value": local.value, "mass": record["q_factor"]}
     if label is not None:
         out["label"] = -local.value if local.stats is None else local.stats[2]
         if rows.class_weight is not None:
@@ -156,12 +157,12 @@ def _divergence_columns(
     if spec.target_type == "logits":
         out |= {name: record[name] for name in ("t_max", "t_logz", "log_z_ratio")}
     elif spec.loss == "kl_div":
-        out["mass"] = 1 - record["a"]
+        out["mass"] = 1 - record["sum_u"]
         if local.terms is not None:
             empty = record["x_logz"] == -torch.inf
             out["mass"] = torch.where(empty, local.terms[:, TERMS.index("p")], out["mass"])
     else:
-        out["mass"] = 1 + record["b"]
+        out["mass"] = 1 + record["sum_v"]
     if rows.needs_finite_share:
         out |= finite_part(spec, local, record)
     return out

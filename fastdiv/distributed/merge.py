@@ -28,7 +28,7 @@ WELL_SEPARATED = 0.25
 
 @dataclass
 class Parts:
-    """Numbers of the shards, one column of ``[W, R]`` each; see ``Row`` in C++."""
+    """Numbers of the shards by their names (``record.SLOTS`` and others): ``[W, R]`` each."""
 
     column: dict[str, Tensor]
     dtype: torch.dtype  # in which the shards compute
@@ -95,7 +95,7 @@ def log_prob_of(x: Side, of_shards: Tensor, owner: Tensor) -> Tensor:
 def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
     """Compute the cross entropy of whole rows, for hard, smoothed and soft targets.
 
-    Record: a = sum r + 2 z omega lse, the factor of q in the gradient; b = the mass of the label.
+    ``q_factor`` is sum r + 2 z omega lse, the factor of q in the gradient.
     """
     x = parts.side(spec, "x")
     zero = torch.zeros_like(x.logz)
@@ -112,8 +112,9 @@ def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
     lse = x.logz + x.max * spec.scale
     z = zero + spec.z_loss * (1 if omega is None else omega)
     value = value + masked_product(z, lse * lse)
-    a = mass + taken + 2 * masked_product(z, lse)
-    whole = Whole(value, {"x_max": x.max, "x_logz": x.logz, "a": a, "b": taken}, omega)
+    q_factor = mass + taken + 2 * masked_product(z, lse)
+    record = {"x_max": x.max, "x_logz": x.logz, "q_factor": q_factor, "label_mass": taken}
+    whole = Whole(value, record, omega)
     if "entropy" in parts:
         whole.stats = [lse, entropy_of(x, parts["entropy"]), *_log_prob_and_argmax(x, parts, owner)]
     return whole
@@ -131,14 +132,14 @@ def _log_prob_and_argmax(x: Side, parts: Parts, owner: Tensor | None) -> list[Te
 
 
 def entropy(spec: Spec, parts: Parts) -> Whole:
-    """Compute the entropy.  Record: a = H."""
+    """Compute the entropy of whole rows."""
     x = parts.side(spec, "x")
     value = entropy_of(x, parts["entropy"])
-    return Whole(value, {"x_max": x.max, "x_logz": x.logz, "a": value})
+    return Whole(value, {"x_max": x.max, "x_logz": x.logz, "entropy": value})
 
 
 def log_prob_and_entropy(spec: Spec, parts: Parts, owner: Tensor) -> Whole:
-    """Compute both.  Record: a = H."""
+    """Compute the log-probability of the label, and the entropy."""
     whole = entropy(spec, parts)
     x = parts.side(spec, "x")
     whole.value = torch.stack([log_prob_of(x, parts["label"], owner), whole.value])
@@ -197,10 +198,7 @@ class Sides:
 
 
 def kl_div(spec: Spec, parts: Parts) -> Whole:
-    """Compute KL(p || q).
-
-    Record: a = 1 - sum p; b = the value; c = 1 if the rows are well separated, else 0.
-    """
+    """Compute KL(p || q), for which sum u = 1 - sum p, and sum v is the value."""
     if spec.target_type == "logits":
         sides = Sides(spec, parts)
         between_shards = sides.forward()
@@ -214,13 +212,13 @@ def kl_div(spec: Spec, parts: Parts) -> Whole:
         inside = torch.where(x.empty, 0.0, parts["value"])
         value = slope = (inside - masked_product(parts["mass"], x.log_share)).sum(0)
         record, mass = {"x_max": x.max, "x_logz": x.logz}, parts["mass"].sum(0)
-    a = torch.where(value.isnan(), value, 1 - mass)
-    b = torch.where(value.isinf(), slope, value)
-    return Whole(value, {**record, "a": a, "b": b, "c": well_separated(value)})
+    sum_u = torch.where(value.isnan(), value, 1 - mass)
+    sum_v = torch.where(value.isinf(), slope, value)
+    return _divergence(value, record, sum_u, sum_v)
 
 
 def reverse_kl_div(spec: Spec, parts: Parts) -> Whole:
-    """Compute KL(q || p).  Record: a = the value; b = sum p - 1; c as for ``kl_div``."""
+    """Compute KL(q || p), for which sum u is the value, and sum v = sum p - 1."""
     if spec.target_type == "logits":
         sides = Sides(spec, parts)
         between_shards = sides.reverse()
@@ -234,17 +232,22 @@ def reverse_kl_div(spec: Spec, parts: Parts) -> Whole:
         inside, slope = _infinite(parts, x.share, torch.zeros_like(x.empty), x.log_share)
         value = average(x.share, x.log_share) + inside
         record, mass = {"x_max": x.max, "x_logz": x.logz}, parts["mass"].sum(0)
-    a = torch.where(value.isinf(), slope, value)
-    return Whole(value, {**record, "a": a, "b": mass - 1, "c": well_separated(value)})
+    return _divergence(value, record, torch.where(value.isinf(), slope, value), mass - 1)
+
+
+def _divergence(value: Tensor, record: dict[str, Tensor], sum_u: Tensor, sum_v: Tensor) -> Whole:
+    use_direct = well_separated(value)
+    return Whole(value, {**record, "sum_u": sum_u, "sum_v": sum_v, "use_direct": use_direct})
 
 
 def _infinite(
     parts: Parts, share: Tensor, absent: Tensor, log_ratio: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Average the values of the shards, and the sum of u or v where the value is infinite.
+    """Average the values of the shards, and their slopes (sum u or sum v) where one is infinite.
 
-    An infinite term is -1 times its mass, a finite one its mass times the log of a ratio, which is
-    the shard's and ``log_ratio``.  Where the other row is ``absent`` from a shard all are infinite.
+    In a slope, an infinite term counts -1 times its mass.  A finite term counts its mass times a
+    log ratio, which is that within the shard plus ``log_ratio`` between shards.  Where the other
+    row has no mass in a shard (``absent``), all terms of the shard are infinite.
     """
     inside = torch.where(absent, 0.0, parts["value"])
     if "share" not in parts:
@@ -256,10 +259,10 @@ def _infinite(
 
 
 def of_terms(spec: Spec, record: dict[str, Tensor], sums: dict[str, Tensor]) -> Whole:
-    """Return the sum of terms.  Record: a = sum u, b = sum v, over the sum of the probabilities."""
+    """Return the sum of terms, with sum u and sum v over the sums of the probabilities."""
     logits = spec.target_type == "logits"
-    a, b = sums["u"] / sums["q"], sums["v"] / sums["p"] if logits else sums["v"]
-    return Whole(sums["f"], {**record, "a": a, "b": b})
+    sum_u, sum_v = sums["u"] / sums["q"], sums["v"] / sums["p"] if logits else sums["v"]
+    return Whole(sums["f"], {**record, "sum_u": sum_u, "sum_v": sum_v})
 
 
 def well_separated(value: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 from .._engine import ops
 from ..reference import Spec, value_dtype
 from . import merge
-from .infinite_rows import RECORD, TERMS
+from .infinite_rows import TERMS
 from .local import Dense, Kernels, LocalRows, columns
 from .merge import Parts, Whole
+from .record import packed_record
 from .world import Shards, World, gather
 
 
@@ -66,7 +67,7 @@ class ShardedRows:
     def _mixed(self, kernels: Kernels, whole: Whole, dtype: torch.dtype) -> Whole:
         """Compute the loss of a mixture.  Its terms need the log-sum-exps of whole rows."""
         spec, record = self.spec, whole.record
-        record["c"] = merge.well_separated(min(spec.param, 1 - spec.param) * whole.value)
+        record["use_direct"] = merge.well_separated(min(spec.param, 1 - spec.param) * whole.value)
         weight = torch.ones_like(whole.value) if self.weight is None else self.weight != 0
         terms = kernels.terms(spec, packed_record(record).to(dtype), weight.to(dtype))
         sums = gather(self.shards.world, terms).double().sum(0)
@@ -87,18 +88,12 @@ class ShardedRows:
         return (everywhere >= 0) & (everywhere < self.shards.classes)
 
 
-def packed_record(record: dict[str, Tensor]) -> Tensor:
-    """Return the record as the kernels read it."""
-    nothing = torch.zeros_like(record["x_max"])
-    return torch.stack([record.get(name, nothing) for name in RECORD], 1)
-
-
 def results(rows: ShardedRows, whole: Whole, dtype: torch.dtype) -> list[Tensor]:
     """Return value, record, divisor and statistics, as the ops of whole rows do."""
     value, record, valid = whole.value, whole.record, rows.valid()
     if valid is not None:  # a label out of range makes its row NaN
         value = torch.where(valid, value, torch.nan)
-        for name in {"x_logz", "a", "b"} & record.keys():
+        for name in {"x_logz", "q_factor", "label_mass", "entropy"} & record.keys():
             record[name] = torch.where(valid, record[name], torch.nan)
     packed, weight = packed_record(record), torch.ones_like(record["x_max"])
     if rows.weight is not None:

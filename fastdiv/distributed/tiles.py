@@ -1,8 +1,8 @@
 """Sharded linear losses as calls of their ops, and as losses of gathered logits.
 
 Every rank has the rows of the weight that belong to its classes; hidden states are the same on all.
-The logits of a shard are made tile by tile, in the forward and once more in the backward, and all
-rows are merged in one exchange in between.
+The logits of a shard are computed tile by tile, in the forward and again in the backward.  One
+exchange in between merges the rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .._engine.torch_private import is_transformed
 from .._linear import flops
 from .._linear import ops as linear_ops
 from .._linear.autograd import LinearCall, linear_loss
-from .._linear.chunks import Problem, by_classes, by_rows
+from .._linear.loops import Problem, by_classes, by_rows
 from .._linear.ops import N_HEAD_TENSORS
 from ..reference import Spec, Stats
 from . import shard

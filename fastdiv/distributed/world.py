@@ -122,9 +122,9 @@ _agreed: dict[tuple[Any, Any], tuple[int, ...]] = {}
 
 @constant
 def _agree_once(world: tuple[str, int, int], plan: tuple[Any, ...]) -> tuple[int, ...]:
-    """Return the sizes, from plain values, the only ones that the compiler can pass."""
+    """Return the sizes.  The arguments are plain values, since the compiler passes no others."""
     if (world, plan) not in _agreed:
-        if len(_agreed) >= 1024:  # entries of dead groups, or of ever new numbers of rows
+        if len(_agreed) >= 1024:  # of groups that are gone, or of many numbers of rows
             _agreed.clear()
         _agreed[world, plan] = _agree(World(*world), Plan(*plan))
     return _agreed[world, plan]
@@ -157,7 +157,7 @@ def _agree(world: World, plan: Plan) -> tuple[int, ...]:
 def nothing_is_real() -> bool:
     """Return whether new tensors are fake, so that ranks cannot exchange numbers.
 
-    The other ranks are then assumed to have as many classes as this one.
+    Callers then assume that the other ranks have as many classes as this one.
     """
     return not torch.compiler.is_compiling() and is_fake(torch.empty(0))
 
@@ -170,7 +170,7 @@ def _by_rank(texts: list[str]) -> str:
 
 
 def _device(name: str) -> torch.device:
-    """Return the device of headers: the CPU if the group supports it, to wait for no GPU."""
+    """Return the device of headers: the CPU if the group supports it, so that no GPU waits."""
     if "cpu:" in dist.get_backend_config(_group(name)):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -181,7 +181,7 @@ def _group(name: str) -> Any:
 
 
 def every_call(name: str) -> bool:
-    """Return whether ranks compare every call, or only new kinds of calls, to wait for no GPU."""
+    """Return whether ranks compare every call.  Those on a GPU compare each kind of call once."""
     return _device(name).type == "cpu" or os.environ.get("FASTDIV_CHECK") == "1"
 
 

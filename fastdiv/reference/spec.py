@@ -22,7 +22,7 @@ class Spec(NamedTuple):
     scale: float = 1.0  # 1 / temperature
     softcap: float = 0.0  # 0: none
     param: float = 0.0  # beta, skew or alpha of a divergence
-    confidence: float = 1.0  # see cross_entropy
+    confidence: float = 1.0  # smoothing_rates in _losses/cross_entropy.py computes both rates
     smoothing_per_class: float = 0.0
     z_loss: float = 0.0
     inplace: bool = False
@@ -34,7 +34,7 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Stats(NamedTuple):
-    """What :func:`fastdiv.cross_entropy` knows of every row; no gradient flows through it."""
+    """The statistics of every row from :func:`fastdiv.cross_entropy`, without a gradient."""
 
     lse: Tensor
     entropy: Tensor

@@ -18,7 +18,7 @@ from ..handle import Patch, require_kernels
 from . import forward as model_forward
 from .logits import DeferredLogits, HeldLogits
 
-# Whether the Trainer took the labels away, to smooth them in a loss of its own.
+# True if the Trainer took the labels away, to smooth them in a loss of its own.
 _smoothing: ContextVar[bool] = ContextVar("fastdiv_smoothing", default=False)
 
 

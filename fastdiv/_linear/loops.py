@@ -1,15 +1,15 @@
-"""The loops of the linear losses, which compute the logits tile by tile and never hold them whole.
+"""The loops of the linear losses, which compute the logits tile by tile and never hold all.
 
 There are two ways to compute the gradients.
 
-``by_rows`` takes chunks of rows, with all classes at once, and computes gradients with the value.
-It takes three matrix products, as many as autograd.  But it sums the weight's gradient over the
-chunks, in float32 for a weight in half precision, which often takes more memory than the logits.
-And it needs the upstream gradient in the forward.
+``by_rows`` takes chunks of rows, with all classes at once.  It computes the gradients with the
+value, in three matrix products, as many as autograd takes.  It needs the upstream gradient in the
+forward.  It sums the weight's gradient over the chunks.  For a weight in half precision that sum is
+in float32, and often takes more memory than the logits.
 
 ``by_classes`` computes the logits a second time in the backward, one block of classes at a time.
-It takes four products, but keeps nothing between forward and backward, and the weight's gradient of
-a block is complete when the loop leaves the block.
+It takes four matrix products.  It keeps eight numbers per row between forward and backward.  The
+weight's gradient of a block is complete when the loop leaves the block.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from .._engine import arguments, ops
 from ..reference import Spec, value_dtype
 from .tiles import CONVERTED, Gradients, RowRange, TiledLogits, ranges
 
-SHARE = 12  # tiles take at most this part of the input's logits,
-LARGEST = {"cpu": 1 << 26, "cuda": 1 << 29}  # and no more bytes, however many rows there are,
-FEWEST_ROWS = {"cpu": 16, "cuda": 256}  # but are this large, or products would take much longer
-FEWEST_CLASSES = {"cpu": 256, "cuda": 2048}
-ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}
+# A tile takes at most 1 / 12 of the memory of all logits, and at most so many bytes.
+LOGITS_PER_TILE = 12
+MAX_TILE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+# A tile is never smaller, because products of fewer rows or classes take much longer per logit.
+MIN_ROWS = {"cpu": 16, "cuda": 256}
+MIN_CLASSES = {"cpu": 256, "cuda": 2048}
+MAX_ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Problem:
     def budget(self) -> int:
         """Return how many bytes a tile of the student's logits may take."""
         logits = self.rows * self.classes * self.student.input.element_size()
-        return min(logits // SHARE, LARGEST[self.device])
+        return min(logits // LOGITS_PER_TILE, MAX_TILE_BYTES[self.device])
 
     def bytes_of_logit(self) -> int:
         """Return how many bytes a tile takes per logit, with a converted copy if there is one."""
@@ -81,19 +83,19 @@ class Problem:
         budget = self.budget() if with_gradients else self.budget() // 2
         rows = (budget - converted) // (self.classes * self.bytes_of_logit())
         # Every chunk converts the whole weight, so a chunk has twice as many rows.
-        return max(rows, FEWEST_ROWS[self.device] * (2 if self.student.converts else 1))
+        return max(rows, MIN_ROWS[self.device] * (2 if self.student.converts else 1))
 
     def tile_of_block(self) -> tuple[int, int]:
         """Return how many rows and classes ``by_classes`` takes at a time."""
-        rows = min(max(self.rows // 4, 1), ROWS_OF_BLOCK[self.device])
+        rows = min(max(self.rows // 4, 1), MAX_ROWS_OF_BLOCK[self.device])
         if self.chunk_size:
             return rows, max(1, self.chunk_size * self.classes // rows)
-        of_input = 4 * self.hidden * (rows + self.rows)  # rows of a tile, sum of their gradients
-        of_class = (
-            self.bytes_of_logit() * rows + 8 * self.hidden
-        )  # logits; a weight and its gradient
+        # The input takes the rows of a tile, and the sum of the gradients of all rows.
+        of_input = 4 * self.hidden * (rows + self.rows)
+        # A class takes its logits, a row of the weight and that row's gradient.
+        of_class = self.bytes_of_logit() * rows + 8 * self.hidden
         classes = (self.budget() // 2 - of_input) // of_class
-        return rows, max(classes, FEWEST_CLASSES[self.device])
+        return rows, max(classes, MIN_CLASSES[self.device])
 
     def pieces(self, most: int, every: bool = False) -> list[RowRange]:
         """Return ranges of at most so many rows.  A CPU skips ignored rows unless ``every``."""
@@ -116,7 +118,7 @@ class Problem:
 
 @dataclass
 class Results:
-    """What ``by_rows`` computes per row."""
+    """The results of ``by_rows``, per row."""
 
     value: Tensor
     record: Tensor

@@ -1,5 +1,5 @@
-// Launch shapes.  They depend on the GPU, the size of an element and the number of classes, but not
-// on the number of rows, so that a row's result has the same bits in every batch.
+// Launch shapes.  They depend on the loss, the GPU, the size of an element and the classes.
+// They do not depend on the number of rows, so a row's result has the same bits in every batch.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -33,8 +33,8 @@ struct BackwardShape {
 //   more      a block of 256, or with clusters one per 32 KiB      a block of 256 per 32 KiB
 // Blocks of 32 KiB let two rows and several blocks fit a multiprocessor.
 constexpr int64_t kBytesPerWarp = 2048, kBytesPerSmallBlock = 8192, kBytesPerBlock = 32768;
-constexpr int kSmallBlock = 128, kBlock = 256;  // threads
-constexpr int kWarpsPerSmallBlock = kSmallBlock / kWarp;
+constexpr int kSmallBlockThreads = 128, kBlockThreads = 256;  // threads
+constexpr int kWarpsPerSmallBlock = kSmallBlockThreads / kWarp;
 constexpr int kMaxCluster = 8;  // blocks; every GPU with clusters allows so many
 constexpr int kFirstWithClusters = 90;
 
@@ -49,8 +49,9 @@ inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 inline ForwardShape forward_shape(const Gpu& gpu, int64_t element, int columns, int cached_rows,
                                   int64_t cache_bytes, int classes) {
   const int64_t bytes = classes * element;
-  if (bytes <= kBytesPerWarp) return {kSmallBlock, kWarpsPerSmallBlock, 1, classes, 0};
-  ForwardShape shape{bytes <= kBytesPerSmallBlock ? kSmallBlock : kBlock, 1, 1, classes, 0};
+  if (bytes <= kBytesPerWarp) return {kSmallBlockThreads, kWarpsPerSmallBlock, 1, classes, 0};
+  ForwardShape shape{bytes <= kBytesPerSmallBlock ? kSmallBlockThreads : kBlockThreads, 1, 1,
+                     classes, 0};
   if (gpu.architecture >= kFirstWithClusters)
     while (shape.blocks < kMaxCluster && bytes > shape.blocks * kBytesPerBlock) shape.blocks *= 2;
   const int tile = shape.threads * columns;
@@ -63,10 +64,11 @@ inline ForwardShape forward_shape(const Gpu& gpu, int64_t element, int columns, 
 }
 
 inline BackwardShape backward_shape(int64_t element, int classes) {
-  if (classes * element <= kBytesPerWarp) return {kSmallBlock, kWarpsPerSmallBlock, classes, 1};
+  if (classes * element <= kBytesPerWarp)
+    return {kSmallBlockThreads, kWarpsPerSmallBlock, classes, 1};
   const int pack = int(16 / element), piece = int(kBytesPerBlock / element);
   // The first pack may begin before the row, where the gradient is aligned.
-  return {kBlock, 1, piece, round_up(classes + pack - 1, piece) / piece};
+  return {kBlockThreads, 1, piece, round_up(classes + pack - 1, piece) / piece};
 }
 
 }  // namespace cuda
