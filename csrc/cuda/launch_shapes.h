@@ -30,8 +30,10 @@ struct BackwardShape {
 //   bytes     forward                                              backward
 //   <= 2048   a warp                                               a warp
 //   <= 8192   a block of 128 threads                               a block of 256 per 32 KiB
-//   more      a block of 256, or with clusters one per 32 KiB      a block of 256 per 32 KiB
-// Blocks of 32 KiB let two rows and several blocks fit a multiprocessor.
+//   more      a block of 256; with clusters 2, 4 or 8 of them,     a block of 256 per 32 KiB
+//             the fewest with at most 32 KiB each
+// Blocks of 32 KiB let both rows of a pair and several blocks fit a multiprocessor.  kMinBlocks in
+// rows.cuh bounds the registers, and reduce.cu has a shape of its own.
 constexpr int64_t kBytesPerWarp = 2048, kBytesPerSmallBlock = 8192, kBytesPerBlock = 32768;
 constexpr int kSmallBlockThreads = 128, kBlockThreads = 256;  // threads
 constexpr int kWarpsPerSmallBlock = kSmallBlockThreads / kWarp;

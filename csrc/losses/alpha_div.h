@@ -5,9 +5,10 @@
 // With the tilted distribution w = p^alpha q^(1 - alpha) / S their gradients are those of E:
 //   dE/dx = (1 - alpha) (w - q),   dE/dt = alpha (w - p),   dE/dlog p = alpha w.
 // In machine learning w is called the geometric mixture of p and q.
-// S is summed as a log-sum-exp of its own, so that it can neither overflow nor vanish.  For alpha
-// outside [0, 1] a class with mass on one side only has an infinite term.  These are counted
-// separately: they make the value infinite, and the gradient is that of the other terms.
+// S is summed as a log-sum-exp of its own, so that it can neither overflow nor vanish.
+// For alpha > 1 a class with p > 0 and q = 0 has an infinite term; for alpha < 0 one with q > 0 and
+// p = 0.  Infinite terms are counted separately: they make the value infinite, and the gradient is
+// that of the other terms.
 #pragma once
 
 #include "losses/divergence.h"

@@ -1,7 +1,7 @@
 // What the divergences share.  With q = softmax(x) and p from the target, all are D = sum f(q, p)
-// with f homogeneous of degree one.  f is used in the form f~ = f + kappa (q - p), which is zero to
-// second order at p = q.  So its terms are never negative and nothing cancels near zero.  By
-// homogeneity f~ = u + v with u = q df~/dq and v = p df~/dp, and the gradients are
+// with f convex and homogeneous of degree one.  f is used in the form f~ = f + kappa (q - p).  At
+// p = q, f~ and its first derivatives are 0, so no term is negative and nothing cancels near zero.
+// By homogeneity f~ = u + v with u = q df~/dq and v = p df~/dp, and the gradients are
 //   dD/dx = u - q sum u,   dD/dt = v - p sum v,   dD/dlog p = v + kappa p.
 // From a DirectPair u and v come by the textbook formulas, and f~ as their sum.
 // The divergences of order alpha use these terms only near zero: see alpha_div.h.
@@ -46,7 +46,7 @@ struct Divergence : Loss<Real, target> {
   // one of the two rows.
   FD_FN real kl_fraction() const { return real(1); }
 
-  // a = sum p~ log(p~/q~), unnormalised.  It tells whether the rows are well separated.
+  // a = sum p log(p/q) before normalisation.  It tells whether the rows are well separated.
   FD_FN Sums<real> partial(const Column<real>& c) const {
     return {mass_times(c.et, c.ratio), real(0)};
   }

@@ -31,8 +31,8 @@ FD_FN real well_separated(real kl) {
 
 // Return KL(p || q) of two rows of logits, and set row.log_z_ratio.
 // Close rows make the moments cancel, so a second pass computes KL around a centre.  Let
-// d = log q~ - log p~, and c the mean sum p d as the first pass rounded it.  With the error of the
-// rounding o = sum p (d - c), KL = log(1 + o + sum p (e^(d-c) - 1 - (d - c))) - o.
+// d = log q - log p before normalisation, and c the mean sum p d as the first pass rounded it. With
+// the error of the rounding o = sum p (d - c), KL = log(1 + o + sum p (e^(d-c) - 1 - (d - c))) - o.
 template <class P, class SecondPass>
 FD_FN typename P::real anchor(const RowState<P>& s, typename P::Record& row, SecondPass second_pass,
                               const LossParams& params) {
@@ -77,7 +77,8 @@ FD_FN typename P::real terms_value(const P& loss, const RowState<P>& s, typename
   using real = typename P::real;
   using Moment = typename P::Moment;
   constexpr bool kLogits = P::kTarget == Target::kLogits;
-  // u + v = f~, and one of u and v is q - p or p - q.  So the value determines both sums.
+  // KL(p || q) has u = q - p, and KL(q || p) has v = p - q.  The other is f~ minus that, so the
+  // value and sum p give both sums.
   if (P::kMoment == Moment::kForward && !is_infinite(kl)) {
     row.sum_u = kl != kl ? kl : real(1) - s.mass();
     row.sum_v = kl;

@@ -4,14 +4,15 @@
 // moves every log q by d log q_c / d x_j = [c = j] - q_j.  So d KL / d x_j = mass q_j - p_j, with
 // mass = sum_c p_c, which need not be 1: missing="ignore" leaves the rest out.
 // A class that is not among the k has p = mass_per_other, which is 0 unless missing="uniform".
-// That option spreads the rest of p evenly over the other classes, and then mass is 1.
+// That option spreads the rest, max(0, 1 - sum of the k), evenly over the other classes.
 #pragma once
 
 #include "losses/divergence.h"
 
 namespace fastdiv {
 
-// If the values are logs, log p = (v - t_max) * scale - t_logz; else p = v / topk_mass.
+// For logits log p = (v - t_max) * scale - t_logz, for log-probabilities the same without the
+// scale. For probabilities p = v / topk_mass.
 template <class real>
 struct TopKKlDiv : Loss<real> {
   using Record = TopKRecord<real>;
@@ -28,6 +29,7 @@ struct TopKKlDiv : Loss<real> {
         normalised(target == Target::kLogits || p.loss == LossId::k_renormalized_topk_kl_div),
         uniform(!normalised && p.loss == LossId::k_uniform_topk_kl_div) {}
 
+  // For a class that is not among the k.  The caller has put the scale into g.
   FD_FN real grad_x(real, real q, real, real, const Record& row, Outputs<real> g) const {
     return g.value * (q * row.mass - row.mass_per_other);
   }
@@ -63,6 +65,7 @@ struct TopKClass {
   FD_FN real grad_x(real x, real v, real g) const {
     return g * scale * (exp_neg(log_q(x)) * row.mass - p(v));
   }
+  // A larger p may take mass from other classes; row.common_slope is the derivative by that mass.
   FD_FN real grad_value(real x, real v, real g) const {
     const real over_common = slope(x, v) - row.common_slope;
     if constexpr (kTarget == Target::kProbs)

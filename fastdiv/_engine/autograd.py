@@ -1,4 +1,7 @@
-"""The autograd.Functions of losses of whole rows: kernels for values and first derivatives."""
+"""The autograd.Functions of losses of whole rows.
+
+Values and first derivatives come from kernels; ``second_derivative.py`` has the second.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from .torch_private import is_transformed, light_apply, unwrap_if_dead
 class RowCall:
     """A loss of whole rows with all of its options that are not tensors.
 
-    It wraps the spec, because torch.func takes a tuple for a tree of arguments.
+    It wraps the spec, a NamedTuple, because torch.func would take a tuple apart.
     """
 
     spec: Spec

@@ -1,5 +1,6 @@
-"""The autograd.Function of all losses whose op is written in Python: linear and sharded ones.
+"""The autograd.Functions of losses whose op is written in Python, traced and eager.
 
+These are linear and sharded losses, and losses of rows with symbols among their options.
 A ``LossCall`` says how such an op is called.  For a second derivative, the loss is computed again
 by torch operations that autograd differentiates.
 """

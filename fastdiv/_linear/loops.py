@@ -2,14 +2,17 @@
 
 There are two ways to compute the gradients.
 
-``by_rows`` takes chunks of rows, with all classes at once.  It computes the gradients with the
-value, in three matrix products, as many as autograd takes.  It needs the upstream gradient in the
-forward.  It sums the weight's gradient over the chunks.  For a weight in half precision that sum is
-in float32, and often takes more memory than the logits.
+``by_rows`` takes chunks of rows, with all classes at once.  Given the upstream gradient, it
+computes value and gradients in three matrix products, as many as autograd takes.  It sums the
+weight's gradient over the chunks.  For a weight in half precision that sum is in float32, and often
+takes more memory than the logits.  Without the upstream gradient, it computes values, and the
+records that ``by_classes`` needs.
 
 ``by_classes`` computes the logits a second time in the backward, one block of classes at a time.
-It takes four matrix products.  It keeps eight numbers per row between forward and backward.  The
-weight's gradient of a block is complete when the loop leaves the block.
+It takes four matrix products.  The weight's gradient of a block is complete when the loop leaves
+the block.
+
+``LinearCall`` in ``autograd.py`` chooses between them.
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ from .._engine import arguments, ops
 from ..reference import Spec, value_dtype
 from .tiles import CONVERTED, Gradients, RowRange, TiledLogits, ranges
 
-# A tile takes at most 1 / 12 of the memory of all logits, and at most so many bytes.
+# Unless chunk_size is given, a tile takes at most 1 / 12 of the memory of all logits, and at most
+# MAX_TILE_BYTES.
 LOGITS_PER_TILE = 12
 MAX_TILE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
-# A tile is never smaller, because products of fewer rows or classes take much longer per logit.
+# These override the limits, because products of fewer rows or classes take much longer per logit.
 MIN_ROWS = {"cpu": 16, "cuda": 256}
 MIN_CLASSES = {"cpu": 256, "cuda": 2048}
 MAX_ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}

@@ -21,7 +21,8 @@ SMOOTHINGS = get_args(Smoothing)
 def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tuple[float, float]:
     """Return ``confidence`` and ``smoothing_per_class``.
 
-    The smoothed target is ``confidence * p + smoothing_per_class``.
+    The smoothed target is ``confidence * p + smoothing_per_class``.  The documentation of
+    ``cross_entropy`` calls them lambda and mu.
     """
     share = arguments.check_share(label_smoothing, "label_smoothing")
     epsilon = term(share)

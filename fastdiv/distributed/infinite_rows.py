@@ -1,13 +1,13 @@
-"""The finite part of shards whose divergence is infinite, and the mass of shards without logits.
+"""The finite part of rows whose divergence is infinite, and the mass where all logits are -inf.
 
-A divergence is infinite where one side has mass and the other has none.  Its gradient is that of
-the finite terms.  Whole rows need two numbers for it: the sum of the finite terms, and the mass of
-their classes.  The kernels' record has the sum.  The mass takes another pass over such rows, which
-are few.
+KL(p || q) is infinite if a class has p > 0 and q = 0.  Its gradient is that of the finite terms.
+Whole rows need two numbers for it: the sum of the finite terms, and the mass of their classes.  The
+kernels' record has the sum.  The mass takes another pass over such rows, which are few.
 
 That pass sums the terms with log q + 1 in place of log q.  A finite term p (log p - log q) then
 changes by -p.  An infinite term counts as a constant and does not change.  So the mean of the terms
-changes by the share of p's mass that lies on classes with finite terms.
+changes by the share of p's mass that lies on classes with finite terms.  For KL(q || p), exchange p
+and q, and the sign of the change.
 """
 
 from __future__ import annotations

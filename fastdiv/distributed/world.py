@@ -1,8 +1,9 @@
 """The ranks that share a vocabulary, and the check that all of them make the same call.
 
-Every call begins with an exchange of a few numbers that say what a rank is about to do.  If one
-rank raises, or the shards do not fit together, all ranks raise.  Without it a collective would wait
-for ever, or mix unrelated data.
+Before a call, ranks exchange a few numbers that say what each is about to do.  Groups of a CPU do
+it at every call, groups of GPUs and compiled code once for each kind of call.  If one rank raises,
+or the shards do not fit together, all ranks raise.  Without this check a collective would wait for
+ever, or mix unrelated data.
 """
 
 from __future__ import annotations
