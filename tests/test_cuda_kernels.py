@@ -1,9 +1,10 @@
 """The CUDA kernels, run on the CPU: sources and launch shapes as on a GPU, threads as fibers.
 
-First without torch, in exact memory, against plain loops in double: every loss, dtype and skeleton,
-in several orders of the threads, with and without clusters, with rows that fit shared memory and
-rows that don't, under AddressSanitizer, and under ThreadSanitizer, which finds missing barriers.
-Then as fastdiv._C of a copy of the package, whose CPU tensors the CUDA ops take: the suite itself.
+First they run without torch, in exact memory, against plain loops in double.  That covers every
+loss, dtype and skeleton, several orders of the threads, GPUs with and without clusters, and rows
+that fit shared memory or do not.  AddressSanitizer and ThreadSanitizer watch; the latter finds
+missing barriers.  Then the suite itself runs in a copy of the package whose CPU tensors go to the
+CUDA ops.
 """
 
 from __future__ import annotations

@@ -132,9 +132,9 @@ def renyi_div(
     the same classes) to the largest :math:`\log(p_c / q_c)`.  At 0.5 it is :math:`-2 \log(1 - H^2)`
     with :func:`hellinger_distance`; at 1 it is :func:`kl_div`, its limit.
 
-    The sum is computed in logarithms, so nothing overflows.  The value is :math:`+\infty` with a
-    finite gradient where the two share no class (the gradient is 0 there), and for
-    :math:`\alpha > 1` where a class has teacher mass only.  The value is not a sum over the
+    The sum is computed in logarithms, so nothing overflows.  If the two share no class, the value
+    is :math:`+\infty` and the gradient 0.  If :math:`\alpha > 1` and a class has teacher mass only,
+    the value is :math:`+\infty` and the gradient finite.  The value is not a sum over the
     classes, so there is no ``reduction="pointwise"``.
 
     Args:

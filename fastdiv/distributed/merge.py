@@ -2,8 +2,8 @@ r"""Whole rows from their shards, by the chain rule over groups of classes.
 
 A shard :math:`s` computes its rows as if they were whole: log-sum-exps, and a value that is
 accurate near zero.  :math:`P_s` and :math:`Q_s` are its shares of :math:`p` and :math:`q`,
-:math:`r_s` is its sum of the targets :math:`r_c`, and :math:`\mathrm{CE}_s`, :math:`H_s` and
-:math:`\mathrm{KL}_s` are the values of its rows.  For whole rows,
+:math:`r_s` is its sum of the targets :math:`r_c`.  The values of its rows are
+:math:`\mathrm{CE}_s`, :math:`H_s` and :math:`\mathrm{KL}_s`.  For whole rows,
 
 .. math::
     -\sum_c r_c \log q_c &= \sum_s \bigl(\mathrm{CE}_s - r_s \log Q_s\bigr) \\

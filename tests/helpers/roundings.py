@@ -19,8 +19,8 @@ from helpers.cases import Case, TopKCase, rand
 from helpers.values import value_and_gradients
 
 # How many roundings the value, the gradient of the input and that of the target have.  An
-# exponential, a logarithm, a product and a division have about one each, and a float32 sum has two
-# or three, since each of its lanes has 16 to 128 terms in a row.  Independent roundings add up as
+# exponential, a logarithm, a product and a division have about one each.  A float32 sum has two or
+# three, since each of its lanes has 16 to 128 terms in a row.  Independent roundings add up as
 # their squares do, so two to four are the rule.  Four things take more:
 # - A power has the error of a logarithm of about 10, times alpha, in its exponent.
 # - The gradient of a probability is a power or a logarithm that is divided by it.
