@@ -139,9 +139,10 @@ def assert_rounded(
     """That ours is as close to the truth as the roundings of loss ``name`` allow.
 
     ``results`` has (ours, truth, scale) of the value, and of the gradients of input and target.
-    ``times`` as many are allowed where other operations follow the kernels.  ``eager`` computes
-    the results of torch's own operations, whose errors a failure reports.
+    ``times`` as many are allowed where other operations follow the kernels.  A failure says how
+    many roundings would do, and the error of torch's own operations, which ``eager`` computes.
     """
+    failures: list[str] = []
     for i, (ours, truth, scale) in enumerate(results):
         what = f"{RESULTS[i]} {where}"
         # A gradient beyond the largest half is infinite, and has no error.
@@ -155,16 +156,19 @@ def assert_rounded(
             assert (error <= allowed).all(), f"{what}: {error.max()} > {allowed}"
             continue
         of_half = unit / 2 if ours.dtype != torch.float32 else 0 * unit  # the last rounding
-        count = times * ROUNDINGS[name][i] * 2**-24
+        count = ROUNDINGS[name][i]
         reductions: list[tuple[str, Callable[[Tensor], Tensor], float]] = [
             ("root mean square", partial(root_mean_square, dim=-1 if i == 0 else None), 1.0),
             ("largest", torch.max, LARGEST),
         ]
         for kind, reduce, factor in reductions:
-            found, allowed = reduce(error), factor * count * reduce(scale) + reduce(of_half)
-            if not (found <= allowed).all():
+            found, rounding = reduce(error), factor * times * 2**-24 * reduce(scale)
+            if not (found <= count * rounding + reduce(of_half)).all():
                 theirs = reduce((eager()[i].double() - truth).abs())
-                raise AssertionError(f"{what}, {kind}: {found} > {allowed}; eager torch: {theirs}")
+                needed = ((found - reduce(of_half)) / rounding).max()
+                takes = f"{what}, {kind}: takes {needed:.2f} roundings, {count} are allowed"
+                failures.append(f"{takes}; error {found}, eager torch {theirs}")
+    assert not failures, "\n".join(failures)
 
 
 def root_mean_square(v: Tensor, dim: int | None = None) -> Tensor:
