@@ -130,7 +130,7 @@ def time_and_memory(colors: dict[str, str] = LIGHT) -> plt.Figure:
     left.invert_yaxis()
     figure.supxlabel(
         "512 × 32000 logits in float32; two AVX2 cores of an AMD EPYC, torch 2.13. Extra memory:\n"
-        "beyond logits, target and gradient; that of torch.compile was not measured.",
+        "beyond logits, target and gradient.",
         fontsize=8,
         color=colors["faint"],
     )

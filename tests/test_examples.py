@@ -47,7 +47,7 @@ def test_distillation(tmp_path: Path) -> None:
 def test_fused_linear(tmp_path: Path) -> None:
     """The same curve as torch's from hidden states, and no logits."""
     picture = tmp_path / "lm.png"
-    steps = ("--steps", "5", "--distil-steps", "2", "--vocab", "8000")
+    steps = ("--steps", "3", "--distil-steps", "1", "--vocab", "2000")
     done = run("train_lm.py", "--fused-linear", *steps, "--output", picture)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "linear_cross_entropy" in done.stdout and done.stdout.count("same curve") == 2

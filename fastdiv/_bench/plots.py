@@ -162,7 +162,8 @@ def _bars(
         axes.tick_params(axis="y", length=0)
         axes.margins(y=0.01)
         axes.set_xlim(right=1.16 * axes.get_xlim()[1])
-        axes.set(title=dtype, xlabel=below)
+        axes.set_title(dtype)
+    panels[len(panels) // 2].set_xlabel(below)  # one for all: each would overlap the next
     panels[0].set_yticks(range(len(losses)), [_words(loss) for loss in losses])
     panels[0].invert_yaxis()
     return _finished(figure, title)
