@@ -25,7 +25,7 @@ LEFT_OUT = (
     *("cuda_kernels", "cuda_machine_code", "cuda_on_cpu", "build_contract", "sanitizers"),
     *("dead_rows", "determinism", "gpu", "gpu_small", "layout"),
     # the same calls as others, with more values
-    *("patch_torch_values", "regressions", "meaning"),
+    *("patch_torch_values", "meaning"),
     # what needs other packages, or git
     *("bench", "docs", "docstrings", "examples", "gpu_check", "packaging", "source_tree"),
     *("transformers", "transformers_patch", "transformers_training"),

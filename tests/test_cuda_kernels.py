@@ -96,7 +96,6 @@ SUITE = [
     "determinism",
     "ops",
     "terms",
-    "regressions",
 ]
 ELSEWHERE = "not scalar_reductions and not test_threads and not split_columns and not reference"
 # By a small factor above eager torch's error: a thread's maxima change often, and alpha magnifies

@@ -60,6 +60,39 @@ def test_a_class_masked_on_both_sides_is_as_if_it_were_not_there(case: Case, mas
         assert (grads[1][:, masked] == 0).all()
 
 
+@pytest.mark.parametrize("masked", [512, 8192, 9000])
+def test_first_block_all_masked(masked: int) -> None:
+    # An online softmax that starts at max = -inf computes e^(-inf + inf).
+    x, t = make_inputs((2, 9500), torch.float32)
+    x[:, :masked] = t[:, :masked] = -INF
+    y = torch.tensor([masked, 9499])
+    same(fastdiv.cross_entropy(x, y), F.cross_entropy(x[:, masked:], y - masked))
+    same(fastdiv.entropy(x), fastdiv.entropy(x[:, masked:]))
+    for function in FUNCTIONS:
+        want = function(x[:, masked:], t[:, masked:], target_type="logits")
+        same(function(x, t, target_type="logits"), want)
+
+
+def test_js_of_log_probs_that_underflow() -> None:
+    # Both log-probabilities below -104: e^x is 0 in float32 for both, and m is 0.
+    x = torch.tensor([[0.0, -120.0, -150.0]])
+    t = torch.tensor([[-1e-7, -130.0, -110.0]])
+    for kind in ("logits", "log_probs"):
+        value, dx, dt = value_and_gradients(
+            lambda x, t, k=kind: fastdiv.js_div(x, t, target_type=k), x, t
+        )
+        assert abs(value) < 1e-7
+        assert dx.isfinite().all() and dt.isfinite().all()
+
+
+def test_target_gradient_at_probability_zero() -> None:
+    # The derivative of p log p at 0 is -inf, and 0 * inf in the chain is NaN.
+    x, p = torch.randn(1, 3), torch.tensor([[0.0, 0.5, 0.5]])
+    for function in FUNCTIONS:
+        dp = value_and_gradients(lambda x, p, f=function: f(x, p, target_type="probs"), x, p)[2]
+        assert dp.isfinite().all() and dp[0, 0] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", TARGET_TYPES)
 def test_teacher_mass_where_the_student_has_none(kind: str, dtype: torch.dtype) -> None:

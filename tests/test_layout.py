@@ -1,4 +1,4 @@
-"""Shapes, class dimensions, strides and label types: tensors that are not [R, C]."""
+"""Shapes, class dimensions, strides, alignment and label types: tensors that are not [R, C]."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fastdiv
 from fastdiv._engine import arguments
-from helpers.cases import KERNELS, Case, make_inputs
-from helpers.values import uneven, value_and_gradients
+from helpers.cases import KERNELS, LOSSES, Case, make_inputs
+from helpers.values import same, uneven, value_and_gradients
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -142,3 +142,58 @@ def test_input_and_target_of_different_dtype(dtypes: tuple[torch.dtype, torch.dt
     assert (value.dtype, dx.dtype, dt.dtype) == (torch.float32, *dtypes)
     expected = fastdiv.kl_div(x.float(), t.float(), target_type="logits", reduction="none")
     assert value.equal(expected)
+
+
+# --- numbers of classes that are no multiple of a vector, and addresses ------------------------
+
+
+@pytest.mark.parametrize("classes", [1, 3, 7, 9, 15, 17, 31, 33, 63, 65, 511, 513, 1000, 8193])
+def test_softcap_before_padding_lanes(classes: int) -> None:
+    # Capping a lane that was padded with -inf gives it the mass e^-softcap.
+    x, _ = make_inputs((3, classes), torch.float32)
+    y = torch.arange(3) % classes
+    value, dx = value_and_gradients(lambda x: fastdiv.cross_entropy(x, y, softcap=1.0), x)
+    expected = value_and_gradients(lambda x: F.cross_entropy(torch.tanh(x), y), x)
+    same(value, expected[0])
+    same(dx, expected[1])
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("classes", [2, 5, 10, 11, 14, 18, 521, 8195])
+@pytest.mark.parametrize("case", [case for case in LOSSES if not case.options], ids=str)
+def test_every_tail_length(case: Case, classes: int) -> None:
+    # A tail loop with the wrong step leaves classes out, or takes them twice.
+    x, logits = make_inputs((3, classes), torch.float32)
+    t = case.make_target(x, logits)
+    actual = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
+    with fastdiv.backend("reference"):
+        expected = value_and_gradients(lambda x, t: case.call(x, t, **case.per_row), x, t)
+    for a, b in zip(actual, expected, strict=True):
+        same(a, b, 5e-5 if case.target == "probs" else 5e-6)
+
+
+def test_labels_and_logits_that_begin_at_an_odd_address() -> None:
+    # 16-byte loads of labels[1:].
+    labels = torch.randint(0, 11, (8,))
+    for start in range(4):
+        y = labels[start:]
+        x = torch.randn(len(y) * 11 + 3)[3:].view(len(y), 11)
+        same(fastdiv.cross_entropy(x, y), F.cross_entropy(x, y))
+        same(fastdiv.log_prob(x, y.int()), -F.cross_entropy(x, y, reduction="none"))
+
+
+def test_rows_further_apart_than_32_bits_reach() -> None:
+    # Only the pages of two rows are touched.
+    stride, classes = 2**31 + 64, 1000
+    try:
+        big = torch.empty(stride + classes, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"address space: {error}")
+    rows = big.as_strided((2, classes), (stride, 1))
+    rows.copy_(make_inputs((2, classes), torch.bfloat16)[0])
+    y = torch.tensor([1, 2])
+    same(fastdiv.cross_entropy(rows, y), F.cross_entropy(rows.float(), y))
+    same(
+        fastdiv.kl_div(rows, rows.flip(0), target_type="logits"),
+        fastdiv.kl_div(rows.clone(), rows.flip(0), target_type="logits"),
+    )
