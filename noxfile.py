@@ -28,8 +28,6 @@ LEFT_OUT = (
     *("patch_torch_values", "meaning"),
     # what needs other packages, or git
     *("bench", "docs", "docstrings", "examples", "gpu_check", "packaging", "source_tree"),
-    *("transformers", "transformers_patch", "transformers_training"),
-    *("trl", "trl_errors", "trl_other_calls", "trl_patch"),
 )
 WORKERS = ("--numprocesses=2", "--dist=worksteal")
 

@@ -16,6 +16,9 @@ import fastdiv._C as native
 from fastdiv._bench.machine import give_each_isa_a_compiler_cache
 from helpers.ranks import Ranks
 
+# pytest would leave a helper that skips, for lack of a library, half imported.
+collect_ignore = ["helpers"]
+
 hypothesis.settings.register_profile("fastdiv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastdiv")
 

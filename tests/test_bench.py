@@ -254,7 +254,7 @@ def test_extra_memory_counts_what_a_call_allocates() -> None:
 
 @pytest.mark.nightly
 def test_extra_memory_of_compiled_code() -> None:
-    """What compiling takes does not count, however large it is beside the logits."""
+    """Compiling takes memory that does not count, however large it is beside the logits."""
     eager, compiled = extra_memory(
         [Job("kl_div", v, "f32", 64, 32000) for v in ("eager", "compile")]
     )

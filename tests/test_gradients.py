@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,10 +20,10 @@ WITH_TARGET = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def native_backend() -> Iterator[None]:
-    with fastdiv.backend("native"):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.parametrize("backend", ["native"], indirect=True),
+]
 
 
 def reductions(case: Case) -> list[dict[str, object]]:

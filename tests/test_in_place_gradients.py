@@ -1,8 +1,6 @@
-"""What inplace_backward writes: the gradient over the logits, and nothing else."""
+"""inplace_backward writes the gradient over the logits, and nothing else."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,11 +11,10 @@ from helpers.cases import KERNELS, Case, make_inputs
 from helpers.problems import problem
 from helpers.values import uneven, value_and_gradients
 
-
-@pytest.fixture(autouse=True)
-def native_backend() -> Iterator[None]:
-    with fastdiv.backend("native"):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.parametrize("backend", ["native"], indirect=True),
+]
 
 
 def rows_of(case: Case) -> tuple[Tensor, Tensor | None]:
@@ -35,7 +32,7 @@ class Logits:
     The layer is an addition, which needs its result no more.
     """
 
-    def __init__(self, leaf: Tensor, dim: int = -1) -> None:
+    def __init__(self, leaf: Tensor) -> None:
         self.bias = torch.zeros_like(leaf).requires_grad_()
         self.computed = leaf + self.bias
         self.pointer = self.computed.data_ptr()

@@ -245,7 +245,6 @@ def test_patch_torch() -> None:
 
 
 def test_trl() -> None:
-    pytest.importorskip("trl")
     from helpers import trl_functions as functions
 
     x, t, y = leaf(2, 4, 9), torch.randn(2, 4, 9), torch.full((2, 4), 3)

@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("trl")
-
 import fastdiv
 from helpers.trl_functions import (
     CLASSES,

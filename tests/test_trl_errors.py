@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("trl")
-
 from fastdiv.integrations import trl as integration
 from helpers import trl_functions
 from helpers.trl_functions import CLASSES, THEIRS, given_to

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("trl")
-
 import fastdiv.integrations.trl.patch as integration
 from fastdiv._engine import backend
 from fastdiv.integrations.trl import losses

@@ -85,6 +85,11 @@ class BenchmarkedLoss:
             return None
         return lambda x, *target: self.fused(x, *target, inplace_backward=True)
 
+    @property
+    def compile(self) -> Loss:
+        """Return the formula under ``torch.compile``, for one shape."""
+        return torch.compile(self.eager, dynamic=False)
+
     def minimum_bytes(self, phase: str, logits_bytes: int) -> int:
         """Return the least traffic: each matrix is read once per phase, one gradient is written."""
         read = logits_bytes * (2 if self.target in MATRICES else 1)

@@ -102,10 +102,9 @@ def measure(*job: Any) -> int | None:
     """Return the bytes of a job at its peak beyond its inputs and the gradient."""
     name, variant, dtype, rows, classes, device = job
     loss = LOSSES[name]
-    compiled = variant == "compile"
-    call: Loss = torch.compile(loss.eager, dynamic=False) if compiled else getattr(loss, variant)
-    # A call first loads what is loaded lazily, and compiles.  Code is compiled for one shape.
-    first = (rows, classes) if compiled else (8, 128)
+    call: Loss = getattr(loss, variant)
+    # A small call first loads what is loaded lazily.  Compiled code is for one shape only.
+    first = (rows, classes) if variant == "compile" else (8, 128)
     _forward_backward(call, *loss.make_inputs(first, DTYPES[dtype], device))
     inputs = loss.make_inputs((rows, classes), DTYPES[dtype], device)
     gradient, peak = peak_of(lambda: _forward_backward(call, *inputs), device)

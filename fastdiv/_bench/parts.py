@@ -54,7 +54,7 @@ def losses(options: Namespace, found: Measurements) -> None:
         for dtype in options.dtypes
         for name in names
         for variant in ((*USUAL, "compile") if _compiles(options, first) else USUAL)
-        if variant == "compile" or getattr(LOSSES[name], variant) is not None
+        if getattr(LOSSES[name], variant) is not None
     ]
     memory: dict[tuple[str, str, Shape], dict[str, int | None]] = {}
     with progress("memory", len(jobs)) as advance:

@@ -29,9 +29,9 @@ from .._engine import arguments, ops
 from ..reference import Spec, value_dtype
 from .tiles import CONVERTED, Gradients, RowRange, TiledLogits, ranges
 
-# Unless chunk_size is given, a tile takes at most 1 / 12 of the memory of all logits, and at most
-# MAX_TILE_BYTES.
-LOGITS_PER_TILE = 12
+# Unless chunk_size is given, a tile takes at most 1 / MIN_TILES of the memory of all logits, and at
+# most MAX_TILE_BYTES.
+MIN_TILES = 12
 MAX_TILE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
 # These override the limits, because products of fewer rows or classes take much longer per logit.
 MIN_ROWS = {"cpu": 16, "cuda": 256}
@@ -72,7 +72,7 @@ class Problem:
     def budget(self) -> int:
         """Return how many bytes a tile of the student's logits may take."""
         logits = self.rows * self.classes * self.student.input.element_size()
-        return min(logits // LOGITS_PER_TILE, MAX_TILE_BYTES[self.device])
+        return min(logits // MIN_TILES, MAX_TILE_BYTES[self.device])
 
     def bytes_of_logit(self) -> int:
         """Return how many bytes a tile takes per logit, with a converted copy if there is one."""

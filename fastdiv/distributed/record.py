@@ -7,12 +7,19 @@ from torch import Tensor
 
 from .._engine.ops import RECORD_SIZE
 
-# The last three slots depend on the loss.
 SLOTS = {
-    **{"x_max": 0, "x_logz": 1, "t_max": 2, "t_logz": 3, "log_z_ratio": 4},
-    **{"q_factor": 5, "label_mass": 6},  # of a cross entropy
-    **{"entropy": 5},
-    **{"sum_u": 5, "sum_v": 6, "use_direct": 7},  # of a divergence
+    "x_max": 0,
+    "x_logz": 1,
+    "t_max": 2,
+    "t_logz": 3,
+    "log_z_ratio": 4,
+    # The others depend on the loss: a cross entropy, an entropy, a divergence.
+    "q_factor": 5,
+    "label_mass": 6,
+    "entropy": 5,
+    "sum_u": 5,
+    "sum_v": 6,
+    "use_direct": 7,
 }
 
 
@@ -26,4 +33,5 @@ def packed_record(record: dict[str, Tensor]) -> Tensor:
 
 def unpacked_record(record: Tensor) -> dict[str, Tensor]:
     """Return the numbers of a record by their names; only those of its loss mean something."""
-    return {name: record[:, slot] for name, slot in SLOTS.items()}
+    numbers = record.unbind(1)
+    return {name: numbers[slot] for name, slot in SLOTS.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ class _Replaced(NamedTuple):
     replacement: Any
 
 
-class Patch:
+class Patch(ABC):
     """A handle on a patch, which ``undo()`` or the end of a ``with`` block takes back.
 
     Each subclass is a kind of patch.  Its replacements stay in place until all of its handles are
@@ -60,9 +61,9 @@ class Patch:
                     self._restore()
 
     @classmethod
+    @abstractmethod
     def _install(cls) -> None:
         """Make all replacements that are missing, or raise if the library is not as expected."""
-        raise NotImplementedError
 
     @classmethod
     def replace(cls, owner: Any, name: str, make: Callable[[Any], Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the modules of divergences share: their options, and the functions by their names."""
+"""Modules of divergences share their options here, and find the functions by their names."""
 
 from __future__ import annotations
 

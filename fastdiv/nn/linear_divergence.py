@@ -23,7 +23,7 @@ from .linear import LinearModule
 
 
 class DivergenceOptions(TypedDict, total=False):
-    """What the modules of divergences pass on; only :class:`LinearJSDivLoss` takes ``beta``."""
+    """Name the options that modules pass on; only :class:`LinearJSDivLoss` takes ``beta``."""
 
     target_type: TargetType | None
     beta: float
