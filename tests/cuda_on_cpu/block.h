@@ -3,61 +3,19 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 
+#include "engine.h"
 #include "fiber.h"
+#include "phases.h"
+#include "small_copies.h"
 #include "shared_memory.h"
+#include "warp.h"
 
 namespace cuda_on_cpu {
 
-constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;  // of a block
-constexpr unsigned kMaxCluster = 16;    // blocks; 8 on a device that was not asked for more
-
-// Opens when all expected threads have arrived.  Threads that exit are no longer expected.
-struct Barrier {
-  unsigned expected = 0, arrived = 0;
-  unsigned generation = 0;  // how often it has opened
-  // The addresses by which TSan knows the order of threads.  A fast thread may arrive at the next
-  // barrier before a slow one has left this one.  The slow one must not be ordered after what the
-  // fast one did in between, so two addresses alternate.  No thread can be two barriers ahead.
-  uint64_t order[2] = {};
-
-  // Return whether this was the last one.
-  bool arrive() { return ++arrived == expected && (open(), true); }
-  void leave() {
-    if (--expected == arrived && arrived != 0) open();
-  }
-
- private:
-  void open() { arrived = 0, ++generation; }
-};
-
-struct Warp {
-  unsigned live = 0;  // lanes that exist and have not exited
-  // The barrier expects the live lanes of the mask.  Lanes that have arrived agree on what and
-  // mask.
-  Barrier barrier;
-  const char* what = nullptr;
-  unsigned mask = 0;
-
-  // The values that lanes exchange at the barrier of this generation, and which lanes arrived.  Two
-  // alternate, as above.
-  struct Exchange {
-    unsigned lanes = 0;
-    uint64_t value[kWarpSize];
-  };
-  Exchange exchange[2];
-
-  void expect(const char* at, unsigned lanes) {
-    what = at;
-    mask = lanes;
-    barrier.expected = unsigned(__builtin_popcount(mask & live));
-  }
-  void leave(unsigned lane) {
-    live &= ~(1u << lane);
-    if (barrier.arrived != 0 && mask >> lane & 1) barrier.leave();
-  }
-};
+constexpr unsigned kMaxCluster = 8;     // blocks; more need an attribute that no launch here sets
 
 struct Block {
   unsigned index = 0;  // blockIdx.x
@@ -66,6 +24,8 @@ struct Block {
   uint64_t exits = 0;  // for TSan: what threads did before they exited
   SharedMemory memory;
   std::array<Warp, kMaxThreads / kWarpSize> warps;
+  BarrierTable arrival_barriers;
+  Engines initialiser;  // one, which writes the initial state of those
 
   // Prepare for threads 0 to n - 1.
   void start(unsigned block_index, unsigned cluster_rank, unsigned n, const SharedLayout& layout) {
@@ -77,6 +37,7 @@ struct Block {
       warps[first / kWarpSize].live = ~0u >> (kWarpSize - lanes);
     }
     memory.open(layout);
+    arrival_barriers.clear();
   }
 };
 
@@ -87,10 +48,20 @@ struct Thread {
   unsigned index = 0;  // threadIdx.x
   bool done = true;
 
-  // If it waits, then until `barrier` is past this generation.
-  const Barrier* barrier = nullptr;
-  unsigned generation = 0;
+  // If it waits, then for *counter to be another number.
+  const unsigned* counter = nullptr;
+  unsigned number = 0;
   const char* where = "";
+
+  // The cluster's barriers at which it has arrived, and those that it is past.
+  unsigned cluster_arrivals = 0, cluster_waits = 0;
+  unsigned cluster_generation = 0;  // when it last arrived
+  bool has_fenced_inits = false;    // since it last arrived
+
+  SmallCopies small_copies;
+  Engines engines;      // for its other copies
+  uint64_t fence = 0;   // for TSan: what came before its last fence_before_copy()
+  uint64_t issued = 0;  // for TSan: what came before an operation that it issued
 
   explicit Thread(void (*entry)()) : fiber(entry) {}
 
@@ -98,8 +69,10 @@ struct Thread {
     block = b;
     index = i;
     done = false;
+    cluster_arrivals = cluster_waits = 0;
+    has_fenced_inits = false;
   }
-  bool ready() const { return !done && (!barrier || barrier->generation != generation); }
+  bool ready() const { return !done && (!counter || *counter != number); }
   unsigned lane() const { return index % kWarpSize; }
   Warp& warp() const { return block->warps[index / kWarpSize]; }
 };

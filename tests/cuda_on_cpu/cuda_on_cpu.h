@@ -17,6 +17,7 @@
 // warps that wait for another block by spinning, memory fences, speed.
 #pragma once
 
+#include "async.h"
 #include "emulated_gpu.h"
 #include "launch.h"
 

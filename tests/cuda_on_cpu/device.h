@@ -2,17 +2,33 @@
 #pragma once
 
 #include <cstdarg>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "block.h"
+#include "landing.h"
 
 namespace cuda_on_cpu {
 
 struct Index {
   unsigned x = 0;
+};
+
+// A copy that was asked for: a part of the memory of a block gets other bytes.
+struct Copy {
+  const char* what;
+  Thread* issuer;
+  const void* site;  // the place in the kernel
+  Block* block;
+  char* to;
+  unsigned bytes;
+  const char* from;   // null: the words
+  uint32_t words[4];  // of a send
+  Phases* barrier;    // of the block
+  Engine* engine = nullptr;
 };
 
 struct Device {
@@ -21,10 +37,13 @@ struct Device {
   unsigned threads_per_block = 0, cluster_size = 0;
   size_t allowed_shared = 0;  // bytes that the next launch may ask for beyond the default
   SharedLayout layout;
+  int architecture = 0;
   uint64_t order = 0;  // for TSan: the host, and blocks that run one after the other
 
   // The cluster that runs
   Barrier cluster_barrier;  // expects the threads that live
+  std::deque<Copy> in_flight;
+  Landing landing;
   Thread* current = nullptr;
   Fiber scheduler;
 
@@ -56,37 +75,49 @@ namespace cuda_on_cpu {
 
 // --- waiting.  Callers are Unwatched, because the bookkeeping is not memory of the kernel.
 
+// Wait for the counter to be another number.
+inline void wait_while(const unsigned& counter, unsigned number, const char* where) {
+  Thread& thread = *device.current;
+  thread.counter = &counter;
+  thread.number = number;
+  thread.where = where;
+  thread.fiber.switch_to(device.scheduler);
+  thread.counter = nullptr;
+}
+
 inline void wait_at(Barrier& barrier, const char* where, bool orders_memory = true) {
   const unsigned generation = barrier.generation;
   if (orders_memory) sanitizers::release(&barrier.order[generation % 2]);
-  if (!barrier.arrive()) {
-    Thread& thread = *device.current;
-    thread.barrier = &barrier;
-    thread.generation = generation;
-    thread.where = where;
-    thread.fiber.switch_to(device.scheduler);
-    thread.barrier = nullptr;
-  }
+  if (!barrier.arrive()) wait_while(barrier.generation, generation, where);
   if (orders_memory) sanitizers::acquire(&barrier.order[generation % 2]);
 }
 
 // Wait for the other lanes; return their values.
-inline const Warp::Exchange& exchange(const char* what, unsigned mask, uint64_t value,
-                                      bool orders_memory) {
+inline const LaneGroup::Exchange& exchange(const char* what, unsigned mask, uint64_t value,
+                                           bool orders_memory) {
   const Thread& thread = *device.current;
   Warp& warp = thread.warp();
   if (!(mask >> thread.lane() & 1)) misuse("%s with mask %08x, which lacks the lane", what, mask);
-  Warp::Exchange& lanes = warp.exchange[warp.barrier.generation % 2];
-  if (warp.barrier.arrived == 0) {
-    warp.expect(what, mask);
+  LaneGroup& group = warp.group(mask);
+  LaneGroup::Exchange& lanes = group.exchange[group.barrier.generation % 2];
+  const LaneGroup* other = &group;
+  if (group.barrier.arrived == 0) {
+    other = warp.waiting & mask ? warp.waiting_with(mask) : nullptr;
+    group.what = what;
+    group.barrier.expected = unsigned(__builtin_popcount(mask & warp.live));
+    warp.waiting |= mask;
     lanes.lanes = 0;
-  } else if ((warp.what != what && std::strcmp(warp.what, what) != 0) || warp.mask != mask) {
+  }
+  if (other && (other->mask != mask || std::strcmp(other->what, what) != 0)) {
     misuse("%s with mask %08x, but other lanes of the warp wait at %s with mask %08x", what, mask,
-           warp.what, warp.mask);
+           other->what, other->mask);
   }
   lanes.lanes |= 1u << thread.lane();
   lanes.value[thread.lane()] = value;
-  wait_at(warp.barrier, what, orders_memory);
+  ++group.inside;
+  if (group.barrier.arrived + 1 == group.barrier.expected) warp.waiting &= ~mask;
+  wait_at(group.barrier, what, orders_memory);
+  --group.inside;
   return lanes;
 }
 
@@ -113,18 +144,13 @@ T shuffle(const char* what, unsigned mask, T value, Source source) {
   sanitizers::Unwatched bookkeeping;
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const Warp::Exchange& lanes = exchange(what, mask, bits, kShufflesOrderMemory);
+  const LaneGroup::Exchange& lanes = exchange(what, mask, bits, kShufflesOrderMemory);
   const unsigned from = source(device.current->lane());
   if (from >= kWarpSize || !(lanes.lanes >> from & 1)) {
     misuse("%s from lane %u, which does not exist or has exited", what, from);
   }
   std::memcpy(&value, &lanes.value[from], sizeof(T));
   return value;
-}
-
-inline void cluster_sync() {
-  sanitizers::Unwatched bookkeeping;
-  wait_at(device.cluster_barrier, "cluster_sync");
 }
 
 inline unsigned cluster_rank() {

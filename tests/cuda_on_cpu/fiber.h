@@ -78,6 +78,7 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
+  void* tsan_thread() const { return tsan_thread_; }
   void adopt_running_thread() { tsan_thread_ = sanitizers::this_thread(); }
 
   // Leave this fiber, which must be the running one, until `other` switches back.

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "async.h"
 #include "scheduler.h"
 
 namespace cuda_on_cpu {
@@ -14,12 +15,14 @@ inline void exit_thread() {
   bool last;
   {
     sanitizers::Unwatched bookkeeping;
+    check_exit();
     sanitizers::release(&block.exits);
     thread.done = true;
     thread.warp().leave(thread.lane());
     block.barrier.leave();
     device.cluster_barrier.leave();
     last = block.barrier.expected == 0;
+    if (last) check_exit_of_block();
   }
   if (last) {
     sanitizers::acquire(&block.exits);
@@ -43,13 +46,16 @@ inline void thread_main() {
   }
 }
 
+// Check the rules that a GPU has for every launch.
 inline void check_launch(unsigned blocks, unsigned threads, unsigned cluster) {
-  if (!device.body && blocks && threads && threads <= kMaxThreads && cluster &&
-      cluster <= kMaxCluster && blocks % cluster == 0) {
-    return;
-  }
+  const char* trouble = nullptr;
+  if (device.body) trouble = "second simultaneous";
+  if (!blocks || blocks > INT32_MAX || !threads || threads > kMaxThreads) trouble = "impossible";
+  if (!cluster || cluster > kMaxCluster || blocks % cluster != 0) trouble = "impossible";
+  if (cluster > 1 && architecture() < 90) trouble = "impossible before sm_90:";
+  if (!trouble) return;
   std::fprintf(stderr, "cuda_on_cpu: %s launch of %u blocks of %u threads, clusters of %u\n",
-               device.body ? "second simultaneous" : "impossible", blocks, threads, cluster);
+               trouble, blocks, threads, cluster);
   std::abort();
 }
 
@@ -68,6 +74,8 @@ inline void launch(unsigned blocks, unsigned threads, unsigned cluster, size_t s
   device.threads_per_block = blockDim.x = threads;
   gridDim.x = blocks;
   device.cluster_size = cluster;
+  device.architecture = architecture();
+  device.landing = Landing();
   device.layout.reset(shared_bytes, std::exchange(device.allowed_shared, 0));
   device.scheduler.adopt_running_thread();
   while (device.blocks.size() < cluster) device.blocks.push_back(std::make_unique<Block>());

@@ -22,6 +22,10 @@
 extern "C" {
 void __tsan_ignore_thread_begin();  // in the library, but in no header
 void __tsan_ignore_thread_end();
+void __tsan_func_entry(const void* call);
+void __tsan_func_exit();
+void __tsan_read_range(const void* p, unsigned long bytes);
+void __tsan_write_range(void* p, unsigned long bytes);
 }
 #endif
 
@@ -44,11 +48,23 @@ inline void enter_stack(const Stack& now, Stack& came_from) {
 }
 inline void poison(const void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
 inline void unpoison(const void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
+
+// Access the first byte of the range that must not be accessed, so that ASan reports it.
+inline void probe_read(const void* p, size_t bytes) {
+  void* const bad = __asan_region_is_poisoned(const_cast<void*>(p), bytes);
+  if (bad) (void)*static_cast<volatile const char*>(bad);
+}
+inline void probe_write(void* p, size_t bytes) {
+  void* const bad = __asan_region_is_poisoned(p, bytes);
+  if (bad) *static_cast<volatile char*>(bad) = 0;
+}
 #else
 inline void leave_stack(Stack&, const Stack&) {}
 inline void enter_stack(const Stack&, Stack&) {}
 inline void poison(const void*, size_t) {}
 inline void unpoison(const void*, size_t) {}
+inline void probe_read(const void*, size_t) {}
+inline void probe_write(void*, size_t) {}
 #endif
 
 // --- ThreadSanitizer: each fiber is a thread, and only release() and acquire() order the accesses

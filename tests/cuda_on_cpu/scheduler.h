@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <string>
 
+#include "copies.h"
 #include "deadlock.h"
+#include "random.h"
 
 namespace cuda_on_cpu {
 
@@ -48,7 +50,9 @@ class Scheduler {
   void run_cluster() {
     while (device.cluster_barrier.expected != 0) {
       // A random pass may skip all that could run.
-      if (!pass(random_) && !(random_ && pass(false))) report_deadlock();
+      if (!pass(random_) && !(random_ && pass(false)) && !land_until_a_phase_ends()) {
+        report_deadlock();
+      }
     }
   }
 
@@ -65,6 +69,7 @@ class Scheduler {
     }
     bool progress = false;
     for (const WarpOfThreads& warp : warps_) {
+      if (device.landing.random) land_some();
       while (!(at_random && Random{random_state_}() % 2) && step(warp)) {
         progress = true;
         if (lockstep_) break;
@@ -92,20 +97,6 @@ class Scheduler {
     blockIdx.x = thread.block->index;
     device.scheduler.switch_to(thread.fiber);
   }
-
-  struct Random {  // splitmix64
-    using result_type = uint64_t;
-    uint64_t& state;
-
-    static constexpr uint64_t min() { return 0; }
-    static constexpr uint64_t max() { return ~uint64_t(0); }
-    uint64_t operator()() {
-      uint64_t z = state += 0x9e3779b97f4a7c15;
-      z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-      z = (z ^ z >> 27) * 0x94d049bb133111eb;
-      return z ^ z >> 31;
-    }
-  };
 
   bool reverse_, lockstep_, random_;
   uint64_t random_state_ = 0;
