@@ -3,6 +3,8 @@
 
 #include "copies.h"
 
+#define FD_SITE __builtin_return_address(0)  // the place in the kernel that calls this function
+
 // Its state is a number in the block's table of barriers.
 struct alignas(8) ArrivalBarrier {
   uint64_t state;
@@ -10,31 +12,42 @@ struct alignas(8) ArrivalBarrier {
 
 namespace cuda_on_cpu {
 
-#define FD_SITE __builtin_return_address(0)  // the place in the kernel that calls this function
-
 inline void need_architecture(int least, const char* what) {
   if (device.architecture < least) misuse("%s needs sm_%d", what, least);
 }
 
-// Return the offset of a place in the shared memory of the current thread's block.
-inline size_t own_offset(const char* what, const void* p, size_t alignment) {
+// Return the offset of bytes that must lie in an array in the shared memory of the current block.
+inline size_t own_offset(const char* what, void* p, size_t bytes, size_t alignment) {
   const size_t offset = device.current->block->memory.offset_of(p);
-  if (offset == SharedLayout::kArena) {
-    misuse("%s: %p is not in the shared memory of the block", what, p);
-  }
   if (uintptr_t(p) % alignment != 0) {
     misuse("%s: %p is not aligned to %zu bytes", what, p, alignment);
   }
+  if (offset != SharedLayout::kArena) sanitizers::probe_write(p, bytes);
+  if (!device.layout.holds(offset, bytes)) {
+    misuse("%s: %zu bytes at %p are not in an array of the block", what, bytes, p);
+  }
   return offset;
+}
+inline size_t own_offset(const char* what, ArrivalBarrier* b) {
+  return own_offset(what, b, sizeof(*b), alignof(ArrivalBarrier));
+}
+
+// Check bytes of global memory that a copy reads.
+inline void check_source(const char* what, const void* p, size_t bytes) {
+  if (uintptr_t(p) % 16 != 0) misuse("%s: %p is not aligned to 16 bytes", what, p);
+  if (device.current->block->memory.offset_of(p) != SharedLayout::kArena) {
+    misuse("%s: %p is not in global memory", what, p);
+  }
+  sanitizers::probe_read(p, bytes);
 }
 
 // Return the barrier of the current thread's block.  The kernel reads the state, so that the
 // sanitizers see whether it may.
-inline Phases& own_barrier(const char* what, const ArrivalBarrier* b) {
+inline Phases& own_barrier(const char* what, ArrivalBarrier* b) {
   size_t offset;
   {
     sanitizers::Unwatched bookkeeping;
-    offset = own_offset(what, b, alignof(ArrivalBarrier));
+    offset = own_offset(what, b);
   }
   const uint64_t state = b->state;
   sanitizers::Unwatched bookkeeping;
@@ -46,7 +59,7 @@ inline Phases& own_barrier(const char* what, const ArrivalBarrier* b) {
 __attribute__((noinline)) inline void barrier_init(ArrivalBarrier* b, unsigned arrivals) {
   sanitizers::Unwatched bookkeeping;
   Block& block = *device.current->block;
-  const size_t offset = own_offset("barrier_init", b, alignof(ArrivalBarrier));
+  const size_t offset = own_offset("barrier_init", b);
   if (arrivals == 0 || arrivals > kMaxPendingBytes) misuse("barrier_init of %u arrivals", arrivals);
   if (block.arrival_barriers.find(offset)) misuse("barrier_init of a barrier that is in use");
   b->state = block.arrival_barriers.add(offset, arrivals, device.current);
@@ -101,12 +114,13 @@ inline void barrier_arrive(ArrivalBarrier* b) {
 }
 
 inline void barrier_wait(ArrivalBarrier* b, unsigned parity) {
-  const Phases& barrier = own_barrier("barrier_wait", b);
+  Phases& barrier = own_barrier("barrier_wait", b);
   sanitizers::Unwatched bookkeeping;
   need_architecture(90, "barrier_wait");
   if (parity > 1) misuse("barrier_wait of parity %u", parity);
   while (barrier.phase % 2 == parity) wait_while(barrier.phase, barrier.phase, "barrier_wait");
-  sanitizers::acquire(const_cast<uint64_t*>(&barrier.order[parity]));
+  barrier.awaited = barrier.phase;
+  sanitizers::acquire(&barrier.order[parity]);
 }
 
 }  // namespace cuda_on_cpu

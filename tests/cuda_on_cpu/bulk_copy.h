@@ -12,11 +12,9 @@ __attribute__((noinline)) inline void copy_bulk(void* shared, const void* global
   Thread& thread = *device.current;
   need_architecture(90, "copy_bulk");
   if (bytes == 0 || bytes % 16 != 0) misuse("copy_bulk of %u bytes: 16, 32, ... are valid", bytes);
-  own_offset("copy_bulk", shared, 16);
-  if (uintptr_t(global) % 16 != 0) misuse("copy_bulk: %p is not aligned to 16 bytes", global);
+  own_offset("copy_bulk", shared, bytes, 16);
+  check_source("copy_bulk", global, bytes);
   if (!barrier.fenced) misuse("copy_bulk: barrier_init without barrier_init_fence after it");
-  sanitizers::probe_read(global, bytes);
-  sanitizers::probe_write(shared, bytes);
   Copy copy{};
   copy.what = "copy_bulk";
   copy.issuer = &thread;

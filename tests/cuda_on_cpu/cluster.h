@@ -12,7 +12,7 @@ inline void arrive_at_cluster(const char* what, bool orders_memory) {
     misuse("%s without a cluster_wait after the last cluster_arrive", what);
   }
   uint64_t* const order = &barrier.order[barrier.generation % 2];
-  if (orders_memory) sanitizers::release(order);
+  sanitizers::release(orders_memory ? order : &device.leave_order[barrier.generation % 2]);
   if (std::exchange(thread.has_fenced_inits, false)) {
     Engine* const initialiser = thread.block->initialiser.take(nullptr, 0);
     initialiser->release(order);
@@ -50,16 +50,17 @@ inline void cluster_sync() {
 }
 
 // Prepare a send: check it and find the block that gets it.
-inline Block& receiver(const void* to, unsigned rank, unsigned bytes, const ArrivalBarrier* b) {
+inline Block& receiver(void* to, unsigned rank, unsigned bytes, ArrivalBarrier* b) {
   sanitizers::Unwatched bookkeeping;
   need_architecture(90, "send");
-  own_offset("send", to, bytes);
-  own_offset("send", b, alignof(ArrivalBarrier));
+  own_offset("send", to, bytes, bytes);
+  own_offset("send", b);
   if (rank >= device.cluster_size) {
     misuse("send to rank %u in a cluster of %u", rank, device.cluster_size);
   }
   Block& peer = *device.blocks[rank];
-  if (peer.barrier.expected == 0) misuse("send to block %u, which has exited", peer.index);
+  if (peer.barrier.expected == 0)
+    misuse("send to block %u, but the block exits before it", peer.index);
   return peer;
 }
 
@@ -90,7 +91,6 @@ __attribute__((noinline)) void send(uint32_t* to, unsigned rank, const uint32_t 
   copy.block = &peer;
   copy.to = peer.memory.at(own.offset_of(to));
   copy.bytes = sizeof(words);
-  sanitizers::probe_write(copy.to, copy.bytes);
   sanitizers::release(&thread.issued);
   request(copy, &thread.issued);
 }

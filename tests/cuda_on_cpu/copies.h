@@ -19,6 +19,7 @@ inline bool land(const Copy& copy) {
   Phases& barrier = *copy.barrier;
   copy.engine->release(barrier.current_order());
   copy.issuer->engines.give_back(copy.engine);
+  barrier.filled = barrier.phase + 1;
   barrier.pending_bytes -= copy.bytes;
   if (barrier.pending_bytes < -kMaxPendingBytes) {
     misuse("%s: %lld bytes have landed in a phase that does not expect them", copy.what,
@@ -46,12 +47,14 @@ inline bool land_until_a_phase_ends() {
   return false;
 }
 
-// Let a random number of copies land.
-inline void land_some() {
-  if (device.in_flight.empty()) return;
+// Let a random number of copies land; return whether threads that wait may go on.
+inline bool land_some() {
+  bool ended = false;
+  if (device.in_flight.empty()) return ended;
   for (unsigned n = device.landing.below(unsigned(device.in_flight.size()) + 1); n > 0; --n) {
-    land_one();
+    ended |= land_one();
   }
+  return ended;
 }
 
 // Begin a copy that comes after what `after` knows of, for TSan.
@@ -88,12 +91,16 @@ inline void request_in_parts(Copy copy, uint64_t* after) {
   request(copy, after);
 }
 
-// Check that no copy into the block's memory is under way.
+// Check that no copy into the block's memory is under way, or was until now by chance.
 inline void check_exit_of_block() {
-  const Block& block = *device.current->block;
+  Block& block = *device.current->block;
   for (const Copy& copy : device.in_flight) {
     if (copy.block == &block) misuse("the block exits while a %s into it is under way", copy.what);
   }
+  block.arrival_barriers.each([](const Phases& barrier) {
+    if (barrier.filled <= barrier.awaited) return;
+    misuse("the block exits, and no thread has waited for the last bytes of a barrier");
+  });
 }
 
 }  // namespace cuda_on_cpu

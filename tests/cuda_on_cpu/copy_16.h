@@ -16,10 +16,8 @@ inline void land(SmallCopy& copy) {
 __attribute__((noinline)) inline void copy_16(void* shared, const void* global) {
   sanitizers::Unwatched bookkeeping;
   need_architecture(80, "copy_16");
-  own_offset("copy_16", shared, 16);
-  if (uintptr_t(global) % 16 != 0) misuse("copy_16: %p is not aligned to 16 bytes", global);
-  sanitizers::probe_read(global, 16);
-  sanitizers::probe_write(shared, 16);
+  own_offset("copy_16", shared, 16, 16);
+  check_source("copy_16", global, 16);
   SmallCopies& own = device.current->small_copies;
   if (!own.engine) own.engine = own.engines.take(device.scheduler.tsan_thread(), 0);
   SmallCopy copy{shared, global, own.group, own.engine, FD_SITE};

@@ -3,18 +3,21 @@
 //
 // Each CUDA thread is a fiber.  The threads of a block, or of a cluster, take turns on one OS
 // thread, in an order chosen by FASTDIV_SHIM_ORDER (scheduler.h); blocks run one after the other.
-// One launch at a time in a process.
+// Asynchronous copies land when FASTDIV_SHIM_COPIES says (landing.h).  One launch at a time in a
+// process.
 //
 // What is found:
-//   always                 threads that wait for each other forever, misuse of shuffles, more
-//                          shared memory than a GPU grants the launch, and what makes a result
-//                          wrong in some order (fresh shared memory is NaN)
-//   -fsanitize=address     accesses outside of an array in shared memory, or to a finished block's
+//   always                 threads that wait for each other forever, misuse of shuffles, barriers
+//                          and copies, launches that a GPU refuses, and what makes a result wrong
+//                          in some order (fresh shared memory and what a copy will write are NaN)
+//   -fsanitize=address     accesses and copies outside of an array in shared memory, or of a
+//                          finished block's, and copies from outside of global memory
 //   -fsanitize=undefined   vector accesses that are not aligned: a GPU faults, x86 does not
-//   -fsanitize=thread      accesses of two threads that no barrier or shuffle orders
+//   -fsanitize=thread      accesses of two threads that no barrier or shuffle orders, and copies
+//                          that are not ordered with the accesses of threads
 //
 // Not modelled: the rounding of approximate functions, races between blocks of different clusters,
-// warps that wait for another block by spinning, memory fences, speed.
+// warps that wait for another block by spinning, memory fences other than those in async.h, speed.
 #pragma once
 
 #include "async.h"
@@ -40,8 +43,7 @@
 inline void __syncthreads() { cuda_on_cpu::block_sync(); }
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_cpu::warp_sync(mask); }
 
-// T has 4 or 8 bytes.  Unlike in CUDA, lanes of a warp must not wait with different masks at the
-// same time.
+// T has 4 or 8 bytes.
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return cuda_on_cpu::shuffle("__shfl_xor_sync", mask, value,

@@ -1,4 +1,4 @@
-// Reports a deadlock: which threads wait where.
+// Reports a deadlock: which threads wait where, and for what.
 #pragma once
 
 #include <map>
@@ -22,6 +22,22 @@ inline std::string ranges(const std::vector<unsigned>& sorted) {
   return text;
 }
 
+// Print what the barriers lack at which threads of the block wait.
+inline void report_barriers(unsigned b) {
+  Block& block = *device.blocks[b];
+  block.arrival_barriers.each([&](const Phases& barrier) {
+    bool awaited = false;
+    for (unsigned i = 0; i < device.threads_per_block; ++i) {
+      const Thread& thread = *device.threads[b * device.threads_per_block + i];
+      awaited |= !thread.done && thread.counter == &barrier.phase;
+    }
+    if (!awaited) return;
+    std::fprintf(stderr, "  block %u: phase %u of a barrier lacks %u arrivals and %lld bytes\n",
+                 block.index, barrier.phase, barrier.pending_arrivals,
+                 static_cast<long long>(barrier.pending_bytes));
+  });
+}
+
 [[noreturn]] inline void report_deadlock() {
   std::fprintf(stderr, "cuda_on_cpu: deadlock\n");
   const unsigned size = device.threads_per_block;
@@ -35,6 +51,7 @@ inline std::string ranges(const std::vector<unsigned>& sorted) {
       std::fprintf(stderr, "  block %u: %zu threads %s: %s\n", device.blocks[b]->index,
                    which.size(), state.c_str(), ranges(which).c_str());
     }
+    report_barriers(b);
   }
   std::abort();
 }

@@ -41,7 +41,8 @@ struct Device {
   uint64_t order = 0;  // for TSan: the host, and blocks that run one after the other
 
   // The cluster that runs
-  Barrier cluster_barrier;  // expects the threads that live
+  Barrier cluster_barrier;       // expects the threads that live
+  uint64_t leave_order[2] = {};  // for TSan: what came before arrivals that order no memory
   std::deque<Copy> in_flight;
   Landing landing;
   Thread* current = nullptr;
@@ -99,23 +100,25 @@ inline const LaneGroup::Exchange& exchange(const char* what, unsigned mask, uint
   Warp& warp = thread.warp();
   if (!(mask >> thread.lane() & 1)) misuse("%s with mask %08x, which lacks the lane", what, mask);
   LaneGroup& group = warp.group(mask);
-  LaneGroup::Exchange& lanes = group.exchange[group.barrier.generation % 2];
-  const LaneGroup* other = &group;
-  if (group.barrier.arrived == 0) {
-    other = warp.waiting & mask ? warp.waiting_with(mask) : nullptr;
+  LaneGroup::Exchange& lanes = group.latest();
+  const bool first = group.barrier.arrived == 0;
+  if (first) {
     group.what = what;
     group.barrier.expected = unsigned(__builtin_popcount(mask & warp.live));
-    warp.waiting |= mask;
     lanes.lanes = 0;
+    ++warp.waiting;
   }
-  if (other && (other->mask != mask || std::strcmp(other->what, what) != 0)) {
+  const LaneGroup* other = nullptr;
+  if (warp.waiting > 1) other = warp.waiting_for_each_other(thread.lane(), mask);
+  if (!first && group.what != what && std::strcmp(group.what, what) != 0) other = &group;
+  if (other) {
     misuse("%s with mask %08x, but other lanes of the warp wait at %s with mask %08x", what, mask,
            other->what, other->mask);
   }
   lanes.lanes |= 1u << thread.lane();
   lanes.value[thread.lane()] = value;
   ++group.inside;
-  if (group.barrier.arrived + 1 == group.barrier.expected) warp.waiting &= ~mask;
+  if (group.barrier.arrived + 1 == group.barrier.expected) --warp.waiting;
   wait_at(group.barrier, what, orders_memory);
   --group.inside;
   return lanes;

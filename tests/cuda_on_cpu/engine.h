@@ -12,36 +12,37 @@ namespace cuda_on_cpu {
 #ifdef __SANITIZE_THREAD__
 
 // Not instrumented, because it runs on the stack of another TSan thread.
-#define UNWATCHED_CODE __attribute__((no_sanitize_thread, noinline))
-#define INLINE_UNWATCHED __attribute__((no_sanitize_thread, always_inline)) inline
+#define FD_UNWATCHED __attribute__((no_sanitize_thread, noinline))
+#define FD_INLINE_UNWATCHED __attribute__((no_sanitize_thread, always_inline)) inline
 
 // What it does is ordered after what it acquires, and before what acquires it.
 class Engine {
  public:
   // A new engine is ordered after what `ancestor` knows of, a TSan thread.
-  UNWATCHED_CODE explicit Engine(void* ancestor) {
+  FD_UNWATCHED explicit Engine(void* ancestor) {
     const Turn turn(ancestor);
     thread_ = __tsan_create_fiber(0);
+    __tsan_set_fiber_name(thread_, "copy engine");
   }
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  UNWATCHED_CODE void acquire(void* order) {
+  FD_UNWATCHED void acquire(void* order) {
     const Turn turn(thread_);
     __tsan_acquire(order);
   }
-  UNWATCHED_CODE void release(void* order) {
+  FD_UNWATCHED void release(void* order) {
     const Turn turn(thread_);
     __tsan_release(order);
   }
   // A report names `site`, the place in the kernel.
-  UNWATCHED_CODE void read(const void* p, size_t bytes, const void* site) {
+  FD_UNWATCHED void read(const void* p, size_t bytes, const void* site) {
     const Turn turn(thread_);
     __tsan_func_entry(site);
     __tsan_read_range(p, bytes);
     __tsan_func_exit();
   }
-  UNWATCHED_CODE void write(void* p, size_t bytes, const void* site) {
+  FD_UNWATCHED void write(void* p, size_t bytes, const void* site) {
     const Turn turn(thread_);
     __tsan_func_entry(site);
     __tsan_write_range(p, bytes);
@@ -52,10 +53,12 @@ class Engine {
   // While it exists, TSan takes what runs for another thread.
   class Turn {
    public:
-    INLINE_UNWATCHED explicit Turn(void* thread) : running_(__tsan_get_current_fiber()) {
+    FD_INLINE_UNWATCHED explicit Turn(void* thread) : running_(__tsan_get_current_fiber()) {
       __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync);
     }
-    INLINE_UNWATCHED ~Turn() { __tsan_switch_to_fiber(running_, __tsan_switch_to_fiber_no_sync); }
+    FD_INLINE_UNWATCHED ~Turn() {
+      __tsan_switch_to_fiber(running_, __tsan_switch_to_fiber_no_sync);
+    }
 
    private:
     void* running_;

@@ -26,6 +26,9 @@ inline void exit_thread() {
   }
   if (last) {
     sanitizers::acquire(&block.exits);
+    // Other blocks have read this one's memory before they arrived at the cluster's last barrier.
+    if (thread.cluster_waits)
+      sanitizers::acquire(&device.leave_order[thread.cluster_generation % 2]);
     block.memory.close(device.layout);
     sanitizers::release(&device.order);
   }

@@ -16,6 +16,10 @@ struct Phases {
   unsigned arrivals = 0;
   unsigned phase = 0;  // how many are complete
 
+  // The last phase into which bytes have come, and that for which a thread has waited; 1: the
+  // first.
+  unsigned filled = 0, awaited = 0;
+
   // Of the current phase.  Bytes may come before they are expected: then there are less than 0.
   unsigned pending_arrivals = 0;
   int64_t pending_bytes = 0;
@@ -32,7 +36,7 @@ struct Phases {
   void start(size_t at, unsigned count, const Thread* by) {
     offset = at;
     arrivals = pending_arrivals = count;
-    phase = 0;
+    phase = filled = awaited = 0;
     pending_bytes = 0;
     initialiser = by;
     fenced = false;

@@ -61,7 +61,7 @@ class Scheduler {
     unsigned first, lanes;
   };
 
-  // Go once through the warps; return false if no thread ran.
+  // Go once through the warps; return false if nothing happened.
   bool pass(bool at_random) {
     if (at_random) {
       std::shuffle(warps_.begin(), warps_.end(), Random{random_state_});
@@ -69,7 +69,7 @@ class Scheduler {
     }
     bool progress = false;
     for (const WarpOfThreads& warp : warps_) {
-      if (device.landing.random) land_some();
+      if (device.landing.random && land_some()) progress = true;
       while (!(at_random && Random{random_state_}() % 2) && step(warp)) {
         progress = true;
         if (lockstep_) break;

@@ -1,25 +1,13 @@
 // Small kernels that check cuda_on_cpu, and faults that it or the sanitizers must report.  Built
 // and run by test_cuda_on_cpu.py.  The argument is the fault to plant.
-#include "cuda_on_cpu.h"
+#include "selftest.h"
 
 #include <cmath>
-#include <cstdio>
-#include <string>
 #include <vector>
 
 namespace {
 
 constexpr unsigned kAllLanes = ~0u;
-std::string planted;  // the fault, if any
-int checks = 0, failures = 0;
-
-bool fault(const char* name) { return planted == name; }
-
-void expect(const char* what, double got, double expected) {
-  ++checks;
-  if (got == expected || ++failures > 20) return;
-  std::printf("%s is %g, expected %g\n", what, got, expected);
-}
 
 template <class T>
 __device__ T sum_of_warp(T v) {
@@ -57,6 +45,52 @@ void test_warps() {
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
   });
   for (size_t i = 0; i < out.size(); ++i) expect("sum of warp", out[i], 32. * double(i) + 496);
+}
+
+// --- groups of lanes that share a warp, each with its own mask
+
+constexpr unsigned kRow = 8;  // lanes of a group
+
+// Each group sums the numbers of its lanes as often as its own number says.  Then its lanes pass
+// the sum on through shared memory.
+__global__ void sums_of_groups(int* out) {
+  FD_SHARED(int, sums, 64);
+  const unsigned group = threadIdx.x / kRow, first = group % 4 * kRow;
+  unsigned mask = 0xffu << first;
+  if (fault("overlapping-masks") && group == 1) mask |= 1u << (first - 1);
+  if (group == 6) return;
+  int sum = int(threadIdx.x);
+  for (unsigned round = 0; round < (group + 3) % 8; ++round) {
+    sum = int(threadIdx.x) + sum % 2;
+    for (int m = kRow / 2; m > 0; m /= 2) sum += __shfl_xor_sync(mask, sum, m);
+  }
+  // Pairs of groups, of which one may have exited.
+  const unsigned pair = 0xffffu << (first / 16 * 16);
+  const int of_pair = __shfl_sync(pair, sum, int(threadIdx.x / kRow * kRow));
+  sums[threadIdx.x] = of_pair;
+  if (!fault("missing-syncwarp")) __syncwarp(mask);
+  out[threadIdx.x] = sums[threadIdx.x ^ (kRow - 1)];
+}
+
+// Return what the lanes of a group compute.
+int expected_sum(unsigned group) {
+  int sums[kRow];
+  for (unsigned i = 0; i < kRow; ++i) sums[i] = int(group * kRow + i);
+  for (unsigned round = 0; round < (group + 3) % 8; ++round) {
+    int total = 0;
+    for (unsigned i = 0; i < kRow; ++i) total += int(group * kRow + i) + sums[i] % 2;
+    for (int& sum : sums) sum = total;
+  }
+  return sums[0];
+}
+
+void test_lane_groups() {
+  std::vector<int> out(3 * 64, -1);
+  cuda_on_cpu::launch(3, 64, 1, 0, [&] { sums_of_groups(out.data() + blockIdx.x * 64); });
+  for (unsigned i = 0; i < out.size(); ++i) {
+    const unsigned group = i % 64 / kRow;
+    expect("sum of group", out[i], group == 6 ? -1 : expected_sum(group));
+  }
 }
 
 // --- barriers and shared memory
@@ -239,6 +273,9 @@ int main(int argc, char** argv) {
   test_cluster_sums();
   test_vector_load();
   test_convergence();
+  test_lane_groups();
+  test_copies();
+  test_cluster_barriers();
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures != 0;
 }

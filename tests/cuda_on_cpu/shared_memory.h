@@ -45,6 +45,14 @@ class SharedLayout {
     return nullptr;
   }
 
+  // Return whether bytes at an offset lie in one array.
+  bool holds(size_t offset, size_t bytes) const {
+    for (const Slot& slot : slots_) {
+      if (offset >= slot.offset && offset + bytes <= slot.offset + slot.bytes) return true;
+    }
+    return false;
+  }
+
   const Slot& add_static(const void* site, size_t bytes) {
     static_bytes_ += bytes;
     return add(site, bytes);

@@ -41,12 +41,15 @@ struct LaneGroup {
     uint64_t value[kWarpSize];
   };
   Exchange exchange[2];
+
+  Exchange& latest() { return exchange[barrier.generation % 2]; }
+  const Exchange& latest() const { return exchange[barrier.generation % 2]; }
 };
 
-// Groups without a common lane may wait at the same time.
+// Lanes may wait in several groups at the same time, also those of a mask for those of another.
 struct Warp {
   unsigned live = 0;     // lanes that exist and have not exited
-  unsigned waiting = 0;  // the masks of the groups in which lanes wait
+  unsigned waiting = 0;  // groups in which lanes wait
   std::deque<LaneGroup> groups;
 
   // Return the group of the mask.  TSan would order the lanes of two masks that share a group in
@@ -61,20 +64,22 @@ struct Warp {
     unused->mask = mask;
     return *unused;
   }
-  // Return a group that waits and shares a lane with the mask, or null.
-  const LaneGroup* waiting_with(unsigned mask) const {
+  // Return a group that waits for the lane while the lane is about to wait for one of it: both
+  // would wait forever.  Null: there is none.
+  const LaneGroup* waiting_for_each_other(unsigned lane, unsigned mask) const {
     for (const LaneGroup& g : groups) {
-      if (g.barrier.arrived != 0 && g.mask & mask) return &g;
+      const bool waits = g.barrier.arrived != 0 && g.mask != mask;
+      if (waits && g.mask >> lane & 1 && g.latest().lanes & mask) return &g;
     }
     return nullptr;
   }
   void leave(unsigned lane) {
     live &= ~(1u << lane);
-    if (!(waiting >> lane & 1)) return;
+    if (waiting == 0) return;
     for (LaneGroup& g : groups) {
       if (g.barrier.arrived == 0 || !(g.mask >> lane & 1)) continue;
       g.barrier.leave();
-      if (g.barrier.arrived == 0) waiting &= ~g.mask;
+      if (g.barrier.arrived == 0) --waiting;
     }
   }
 };
