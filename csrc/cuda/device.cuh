@@ -66,7 +66,10 @@ __device__ __forceinline__ double sum_of_two(double a, double b) { return __dadd
 #define FD_UNROLL
 
 namespace fastdiv {
-inline void cluster_leave() { cluster_sync(); }
+inline void cluster_leave() {
+  cluster_arrive();
+  cluster_wait();
+}
 template <class real>
 real pin_in_register(real v) {
   return v;

@@ -58,6 +58,7 @@ Status allow_shared(void (*)(Args...), int64_t bytes) {
 
 template <class... Args>
 Status start(void (*kernel)(Args...), const Grid& grid, void*, Args... args) {
+  static_assert((sizeof(Args) + ... + 0) <= 4096, "a kernel takes at most 4096 bytes of arguments");
   cuda_on_cpu::launch(unsigned(grid.blocks), unsigned(grid.threads), unsigned(grid.cluster),
                       size_t(grid.shared), [=] { kernel(args...); });
   return nullptr;
