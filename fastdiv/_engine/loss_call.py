@@ -27,6 +27,7 @@ class Forward(NamedTuple):
     outputs: Sequence[Tensor]  # the value; others that have no gradient
     kept: Sequence[Tensor]  # what the backward needs besides the arguments
     gradients: Sequence[Tensor] = ()  # of the value, where they are computed with it
+    divisor: Tensor | None = None  # of these gradients, if they are sums that are not divided yet
 
 
 class LossCall(Protocol):
@@ -97,20 +98,21 @@ class TracedLoss(torch.autograd.Function):
         symbolic: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        outputs, kept, gradients = call.forward(tensors, needed, symbolic)
+        outputs, kept, gradients, divisor = call.forward(tensors, needed, symbolic)
         ctx.call, ctx.needed, ctx.n_tensors, ctx.n_kept = call, needed, len(tensors), len(kept)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(*tensors, symbolic, *kept, *gradients)
+        ctx.save_for_backward(*tensors, symbolic, divisor, *kept, *gradients)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         n, saved = ctx.n_tensors, ctx.saved_tensors
-        tensors, symbolic, kept = saved[:n], saved[n], saved[n + 1 : n + 1 + ctx.n_kept]
-        gradients = [g * grad for g in saved[n + 1 + ctx.n_kept :]]
-        return _for_apply(
-            ctx, gradients or ctx.call.backward(grad, tensors, kept, ctx.needed, symbolic)
-        )
+        tensors, (symbolic, divisor, *rest) = saved[:n], saved[n:]
+        kept, gradients = rest[: ctx.n_kept], rest[ctx.n_kept :]
+        if not gradients:
+            return _for_apply(ctx, ctx.call.backward(grad, tensors, kept, ctx.needed, symbolic))
+        scale = _scale(grad, divisor)
+        return _for_apply(ctx, _as_inputs([g * scale for g in gradients], tensors))
 
 
 class _EagerLoss(TracedLoss):
@@ -124,7 +126,7 @@ class _EagerLoss(TracedLoss):
         symbolic: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        outputs, kept, ctx.gradients = call.forward(tensors, needed, None)
+        outputs, kept, ctx.gradients, ctx.divisor = call.forward(tensors, needed, None)
         ctx.at_once = bool(ctx.gradients)
         ctx.call, ctx.needed, ctx.n_tensors = call, needed, len(tensors)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -149,10 +151,21 @@ class _EagerLoss(TracedLoss):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             gradients = call.forward(tensors, needed, None).gradients
+        scale = _scale(grad, ctx.divisor)
         # A CPU can read the upstream gradient for free, and a 1 saves a pass over the gradients.
-        if not (grad.is_cpu and values_may_be_read(grad) and grad == 1):
-            gradients = [g.mul_(grad) for g in gradients]
-        return _for_apply(ctx, gradients)
+        if not (scale.is_cpu and values_may_be_read(scale) and scale == 1):
+            gradients = [g.mul_(scale) for g in gradients]
+        return _for_apply(ctx, _as_inputs(gradients, tensors))
+
+
+def _scale(grad: Tensor, divisor: Tensor | None) -> Tensor:
+    """Return what gradients that were computed with the value are multiplied by."""
+    return grad if divisor is None else (grad / divisor).to(grad.dtype)
+
+
+def _as_inputs(gradients: Sequence[Tensor], tensors: Tensors) -> list[Tensor]:
+    """Cast gradients to the dtypes of their tensors: sums of halves are rounded here, once."""
+    return [g if v is None else g.to(v.dtype) for g, v in zip(gradients, tensors, strict=False)]
 
 
 def _differentiable(

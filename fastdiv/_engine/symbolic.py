@@ -54,6 +54,18 @@ def log(value: float) -> float | Tensor:
     return scalar(value).log() if is_symbolic(value) else math.log(value)
 
 
+def is_true(condition: bool) -> bool:
+    """Return whether a comparison of sizes holds; False where they depend on data.
+
+    The compiler then compiles anew once the comparison changes.
+    """
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
 def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
     """Return whether two shapes are equal.
 

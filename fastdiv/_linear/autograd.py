@@ -20,9 +20,12 @@ from .._engine.autograd import row_loss, row_loss_and_stats
 from .._engine.backend import use_kernel
 from .._engine.inference import savable
 from .._engine.loss_call import Forward, run
+from .._engine.symbolic import is_true
 from .._engine.torch_private import is_transformed
 from ..reference import Spec, Stats
+from ..reference.choices import Accumulate
 from . import flops, ops
+from .loops import budget_of, device_of
 from .ops import N_HEAD_TENSORS, Tensors
 
 
@@ -34,25 +37,48 @@ class LinearCall:
     spec: Spec
     stats: bool = False
     chunk_size: int = 0
+    accumulate: Accumulate | None = None
 
     def forward(self, tensors: Tensors, needed: Sequence[bool], symbolic: Tensor | None) -> Forward:
         """See ``LossCall``."""
-        at_once = any(needed) and self._at_once(tensors)
+        at_once = any(needed) and self._at_once(tensors, needed)
         now = needed if at_once else (False,) * N_HEAD_TENSORS
         options = row_ops.packed(self.spec, symbolic)
         out = ops.forward(*tensors, *options, self.stats, self.chunk_size, now)
         value, divisor, record, stats, argmax, *gradients = out
-        return Forward((value, stats, argmax), (divisor, record), gradients if at_once else ())
+        outputs, kept = (value, stats, argmax), (divisor, record)
+        if not at_once:
+            return Forward(outputs, kept)
+        return Forward(outputs, kept, gradients, divisor if ops.rounds(tensors, needed) else None)
 
-    def _at_once(self, tensors: Tensors) -> bool:
+    def _at_once(self, tensors: Tensors, needed: Sequence[bool]) -> bool:
         """Return whether the forward also computes the gradients.
 
         It does not with ``reduction="none"``, since the upstream gradients per row are not known
-        yet.  Nor does it in half precision.  Summing the weight's gradient over chunks would need
-        a float32 copy of it, and small values would underflow before the loss scale is applied.
+        yet.  In half precision it sums them in float32.  Unless the caller accepts that by
+        ``accumulate="weight"``, the sum of a weight's gradient must fit into half of a tile.
         """
-        head = [v for v in tensors[:N_HEAD_TENSORS] if v is not None]
-        return self.spec.reduction != "none" and all(v.dtype.itemsize > 2 for v in head)
+        if self.spec.reduction == "none" or self.accumulate == "rows":
+            return False
+        x, weight, _, t, t_weight, _ = tensors[:N_HEAD_TENSORS]
+        assert x is not None and weight is not None
+        # The gradient of given logits is as large as all logits, so it has no sum in float32.
+        given = needed[3] and t is not None and t_weight is None and t.dtype.itemsize == 2
+        if self.accumulate == "weight":
+            if given:
+                raise ValueError(
+                    "accumulate='weight' gives no gradient to a target of logits in half "
+                    f"precision, got {t.dtype if t is not None else None}: detach it, make it "
+                    "float32, or use accumulate=None"
+                )
+            return True
+        layers = ((weight, needed[1]), (t_weight, needed[4]))
+        halves = [v for v, need in layers if need and v is not None and v.dtype.itemsize == 2]
+        if given or not halves:
+            return not given
+        beyond = sum(4 * v.shape[0] * v.shape[1] for v in halves)
+        budget = budget_of(x.shape[0], weight.shape[0], x.element_size(), device_of(x))
+        return is_true(2 * beyond <= budget)
 
     def backward(
         self,

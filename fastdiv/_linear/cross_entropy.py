@@ -21,8 +21,15 @@ from .._engine.dtensor import dispatch_dtensor
 from .._engine.recording import size_of
 from .._losses.cross_entropy import cross_entropy, cross_entropy_spec
 from ..reference import Spec, Stats
-from ..reference.choices import Reduction, Smoothing
-from .head import as_rows, check_chunk_size, check_target, checked_head, loss_of_head
+from ..reference.choices import Accumulate, Reduction, Smoothing
+from .head import (
+    as_rows,
+    check_accumulate,
+    check_chunk_size,
+    check_target,
+    checked_head,
+    loss_of_head,
+)
 
 
 @overload
@@ -44,6 +51,7 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     return_stats: Literal[False] = False,
     chunk_size: int | None = None,
+    accumulate: Accumulate | None = None,
 ) -> Tensor: ...
 
 
@@ -66,6 +74,7 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     return_stats: Literal[True],
     chunk_size: int | None = None,
+    accumulate: Accumulate | None = None,
 ) -> tuple[Tensor, Stats]: ...
 
 
@@ -88,6 +97,7 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     return_stats: bool = False,
     chunk_size: int | None = None,
+    accumulate: Accumulate | None = None,
 ) -> Tensor | tuple[Tensor, Stats]:
     r"""Compute the cross entropy of the logits of a linear layer, a tile at a time, in nats.
 
@@ -96,7 +106,8 @@ def linear_cross_entropy(
     A drop-in for :func:`torch.nn.functional.linear_cross_entropy`, with every option of
     :func:`fastdiv.cross_entropy`, which has the formula.  With ``"sum"``, ``"mean"`` and
     ``"batchmean"`` the forward computes the gradients, too.  With ``"none"``, and in half
-    precision, the backward computes the logits a second time.
+    precision, the backward computes the logits a second time, if ``accumulate`` does not say
+    otherwise.
 
     Args:
         input: Hidden states :math:`h`, shape ``(..., H)``; float32, bfloat16, float16 or float64.
@@ -126,6 +137,11 @@ def linear_cross_entropy(
             the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
+        accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
+            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
+            the backward.  ``"rows"`` takes blocks of classes, four products, and
+            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
+            ``"none"`` where the weight has no such sum, or one of at most half a tile.
 
     Returns:
         The loss, float32 (float64 if input or target is); with ``return_stats`` a pair of the loss
@@ -154,6 +170,7 @@ def linear_cross_entropy(
     if chunk_size is None:
         chunk_size = getattr(options, "batch_chunk_size", None)
     check_chunk_size(chunk_size)
+    check_accumulate(accumulate, reduction)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         return cross_entropy(  # type: ignore[misc]  # mypy gives up on unions of so many Literals
             _logits_of_many_dimensions(input, linear_weight, linear_bias),
@@ -202,6 +219,7 @@ def linear_cross_entropy(
         arguments.token_weights(logits, dim, token_weight),
         stats=return_stats,
         chunk_size=chunk_size,
+        accumulate=accumulate,
     )
     return value if stats is None else (value, stats)
 

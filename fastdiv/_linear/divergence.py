@@ -8,8 +8,8 @@ from .._engine import arguments
 from .._engine.dtensor import dispatch_dtensor
 from .._losses.divergence import js_loss
 from ..reference import Spec
-from ..reference.choices import Reduction, TargetType
-from .head import as_rows, check_target, checked_head, loss_of_head
+from ..reference.choices import Accumulate, Reduction, TargetType
+from .head import as_rows, check_accumulate, check_target, checked_head, loss_of_head
 
 
 def _linear_divergence(
@@ -21,12 +21,14 @@ def _linear_divergence(
     temperature: float,
     token_weight: Tensor | None,
     chunk_size: int | None,
+    accumulate: Accumulate | None,
     param: float = 0.0,
 ) -> Tensor:
     """Compute a loss of layers ``(input, weight, bias)`` and ``(target, type, weight, bias)``."""
     head = checked_head(*student)
     logits = head.logits
     arguments.check_reduction(reduction)
+    check_accumulate(accumulate, reduction)
     target_type, target = check_teacher(logits, *teacher)
     spec = Spec(
         loss=loss,
@@ -37,7 +39,9 @@ def _linear_divergence(
         param=param,
     )
     row_weight = arguments.token_weights(logits, logits.dim() - 1, token_weight)
-    value, _ = loss_of_head(spec, head, target, row_weight=row_weight, chunk_size=chunk_size)
+    value, _ = loss_of_head(
+        spec, head, target, row_weight=row_weight, chunk_size=chunk_size, accumulate=accumulate
+    )
     return value
 
 
@@ -79,6 +83,7 @@ def linear_kl_div(
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
+    accumulate: Accumulate | None = None,
 ) -> Tensor:
     r"""Compute the KL divergence of the logits of a linear layer, a tile at a time.
 
@@ -108,6 +113,11 @@ def linear_kl_div(
             logits are not computed.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
+        accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
+            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
+            the backward.  ``"rows"`` takes blocks of classes, four products, and
+            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
+            ``"none"`` where the weight has no such sum, or one of at most half a tile.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -139,6 +149,7 @@ def linear_kl_div(
         temperature=temperature,
         token_weight=token_weight,
         chunk_size=chunk_size,
+        accumulate=accumulate,
     )
 
 
@@ -156,6 +167,7 @@ def linear_reverse_kl_div(
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
+    accumulate: Accumulate | None = None,
 ) -> Tensor:
     r"""Compute the reverse KL divergence of the logits of a linear layer, a tile at a time.
 
@@ -185,6 +197,11 @@ def linear_reverse_kl_div(
             logits are not computed.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
+        accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
+            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
+            the backward.  ``"rows"`` takes blocks of classes, four products, and
+            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
+            ``"none"`` where the weight has no such sum, or one of at most half a tile.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -216,6 +233,7 @@ def linear_reverse_kl_div(
         temperature=temperature,
         token_weight=token_weight,
         chunk_size=chunk_size,
+        accumulate=accumulate,
     )
 
 
@@ -234,6 +252,7 @@ def linear_js_div(
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
+    accumulate: Accumulate | None = None,
 ) -> Tensor:
     r"""Compute the Jensen-Shannon divergence of the logits of a linear layer, a tile at a time.
 
@@ -265,6 +284,11 @@ def linear_js_div(
             logits are not computed.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
+        accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
+            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
+            the backward.  ``"rows"`` takes blocks of classes, four products, and
+            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
+            ``"none"`` where the weight has no such sum, or one of at most half a tile.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -297,5 +321,6 @@ def linear_js_div(
         temperature=temperature,
         token_weight=token_weight,
         chunk_size=chunk_size,
+        accumulate=accumulate,
         param=beta,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from .._engine import arguments
 from .._engine.symbolic import same_shape
 from ..reference import Spec, Stats
+from ..reference.choices import Accumulate, check_choice
 from .autograd import LinearCall, linear_loss
 from .ops import dtype_of_value
 
@@ -104,6 +106,18 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
 
 
+def check_accumulate(accumulate: str | None, reduction: str) -> None:
+    """Raise ValueError for a word that is unknown, or that the reduction does not allow."""
+    if accumulate is None:
+        return
+    check_choice(accumulate, get_args(Accumulate), "accumulate")
+    if accumulate == "weight" and reduction == "none":
+        raise ValueError(
+            "accumulate='weight' computes the gradients in the forward, where the upstream "
+            "gradients of reduction='none' are unknown: use accumulate=None, or reduce the loss"
+        )
+
+
 def loss_of_head(
     spec: Spec,
     student: LinearHead,
@@ -113,13 +127,15 @@ def loss_of_head(
     row_weight: Tensor | None = None,
     stats: bool = False,
     chunk_size: int | None = None,
+    accumulate: Accumulate | None = None,
 ) -> tuple[Tensor, Stats | None]:
     """Compute the loss, reduced or in the shape of the rows, and statistics if ``stats``."""
     check_chunk_size(chunk_size)
+    check_accumulate(accumulate, spec.reduction)
     logits, t = student.logits, teacher[0]
     dtype = dtype_of_value(logits, t)
     weights = (None if w is None else w.to(dtype) for w in (class_weight, row_weight))
-    call = LinearCall(spec, stats, chunk_size or 0)
+    call = LinearCall(spec, stats, chunk_size or 0, accumulate)
     value, found = linear_loss(call, *student.tensors, *teacher, label, *weights)
 
     def as_input(v: Tensor) -> Tensor:

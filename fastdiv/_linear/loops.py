@@ -4,20 +4,20 @@ There are two ways to compute the gradients.
 
 ``by_rows`` takes chunks of rows, with all classes at once.  Given the upstream gradient, it
 computes value and gradients in three matrix products, as many as autograd takes.  It sums the
-weight's gradient over the chunks.  For a weight in half precision that sum is in float32, and often
-takes more memory than the logits.  Without the upstream gradient, it computes values, and the
-records that ``by_classes`` needs.
+weight's gradient over the chunks (``accumulate="weight"``).  For a weight in half precision that
+sum is in float32, and often takes more memory than the logits.  Without the upstream gradient, it
+computes values, and the records that ``by_classes`` needs.
 
 ``by_classes`` computes the logits a second time in the backward, one block of classes at a time.
 It takes four matrix products.  The weight's gradient of a block is complete when the loop leaves
-the block.
+the block, and the gradient of the rows is summed over the blocks (``accumulate="rows"``).
 
 ``LinearCall`` in ``autograd.py`` chooses between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,19 @@ MAX_TILE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
 MIN_ROWS = {"cpu": 16, "cuda": 256}
 MIN_CLASSES = {"cpu": 256, "cuda": 2048}
 MAX_ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}
+# Each chunk of rows reads and writes the float32 sum of the weight's gradient.  On a GPU this takes
+# longer than the product of fewer than some 900 rows.
+MIN_ROWS_OF_SUM = {"cpu": MIN_ROWS["cpu"], "cuda": 2048}
+
+
+def budget_of(rows: int, classes: int, itemsize: int, device: str) -> int:
+    """Return how many bytes a tile of such logits may take."""
+    return min(rows * classes * itemsize // MIN_TILES, MAX_TILE_BYTES[device])
+
+
+def device_of(x: Tensor) -> str:
+    """Return for which device the sizes of tiles are chosen."""
+    return "cpu" if x.is_cpu else "cuda"
 
 
 @dataclass
@@ -55,7 +68,7 @@ class Problem:
         x = self.student
         assert x.weight is not None
         self.rows, self.classes, self.hidden = len(x.input), len(x.weight), x.input.shape[1]
-        self.device = "cpu" if x.input.is_cpu else "cuda"
+        self.device = device_of(x.input)
         self.dtype = x.dtype
         if self.teacher is not None:
             self.dtype = torch.promote_types(x.dtype, self.teacher.dtype)
@@ -71,23 +84,41 @@ class Problem:
 
     def budget(self) -> int:
         """Return how many bytes a tile of the student's logits may take."""
-        logits = self.rows * self.classes * self.student.input.element_size()
-        return min(logits // MIN_TILES, MAX_TILE_BYTES[self.device])
+        itemsize = self.student.input.element_size()
+        return budget_of(self.rows, self.classes, itemsize, self.device)
 
     def bytes_of_logit(self) -> int:
         """Return how many bytes a tile takes per logit, with a converted copy if there is one."""
         return self.dtype.itemsize + (self.student.dtype.itemsize if self.student.converts else 0)
 
-    def rows_of_chunk(self, with_gradients: bool) -> int:
+    def rows_of_chunk(self, gradients: Sequence[Gradients] = ()) -> int:
         """Return how many rows ``by_rows`` takes at a time."""
         if self.chunk_size:
             return self.chunk_size
         converted = 8 * CONVERTED * self.hidden if self.student.converts else 0
         # glibc keeps freed memory, so a forward alone leaves room for its backward.
-        budget = self.budget() if with_gradients else self.budget() // 2
+        budget = self.budget() if gradients else self.budget() // 2
+        least, beyond = MIN_ROWS[self.device], sum(g.bytes_beyond for g in gradients)
+        if beyond <= budget // 2:
+            budget -= beyond
+        else:
+            least = MIN_ROWS_OF_SUM[self.device]
         rows = (budget - converted) // (self.classes * self.bytes_of_logit())
         # Every chunk converts the whole weight, so a chunk has twice as many rows.
-        return max(rows, MIN_ROWS[self.device] * (2 if self.student.converts else 1))
+        return max(rows, least * (2 if self.student.converts else 1))
+
+    def unit(self) -> Tensor:
+        """Return a power of two that leaves float16 the most digits, as an upstream gradient.
+
+        A row's gradient is at most its weights over the temperature, or some times that.  This
+        number makes it at most 256, of the 65504 that float16 holds.
+        """
+        if not self.rows:
+            return self.weight.new_ones(())
+        largest = self.spec.scale * _largest(self.weight)
+        if self.class_weight is not None:
+            largest = largest * _largest(self.class_weight)
+        return torch.exp2((8 - largest.log2().ceil()).clamp(-100, 100))
 
     def tile_of_block(self) -> tuple[int, int]:
         """Return how many rows and classes ``by_classes`` takes at a time."""
@@ -118,6 +149,10 @@ class Problem:
             None if self.class_weight is None else self.class_weight[classes],
             self.weight[rows],
         )
+
+
+def _largest(weight: Tensor) -> Tensor:
+    return weight.abs().nan_to_num(0, 0, 0).amax()
 
 
 @dataclass
@@ -176,7 +211,7 @@ def by_rows(
 
     for g in gradients:
         g.begin(whole)
-    for rows in p.pieces(p.rows_of_chunk(bool(gradients)), every=stats):
+    for rows in p.pieces(p.rows_of_chunk(gradients), every=stats):
         chunk(rows)
     for g in gradients:
         g.end(whole)

@@ -33,14 +33,14 @@ def problem(tensors: Tensors, spec: Spec, chunk_size: int) -> Problem:
     return Problem(student, teacher, *rows, spec, chunk_size)
 
 
-def gradients_of(p: Problem, needed: Sequence[bool]) -> list[Gradients]:
+def gradients_of(p: Problem, needed: Sequence[bool], as_sums: bool = False) -> list[Gradients]:
     """Make the gradients of student and teacher, or none where neither needs any."""
     if not any(needed):
         return []
-    student = Gradients(p.student, needed[:3])
+    student = Gradients(p.student, needed[:3], as_sums)
     if p.teacher is None or not any(needed[3:]):
         return [student]
-    return [student, Gradients(p.teacher, needed[3:])]
+    return [student, Gradients(p.teacher, needed[3:], as_sums)]
 
 
 def results_of(x: Tensor, gradients: list[Gradients]) -> list[Tensor]:
@@ -49,14 +49,25 @@ def results_of(x: Tensor, gradients: list[Gradients]) -> list[Tensor]:
     return found + [x.new_empty(0) for _ in range(N_HEAD_TENSORS - len(found))]
 
 
-def fake_results(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+def fake_results(tensors: Tensors, needed: Sequence[bool], as_sums: bool = False) -> list[Tensor]:
     """Make tensors like those of ``results_of``."""
     x = tensors[0]
     assert x is not None
     return [
-        x.new_empty(0) if v is None or not need else v.new_empty(v.shape)
+        v.new_empty(v.shape, dtype=value_dtype(v.dtype) if as_sums else v.dtype)
+        if need and v is not None
+        else x.new_empty(0)
         for v, need in zip(tensors, needed, strict=True)
     ]
+
+
+def rounds(tensors: Tensors, needed: Sequence[bool]) -> bool:
+    """Return whether one of the gradients that are needed is in half precision."""
+    heads = tensors[:N_HEAD_TENSORS]
+    return any(
+        need and v is not None and v.dtype.itemsize == 2
+        for v, need in zip(heads, needed, strict=True)
+    )
 
 
 def dtype_of_value(x: Tensor, t: Tensor | None) -> torch.dtype:
@@ -93,7 +104,11 @@ def forward(
     chunk_size: int,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """Compute value, divisor, record, statistics, argmax and the gradients that are needed."""
+    """Compute value, divisor, record, statistics, argmax and the gradients that are needed.
+
+    Gradients are for an upstream gradient of 1.  If one of them ``rounds``, they are sums in
+    float32, still to be multiplied by the upstream gradient and divided by the divisor.
+    """
     tensors = (x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight)
     spec = ops.unpacked(ints, floats, symbolic)
     if label is not None and label.is_cpu:
@@ -102,13 +117,19 @@ def forward(
         arguments.check_labels(label, len(weight), *named)
     p = problem(tensors, spec, chunk_size)
     divisor = torch.as_tensor(_divisor(tensors, spec), dtype=torch.float64, device=x.device)
-    upstream = (1 / divisor).to(p.weight.dtype).expand(p.rows) if any(needed) else None
+    upstream = None
+    if any(needed):
+        unit = p.unit() if rounds(tensors, needed) else 1 / divisor
+        upstream = unit.to(p.weight.dtype).expand(p.rows)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = gradients_of(p, needed)
+        gradients = gradients_of(p, needed, as_sums=True)
         out = by_rows(p, stats, upstream, gradients)
     value = out.value
     if spec.reduction != "none":
         value = (value.sum(dtype=torch.float64) / divisor).to(value.dtype)
+    if rounds(tensors, needed):
+        # If no row counts, the gradients are 0, also where the divisor is.
+        divisor = torch.where((p.weight == 0).all(), 1.0, divisor * unit)
     return [value, divisor, out.record, out.stats, out.argmax, *results_of(x, gradients)]
 
 
@@ -122,7 +143,7 @@ def _(x, weight, bias, t, tw, tb, label, cw, rw, ints, floats, symbolic, stats, 
         x.new_empty((0 if any(needed) else rows, ops.RECORD_SIZE), dtype=dtype),
         x.new_empty((3, with_stats), dtype=dtype),
         x.new_empty((with_stats,), dtype=torch.int64),
-        *fake_results((x, weight, bias, t, tw, tb), needed),
+        *fake_results((x, weight, bias, t, tw, tb), needed, as_sums=True),
     ]
 
 

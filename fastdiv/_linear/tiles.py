@@ -13,6 +13,7 @@ from ..reference import value_dtype
 RowRange = slice | Tensor  # a range of rows, or the indices of some
 
 CONVERTED = 256  # classes whose weights are converted at a time
+ROUNDED = 2048  # classes whose gradients are held in half precision at a time, before their sum
 
 
 # --- matrix products --------------------------------------------------------------------------
@@ -68,19 +69,32 @@ class TiledLogits:
 
 
 class Gradients:
-    """Gradients of input, weight and bias, where they are needed; sums are in float32."""
+    """Gradients of input, weight and bias, where they are needed; sums are in float32.
 
-    def __init__(self, logits: TiledLogits, needed: Sequence[bool]) -> None:
+    With ``as_sums`` the results are these sums, of all rows and classes, without a rounding.
+    """
+
+    def __init__(self, logits: TiledLogits, needed: Sequence[bool], as_sums: bool = False) -> None:
         self.logits = logits
         tensors = (logits.input, logits.weight, logits.bias)
         self.input, self.weight, self.bias = (
-            v.new_zeros(v.shape) if need and v is not None else None
+            v.new_zeros(v.shape, dtype=value_dtype(v.dtype) if as_sums else v.dtype)
+            if need and v is not None
+            else None
             for v, need in zip(tensors, needed, strict=True)
         )
         # The gradient of given logits is written tile by tile, without a sum.
         self.of_input = self.input if logits.weight is None else _sum_for(self.input)
         self.of_weight: Tensor | None = None
         self.of_bias: Tensor | None = None
+
+    @property
+    def bytes_beyond(self) -> int:
+        """How many bytes the weight's gradient takes, if it is a sum in another dtype."""
+        sum_, weight = self.weight, self.logits.weight
+        if sum_ is None or weight is None or sum_.dtype == weight.dtype:
+            return 0
+        return sum_.nbytes
 
     def begin(self, classes: slice) -> None:
         """Prepare the sums for the first tile of these classes."""
@@ -108,7 +122,9 @@ class Gradients:
                 weight = logits.weight[block].to(logits.dtype)
                 _add_product(self.of_input, rows, d[:, inside], weight)
             if self.of_weight is not None:
-                _add_product(self.of_weight, inside, d[:, inside].t(), x)
+                parts = ranges(inside, ROUNDED) if rounds_products(x) else [inside]
+                for part in parts:
+                    _add_product(self.of_weight, part, d[:, part].t(), x)
 
     def results(self) -> list[Tensor]:
         """Return the gradients of input, weight and bias, empty where they are not needed."""
@@ -128,7 +144,11 @@ def _add_product(total: Tensor, rows: RowRange, a: Tensor, b: Tensor) -> None:
         else:
             total[rows] += a @ b
     elif not rounds_products(a):
-        total[rows] += torch.mm(a, b, out_dtype=total.dtype)
+        if isinstance(rows, slice):
+            sums = total[rows]
+            torch.addmm(sums, a, b, out_dtype=total.dtype, out=sums)
+        else:
+            total[rows] += torch.mm(a, b, out_dtype=total.dtype)
     else:
         # A second product computes what rounding the first one lost.  Where the product is infinite
         # that is nothing.

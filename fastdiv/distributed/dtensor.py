@@ -121,6 +121,11 @@ def _of_layer(function: Callable[..., Any], given: dict[str, Any], mesh: DeviceM
     layout = Layout(mesh, last, axis, rows, tuple(h.shape[:-1]))
     if axis is not None and given.pop("options", None) is not None:
         raise ValueError("options is not supported for sharded classes: use chunk_size")
+    if axis is not None and given.pop("accumulate", None) == "weight":
+        raise ValueError(
+            "accumulate='weight' is not supported for sharded classes, whose gradients need an "
+            "exchange after the logits: use accumulate=None"
+        )
     dense = [Shard(last) if i == axis else p for i, p in enumerate(rows)]
     hidden = given.get("target_linear_weight") is not None
     placements, of_gradients = {}, {}

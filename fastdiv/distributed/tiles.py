@@ -76,7 +76,7 @@ class Tiles:
         """See ``Kernels``."""
         p = self._problem(spec, None, None, weight)
         sums = record.new_zeros(p.rows, ops.TERM_SUMS)
-        for rows in p.pieces(p.rows_of_chunk(False)):
+        for rows in p.pieces(p.rows_of_chunk()):
             tiles = p.tiles(rows, slice(0, p.classes))
             sums[rows] = ops.terms(*tiles, record[rows], *p.options)
         return sums

@@ -19,7 +19,7 @@ from .._linear.cross_entropy import linear_cross_entropy, linear_log_prob_and_en
 from .._losses.cross_entropy import cross_entropy
 from .._losses.entropy import log_prob_and_entropy
 from ..reference import Stats
-from ..reference.choices import Reduction, Smoothing
+from ..reference.choices import Accumulate, Reduction, Smoothing
 from .layer import loss_through
 
 if sys.version_info >= (3, 11):
@@ -40,6 +40,7 @@ class CrossEntropyOptions(TypedDict, total=False):
     z_loss: float
     return_stats: bool
     chunk_size: int | None
+    accumulate: Accumulate | None
 
 
 class LinearModule(nn.Module):
@@ -69,7 +70,8 @@ class LinearModule(nn.Module):
     @property
     def options_of_logits(self) -> dict[str, Any]:
         """The options without those that set how many logits are held."""
-        return {k: v for k, v in self.options.items() if k not in ("chunk_size", "options")}
+        of_tiles = ("chunk_size", "accumulate", "options")
+        return {k: v for k, v in self.options.items() if k not in of_tiles}
 
     def extra_repr(self) -> str:
         """Return the options as text."""
@@ -110,6 +112,11 @@ class LinearCrossEntropyLoss(LinearModule):
             the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
+        accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
+            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
+            the backward.  ``"rows"`` takes blocks of classes, four products, and
+            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
+            ``"none"`` where the weight has no such sum, or one of at most half a tile.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or

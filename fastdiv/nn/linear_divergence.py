@@ -12,7 +12,7 @@ from torch import Tensor
 from .._engine.symbolic import term, times
 from .._linear.divergence import check_teacher, linear_js_div, linear_kl_div, linear_reverse_kl_div
 from .._losses.divergence import js_div, kl_div, reverse_kl_div
-from ..reference.choices import Reduction, TargetType
+from ..reference.choices import Accumulate, Reduction, TargetType
 from .layer import loss_through
 
 if sys.version_info >= (3, 11):
@@ -30,6 +30,7 @@ class DivergenceOptions(TypedDict, total=False):
     reduction: Reduction
     temperature: float
     chunk_size: int | None
+    accumulate: Accumulate | None
 
 
 class _LinearDivergenceLoss(LinearModule):
@@ -112,6 +113,11 @@ class LinearKLDivLoss(_LinearDivergenceLoss):
         temperature: :math:`T`, which divides all logits, also those of the target.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
+        accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
+            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
+            the backward.  ``"rows"`` takes blocks of classes, four products, and
+            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
+            ``"none"`` where the weight has no such sum, or one of at most half a tile.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -157,6 +163,11 @@ class LinearReverseKLDivLoss(_LinearDivergenceLoss):
         temperature: :math:`T`, which divides all logits, also those of the target.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
+        accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
+            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
+            the backward.  ``"rows"`` takes blocks of classes, four products, and
+            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
+            ``"none"`` where the weight has no such sum, or one of at most half a tile.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -203,6 +214,11 @@ class LinearJSDivLoss(_LinearDivergenceLoss):
         temperature: :math:`T`, which divides all logits, also those of the target.
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
+        accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
+            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
+            the backward.  ``"rows"`` takes blocks of classes, four products, and
+            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
+            ``"none"`` where the weight has no such sum, or one of at most half a tile.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or

@@ -11,6 +11,7 @@ Reduction = Literal["none", "sum", "mean", "batchmean"]
 DivergenceReduction = Literal[Reduction, "pointwise"]  # of a loss that is a sum over the classes
 TargetType = Literal["logits", "log_probs", "probs"]
 Smoothing = Literal["all", "others"]
+Accumulate = Literal["weight", "rows"]  # which gradient of a layer is summed over its tiles
 Missing = Literal["ignore", "renormalize", "uniform"]
 NanPolicy = Literal["propagate", "omit", "raise"]
 Backend = Literal["auto", "native", "reference"]
