@@ -153,6 +153,10 @@ def _add_product(total: Tensor, rows: RowRange, a: Tensor, b: Tensor) -> None:
         # A second product computes what rounding the first one lost.  Where the product is infinite
         # that is nothing.
         product = a @ b
+        if a.dtype == torch.float16 and not product.isfinite().all():
+            # The sum may still fit into float16, once it is scaled.
+            total[rows] += a.to(total.dtype) @ b.to(total.dtype)
+            return
         total[rows] += product
         total[rows] += product.addmm_(a, b, beta=-1).nan_to_num_(0, 0, 0)
 

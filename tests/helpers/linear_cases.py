@@ -45,7 +45,8 @@ class LinearCase:
         """The row loss of logits that are held whole."""
         v = leaves or self.leaves
         options = {**self.options, **options}
-        options.pop("chunk_size", None)
+        for of_tiles in ("chunk_size", "accumulate"):
+            options.pop(of_tiles, None)
         x = F.linear(v["input"], v["linear_weight"], v.get("linear_bias"))
         second = v["target"] if self.label is None else self.label
         if "target_linear_weight" in v:
