@@ -47,13 +47,22 @@ def test_as_the_loss_of_the_whole_logits(name: str, target: str, reduction: str)
     assert count(case.call, case.leaves) == plain + (once if twice else 0)
 
 
+@pytest.mark.parametrize("accumulate", [None, "weight", "rows"])
 @pytest.mark.parametrize("halves", [True, False])
-def test_half_precision(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits twice; each gradient takes two products on a CPU that multiplies halves."""
+def test_half_precision(
+    halves: bool, accumulate: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits once or twice; a gradient takes two products on a CPU that multiplies halves."""
     monkeypatch.setattr(tiles, "multiplies", lambda half: halves)
-    case = small_case("cross_entropy", "labels", dtype=torch.bfloat16)
+    case = small_case("cross_entropy", "labels", dtype=torch.bfloat16, accumulate=accumulate)
     cpu = torch.get_default_device().type == "cpu"
-    products = 2 + (4 if halves and cpu else 2)
+    products = (1 if accumulate == "weight" else 2) + (4 if halves and cpu else 2)
+    assert count(case.call, case.leaves) == products * STUDENT_PRODUCT
+
+
+@pytest.mark.parametrize(("accumulate", "products"), [(None, 3), ("weight", 3), ("rows", 4)])
+def test_single_precision(accumulate: str | None, products: int) -> None:
+    case = small_case("cross_entropy", "labels", accumulate=accumulate)
     assert count(case.call, case.leaves) == products * STUDENT_PRODUCT
 
 

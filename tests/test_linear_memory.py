@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,15 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import fastdiv
 from fastdiv._bench.linear import LinearJob, losses, step
 from fastdiv._linear.loops import Problem
+
+LOSSES = {
+    **losses(),
+    "weight": partial(fastdiv.linear_cross_entropy, accumulate="weight"),
+    "rows": partial(fastdiv.linear_cross_entropy, accumulate="rows"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +64,7 @@ def share_of_the_logits(
     """
     job = LinearJob(variant, dtype, *size)
     tensors = job.make_inputs()
-    extra = temporary_bytes(lambda: step(losses()[variant], *tensors), folder)
+    extra = temporary_bytes(lambda: step(LOSSES[variant], *tensors), folder)
     return extra / job.logits_bytes
 
 
@@ -67,7 +75,12 @@ MEMORY = pytest.mark.parametrize(
         ("fused", "f32", (4096, 128, 8000), 0.1),
         # The logits are made twice, and so that two tiles would not hide in a tenth:
         ("per_row", "f32", (4096, 128, 8000), 0.06),
+        ("rows", "f32", (4096, 128, 8000), 0.06),
         ("fused", "bf16", (4096, 128, 8000), 0.06),
+        # Sums in float32 fit into half of a tile, beside which the tile is smaller:
+        ("fused", "bf16", (4096, 64, 8000), 0.11),
+        # Twelve hundredths are a tile and the sum of the hidden states' gradient:
+        ("weight", "bf16", (4096, 128, 8000), 0.12 + 4 * 128 / (2 * 4096)),
     ],
 )
 

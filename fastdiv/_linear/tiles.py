@@ -13,7 +13,7 @@ from ..reference import value_dtype
 RowRange = slice | Tensor  # a range of rows, or the indices of some
 
 CONVERTED = 256  # classes whose weights are converted at a time
-ROUNDED = 2048  # classes whose gradients are held in half precision at a time, before their sum
+ROUNDED = 512  # classes whose gradients are held in half precision at a time, before their sum
 
 
 # --- matrix products --------------------------------------------------------------------------
