@@ -112,7 +112,10 @@ class TracedLoss(torch.autograd.Function):
         if not gradients:
             return _for_apply(ctx, ctx.call.backward(grad, tensors, kept, ctx.needed, symbolic))
         scale = _scale(grad, divisor)
-        return _for_apply(ctx, _as_inputs([g * scale for g in gradients], tensors))
+        pairs = zip(gradients, tensors, strict=False)
+        return _for_apply(
+            ctx, [g * scale if v is None else (g * scale).to(v.dtype) for g, v in pairs]
+        )
 
 
 class _EagerLoss(TracedLoss):
@@ -153,9 +156,9 @@ class _EagerLoss(TracedLoss):
             gradients = call.forward(tensors, needed, None).gradients
         scale = _scale(grad, ctx.divisor)
         # A CPU can read the upstream gradient for free, and a 1 saves a pass over the gradients.
-        if not (scale.is_cpu and values_may_be_read(scale) and scale == 1):
-            gradients = [g.mul_(scale) for g in gradients]
-        return _for_apply(ctx, _as_inputs(gradients, tensors))
+        one = scale.is_cpu and values_may_be_read(scale) and scale == 1
+        pairs = zip(gradients, tensors, strict=False)
+        return _for_apply(ctx, [_scaled(g, None if one else scale, v) for g, v in pairs])
 
 
 def _scale(grad: Tensor, divisor: Tensor | None) -> Tensor:
@@ -163,9 +166,14 @@ def _scale(grad: Tensor, divisor: Tensor | None) -> Tensor:
     return grad if divisor is None else (grad / divisor).to(grad.dtype)
 
 
-def _as_inputs(gradients: Sequence[Tensor], tensors: Tensors) -> list[Tensor]:
-    """Cast gradients to the dtypes of their tensors: sums of halves are rounded here, once."""
-    return [g if v is None else g.to(v.dtype) for g, v in zip(gradients, tensors, strict=False)]
+def _scaled(gradient: Tensor, scale: Tensor | None, like: Tensor | None) -> Tensor:
+    """Scale a gradient in place, or round it to the dtype of its tensor, in one pass on a GPU."""
+    dtype = gradient.dtype if like is None else like.dtype
+    if scale is None:
+        return gradient.to(dtype)
+    if gradient.dtype == dtype or gradient.is_cpu:  # a CPU would round from a copy
+        return gradient.mul_(scale).to(dtype)
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _differentiable(

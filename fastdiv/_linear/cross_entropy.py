@@ -7,6 +7,7 @@ matrix products in half precision, the logits are float32.
 
 From about 1024 rows on, memory beyond arguments and gradients stays below a tenth of the logits.
 It stops growing at 64 MB (512 MB on a GPU).  ``chunk_size`` sets the rows of a tile.
+``accumulate="weight"`` adds sums of the size of the weight, and saves a matrix product.
 """
 
 from __future__ import annotations
@@ -138,10 +139,10 @@ def linear_cross_entropy(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
-            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
-            the backward.  ``"rows"`` takes blocks of classes, four products, and
-            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
-            ``"none"`` where the weight has no such sum, or one of at most half a tile.
+            three matrix products, for any reduction but ``"none"``.  In half precision it holds a
+            float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
+            takes blocks of classes and four products, without that sum.  None takes ``"weight"``
+            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
 
     Returns:
         The loss, float32 (float64 if input or target is); with ``return_stats`` a pair of the loss

@@ -9,7 +9,7 @@ from .._engine.dtensor import dispatch_dtensor
 from .._losses.divergence import js_loss
 from ..reference import Spec
 from ..reference.choices import Accumulate, Reduction, TargetType
-from .head import as_rows, check_accumulate, check_target, checked_head, loss_of_head
+from .head import as_rows, check_target, checked_head, loss_of_head
 
 
 def _linear_divergence(
@@ -28,7 +28,6 @@ def _linear_divergence(
     head = checked_head(*student)
     logits = head.logits
     arguments.check_reduction(reduction)
-    check_accumulate(accumulate, reduction)
     target_type, target = check_teacher(logits, *teacher)
     spec = Spec(
         loss=loss,
@@ -114,10 +113,10 @@ def linear_kl_div(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
-            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
-            the backward.  ``"rows"`` takes blocks of classes, four products, and
-            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
-            ``"none"`` where the weight has no such sum, or one of at most half a tile.
+            three matrix products, for any reduction but ``"none"``.  In half precision it holds a
+            float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
+            takes blocks of classes and four products, without that sum.  None takes ``"weight"``
+            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -198,10 +197,10 @@ def linear_reverse_kl_div(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
-            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
-            the backward.  ``"rows"`` takes blocks of classes, four products, and
-            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
-            ``"none"`` where the weight has no such sum, or one of at most half a tile.
+            three matrix products, for any reduction but ``"none"``.  In half precision it holds a
+            float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
+            takes blocks of classes and four products, without that sum.  None takes ``"weight"``
+            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -285,10 +284,10 @@ def linear_js_div(
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
-            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
-            the backward.  ``"rows"`` takes blocks of classes, four products, and
-            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
-            ``"none"`` where the weight has no such sum, or one of at most half a tile.
+            three matrix products, for any reduction but ``"none"``.  In half precision it holds a
+            float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
+            takes blocks of classes and four products, without that sum.  None takes ``"weight"``
+            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of

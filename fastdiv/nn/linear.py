@@ -113,10 +113,10 @@ class LinearCrossEntropyLoss(LinearModule):
         chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
             memory of all logits.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
-            three matrix products.  In half precision its sum is float32, :math:`4 C H` bytes until
-            the backward.  ``"rows"`` takes blocks of classes, four products, and
-            :math:`4 R H` bytes for :math:`R` rows.  None takes ``"weight"`` for any reduction but
-            ``"none"`` where the weight has no such sum, or one of at most half a tile.
+            three matrix products, for any reduction but ``"none"``.  In half precision it holds a
+            float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
+            takes blocks of classes and four products, without that sum.  None takes ``"weight"``
+            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
