@@ -437,9 +437,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_a_gpu_adds_products_to_their_sum_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product apart from its sum would take the memory of another one."""
-    total = torch.zeros(6, 5, device="meta")
-    a, b = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((4, 3), (3, 5)))
-    tiles._add_product(total, slice(0, 4), a, b)  # as torch checks the arguments
+    if not torch.__version__.startswith("2.11"):  # which has no such product of meta tensors
+        total = torch.zeros(6, 5, device="meta")
+        a, b = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((4, 3), (3, 5)))
+        tiles._add_product(total, slice(0, 4), a, b)  # torch checks the arguments
     sums = []
 
     def addmm(self: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any, out: Tensor) -> Tensor:
