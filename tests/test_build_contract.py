@@ -72,7 +72,7 @@ def policy_of(name: str, loop: str) -> str:
     With DIRECT, where the loop takes the textbook's terms.
     """
     text = name[name.index(f"{loop}<") + len(loop) + 1 :]
-    pair = re.match(r"fastdiv::(Direct|Stable)Pair<float>, ", text)
+    pair = re.match(r"fastdiv::(Direct|Stable)Pair<float(?:, fastdiv::ExactMath)?>, ", text)
     text = text[pair.end() :] if pair else text
     suffix = DIRECT if pair and pair[1] == "Direct" else ""
     depth = 0

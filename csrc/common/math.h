@@ -15,6 +15,13 @@
 #endif
 
 #if defined(__CUDA_ARCH__)
+#define FD_CUDA  // device code
+#elif defined(FD_CUDA_ON_CPU)
+#define FD_CUDA
+#include "instructions.h"  // of tests/cuda_on_cpu
+#endif
+
+#if defined(__CUDA_ARCH__)
 #define FD_SIMD(...) _Pragma("unroll")
 #else
 #define FD_PRAGMA(x) _Pragma(#x)
@@ -22,6 +29,34 @@
 #endif
 
 namespace fastdiv {
+
+#if !defined(FD_CUDA_ON_CPU)
+// Instructions of a GPU, each with an error of some 2^-22.
+FD_FN float exp2_instruction(float v) {
+#if defined(__CUDA_ARCH__)
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(v));
+  return v;
+#else
+  return exp2f(v);
+#endif
+}
+FD_FN float log2_instruction(float v) {
+#if defined(__CUDA_ARCH__)
+  asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(v));
+  return v;
+#else
+  return log2f(v);
+#endif
+}
+FD_FN float quotient_instruction(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  asm("div.approx.ftz.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+#else
+  return a / b;
+#endif
+}
+#endif
 
 template <class real>
 struct Limits;
@@ -54,7 +89,21 @@ FD_FN bool is_infinite(real v) {  // false for NaN
 // Return p * v with 0 * inf = 0: a class without mass adds nothing.  A NaN mass gives NaN.
 template <class real>
 FD_FN real mass_times(real p, real v) {
+#if defined(__CUDA_ARCH__)
+  return p * (p == real(0) ? real(0) : v);  // so that the product can fuse with a sum
+#else
   return p == real(0) ? real(0) : p * v;
+#endif
+}
+
+// The same for a log that is not +inf: a GPU then needs no test of the mass.
+template <class real>
+FD_FN real mass_times_log(real p, real log) {
+#if defined(__CUDA_ARCH__)
+  return p * fmax(log, Limits<real>::lowest);
+#else
+  return mass_times(p, log);
+#endif
 }
 
 // Return the exact a - b minus the rounded one (Knuth); 0 where that is NaN.
@@ -103,6 +152,17 @@ FD_FN float exp_neg(float z) {
 #endif
 }
 FD_FN double exp_neg(double z) { return exp(z); }
+
+// Return e^(z scale) with a relative error of some 2^-22 (1 + |z scale|), for sums of many terms. A
+// GPU has one instruction for it.
+FD_FN float approx_exp(float z, float scale) {
+#if defined(FD_CUDA)
+  return exp2_instruction(z * (scale * 1.44269504f));
+#else
+  return exp_neg(z * scale);
+#endif
+}
+FD_FN double approx_exp(double z, double scale) { return exp(z * scale); }
 
 // The functions of z = -|log q - log p| from which every divergence is built.  All are accurate to
 // the last digits, also as z -> 0, where the textbook forms cancel.
@@ -176,21 +236,58 @@ FD_FN float log_of_parts(float k, float m) {
 
 // Return log v of a normal positive number.  For 0 the result is finite or -inf.
 FD_FN float log_positive(float v) {
+#if defined(__CUDA_ARCH__)
+  return logf(v);  // at most one ulp off
+#else
   const LogParts l = log_parts(v);
   return log_of_parts(l.k, l.m);
+#endif
 }
 FD_FN double log_positive(double v) { return log(v); }
 
 // Return log v of any number: -inf for 0, NaN below 0.
 FD_FN float log_of(float v) {
+#if defined(__CUDA_ARCH__)
+  return logf(v);
+#else
   const bool tiny = v < 1.17549435e-38f;
   const LogParts l = log_parts(tiny ? v * 16777216.f : v);
   const float value = log_of_parts(tiny ? l.k - 24.f : l.k, l.m);
   const float positive = v > Limits<float>::highest ? v : value;
   const float nan = v - v + float_from_bits(0x7fc00000);
   return v > 0.f ? positive : (v == 0.f ? -HUGE_VALF : nan);
+#endif
 }
 FD_FN double log_of(double v) { return log(v); }
+
+// --- how logs and exponentials of single classes are computed ----------------------------------
+
+// To the last digits, in nats.
+struct ExactMath {
+  template <class real>
+  static constexpr real kUnit = 1;  // in nats
+  template <class real>
+  static FD_FN real exp(real log) {
+    return exp_neg(log);
+  }
+  template <class real>
+  static FD_FN real log(real v) {
+    return log_positive(v);
+  }
+  template <class real>
+  static FD_FN real quotient(real a, real b) {
+    return a / b;
+  }
+};
+
+// With one instruction each and an error of some 2^-22, in bits: for rows of 16 bits on a GPU.
+struct ApproxMath {
+  template <class real>
+  static constexpr real kUnit = real(0.693147180559945309);
+  static FD_FN float exp(float log) { return exp2_instruction(log); }
+  static FD_FN float log(float v) { return log2_instruction(v); }
+  static FD_FN float quotient(float a, float b) { return quotient_instruction(a, b); }
+};
 
 // log(1 + u) and psi = (1 + u) log(1 + u) - u = u^2/2 + ..., for u in [-1, 0].
 template <class real>

@@ -106,22 +106,29 @@ struct RowState {
       }
   }
 
-  // Add a tile.  Rounding errors grow with the number of terms.  So with kRun > 0, the sums that
-  // decide the last digits of the value are added up in runs of kRun columns.
+  // Add a tile, with new maxima if it has larger numbers.
   template <int kRun = 0>
   FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
     rebase(loss, max_of(tile.x, tile.n, x.max), kNormalise ? max_of(tile.t, tile.n, t.max) : t.max,
            scale);
+    add<kRun>(loss, tile, scale);
+  }
+
+  // Add a tile.  Rounding errors grow with the number of terms.  So with kRun > 0, the sums that
+  // decide the last digits of the value are added up in runs of kRun columns.
+  // kNarrow: of numbers of 16 bits, whose differences need no rounding errors added back.
+  template <int kRun = 0, bool kNarrow = false>
+  FD_FN void add(const P& loss, const Tile<real>& tile, real scale) {
     Parts total;
     if constexpr (P::kExactRatio && kRun > 0) {
       for (int i = 0; i < tile.n; i += kRun)
-        total.add(parts_of(loss, tile, scale, i, tile.n - i < kRun ? tile.n : i + kRun));
+        total.add(parts_of<kNarrow>(loss, tile, scale, i, tile.n - i < kRun ? tile.n : i + kRun));
     } else {
-      total = parts_of(loss, tile, scale, 0, tile.n);
+      total = parts_of<kNarrow>(loss, tile, scale, 0, tile.n);
     }
     x.sum += total.x, t.sum += total.t;
     sums.add(total.sums);
-    if constexpr (P::kTilted) push_tilted(loss, tile, scale);
+    if constexpr (P::kTilted) push_tilted<kNarrow>(loss, tile, scale);
   }
 
   FD_FN void merge(const P& loss, RowState o, real scale) {
@@ -156,24 +163,37 @@ struct RowState {
     FD_FN void add(const Parts& o) { x += o.x, t += o.t, sums.add(o.sums); }
   };
   // Return what columns [begin, end) of a tile add to the sums, with the current maxima.
+  template <bool kNarrow>
   FD_FN Parts parts_of(const P& loss, const Tile<real>& tile, real scale, int begin,
                        int end) const {
+    // An order alpha magnifies the errors of its sums.
+    constexpr bool kApprox = !P::kTilted || kNarrow;
     const real x_max = x.max, t_max = kNormalise ? t.max : real(0);
     real x_sum = 0, t_sum = 0, a = 0, b = 0, c = 0, d = 0;
     FD_SIMD(reduction(+ : x_sum, t_sum, a, b, c, d))
     for (int i = begin; i < end; ++i) {
       Column<real> col{};
       col.lx = (tile.x[i] - x_max) * scale;
-      col.ex = exp_neg(col.lx);
+      col.ex = kApprox ? approx_exp(tile.x[i] - x_max, scale) : exp_neg(col.lx);
       col.weight = P::kWeights ? tile.weights[i] : real(1);
       if constexpr (kTarget != Target::kNone) {
         const real lt = log_target<kTarget>(tile.t[i], t_max, real(0), scale);
-        col.et = kTarget == Target::kProbs ? tile.t[i] : exp_neg(lt);
+        if constexpr (kTarget == Target::kProbs)
+          col.et = tile.t[i];
+        else
+          col.et = !kApprox     ? exp_neg(lt)
+                   : kNormalise ? approx_exp(tile.t[i] - t_max, scale)
+                                : approx_exp(lt, real(1));
         // Where the last digits count, take the difference of the logits themselves: those minus
         // their maxima are rounded.
-        col.ratio = kNormalise && P::kExactRatio
-                        ? -difference_of_differences(tile.x[i], tile.t[i], x_max, t_max) * scale
-                        : lt - col.lx;
+        if constexpr (!kNormalise)
+          col.ratio = lt - col.lx;
+        else if constexpr (!P::kExactRatio)
+          col.ratio = ((tile.t[i] - t_max) - (tile.x[i] - x_max)) * scale;
+        else if constexpr (kNarrow)
+          col.ratio = ((x_max - t_max) - (tile.x[i] - tile.t[i])) * scale;
+        else
+          col.ratio = -difference_of_differences(tile.x[i], tile.t[i], x_max, t_max) * scale;
         t_sum += col.et;
       }
       x_sum += col.ex;
@@ -184,6 +204,7 @@ struct RowState {
     }
     return {x_sum, t_sum, {a, b, c, d}};
   }
+  template <bool kNarrow>
   FD_FN void push_tilted(const P& loss, const Tile<real>& tile, real scale) {
     const real x_max = x.max, t_max = t.max, inf = Limits<real>::infinity;
     real infinite = 0, sum = 0;
@@ -202,7 +223,10 @@ struct RowState {
     tilted.rebase(max_of(tile.tilted, tile.n, tilted.max), real(1));
     const real max = tilted.max;
     FD_SIMD(reduction(+ : sum))
-    for (int i = 0; i < tile.n; ++i) sum += exp_neg(tile.tilted[i] - max);
+    for (int i = 0; i < tile.n; ++i) {
+      const real v = tile.tilted[i] - max;
+      sum += kNarrow ? approx_exp(v, real(1)) : exp_neg(v);  // alpha magnifies its error
+    }
     tilted.sum += sum;
     sums.b += infinite;
   }

@@ -92,7 +92,8 @@ auto sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
                const typename P::Record& row) {
   using real = typename P::real;
   if constexpr (P::kDirectTerms && std::is_same<P, L>::value)
-    if (row.use_direct != real(0)) return sum_terms_of<DirectPair<real>>(source, loss, r, row);
+    if (row.use_direct != real(0))
+      return sum_terms_of<DirectPair<real, ExactMath>>(source, loss, r, row);
   return sum_terms_of<StablePair<real>>(source, loss, r, row);
 }
 
@@ -144,8 +145,8 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   const Outputs<real> gx{g.value * scale, g.entropy * scale};
   FD_SIMD()
   for (int j = 0; j < n; ++j)
-    dx[j] = grad_of_input<PairOf>(loss, x[j], source.kTeacher ? t[j] : real(0),
-                                  P::kWeights ? w[j] : real(1), row, gx, scale);
+    dx[j] = grad_of_input<PairOf, ExactMath>(loss, x[j], source.kTeacher ? t[j] : real(0),
+                                             P::kWeights ? w[j] : real(1), row, gx, scale);
   if constexpr (P::kReadsLabel) {
     const int64_t at = source.a.labels[r] - i;
     if (at >= 0 && at < n) dx[at] += loss.grad_label(row, gx);
@@ -208,7 +209,7 @@ void backward_row(const RowSource<P>& source, int64_t r) {
     return backward_topk(source, r, [&] { backward_row_of<StablePair<real>>(source, r); });
   if constexpr (P::kDirectTerms)
     if (source.row(r).record().use_direct != real(0))
-      return backward_row_of<DirectPair<real>>(source, r);
+      return backward_row_of<DirectPair<real, ExactMath>>(source, r);
   backward_row_of<StablePair<real>>(source, r);
 }
 

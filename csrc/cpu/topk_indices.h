@@ -66,8 +66,8 @@ inline void check_indices(const RowArgs& a, ParallelFor parallel_for) {
         const bool f64 = t.a.dtype == DType::kF64;
         IndexCheck check(t.a);
         for (int64_t r = begin; r < end; ++r) {
-          const bool counts =
-              f64 ? weight_of_row<double>(t.a, r) != 0 : weight_of_row<float>(t.a, r) != 0;
+          const bool counts = f64 ? RowWeight<double>::of(t.a, r).weight != 0
+                                  : RowWeight<float>::of(t.a, r).weight != 0;
           if (!counts || check.passes(r)) continue;
           for (int64_t first = t.wrong; r < first && !t.wrong.compare_exchange_weak(first, r);) {
           }

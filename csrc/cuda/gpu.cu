@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "cuda/launch.cuh"
+#include "cuda/launch_shapes.h"
 
 namespace fastdiv {
 namespace cuda {
@@ -26,7 +27,8 @@ Status describe(int device, Gpu* gpu) {
     if (const Status error = status_of(cudaDeviceGetAttribute(value, attribute, device)))
       return error;
   const int capability = 10 * major + minor;
-  *gpu = {capability < code.ptxVersion ? capability : code.ptxVersion, shared};
+  const int architecture = capability < code.ptxVersion ? capability : code.ptxVersion;
+  *gpu = {architecture, shared, architecture < kFirstWithClusters ? 1 : kMaxCluster};
   return nullptr;
 }
 
@@ -38,7 +40,7 @@ const char* toolkit() { return FD_TEXT(__CUDACC_VER_MAJOR__) "." FD_TEXT(__CUDAC
 #else
 
 Status describe(int, Gpu* gpu) {
-  *gpu = {cuda_on_cpu::architecture(), cuda_on_cpu::shared_memory()};
+  *gpu = {cuda_on_cpu::architecture(), cuda_on_cpu::shared_memory(), cuda_on_cpu::max_cluster()};
   return nullptr;
 }
 

@@ -13,6 +13,7 @@ constexpr int64_t kMaxClasses = int64_t(1) << 30;  // column indices have 32 bit
 struct Gpu {
   int architecture = 0;       // 90: compute capability 9.0
   int64_t shared_memory = 0;  // the most bytes of a block
+  int max_cluster = 1;        // the most blocks of a cluster; a power of two
 };
 
 // Null for success, else the message of the driver.
@@ -28,7 +29,7 @@ struct RowKernels {
 const RowKernels* find_kernels(LossId loss, Target target, DType dtype);
 
 // Write both on the GPU, as one `real` each: *divisor, the sum of the rows' weights for a mean,
-// else `batch`; and *value, the sum of the rows' values divided by it.
+// else `batch`; and *value, the sum of the rows' values divided by it.  The rows' values are lost.
 Status reduce_rows(const RowArgs& args, bool mean, double batch, void* value, void* divisor,
                    void* stream);
 

@@ -1,6 +1,8 @@
 // Launches kernels: on a GPU, or in the tests on a CPU.
 #pragma once
 
+#include <utility>
+
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
 
@@ -26,11 +28,17 @@ inline Status status_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Let launches of the kernel ask for this many bytes of dynamic shared memory.
+// Let launches of the kernel ask for this many bytes of dynamic shared memory.  Occupancy counts on
+// all that a multiprocessor has, so the L1 cache gets none of it.
 template <class... Args>
 Status allow_shared(void (*kernel)(Args...), int64_t bytes) {
-  return status_of(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  const std::pair<cudaFuncAttribute, int> attributes[] = {
+      {cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)},
+      {cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared}};
+  for (const auto& [attribute, value] : attributes)
+    if (const Status error = status_of(cudaFuncSetAttribute(kernel, attribute, value)))
+      return error;
+  return nullptr;
 }
 
 template <class... Args>

@@ -1,7 +1,9 @@
-// Reads and writes rows 16 bytes at a time, whatever their alignment.
+// Packs of 16 bytes, in which rows are read and written whatever their alignment.
 #pragma once
 
 #include <string.h>
+
+#include <type_traits>
 
 #include "common/dtype.h"
 #include "cuda/device.cuh"
@@ -31,7 +33,32 @@ struct alignas(16) Pack {
       memcpy(words + k * sizeof(T) / 4, &v, sizeof(T));
     }
   }
+  // One access of 16 bytes; the address is aligned.
+  static __device__ __forceinline__ Pack read(const void* p) {
+    Pack pack;
+    load_16(p, pack.words);
+    return pack;
+  }
+  __device__ __forceinline__ void write(void* p) const { store_16(p, words); }
+
+  // Remove the first element, and append one.
+  __device__ __forceinline__ void push(T v) {
+    FD_UNROLL
+    for (int k = 0; k + 1 < kSize; ++k) set(k, get(k + 1));
+    set(kSize - 1, v);
+  }
 };
+
+// How the kernels compute with numbers of this type.
+template <class T>
+using MathOf = std::conditional_t<sizeof(T) == 2, ApproxMath, ExactMath>;
+
+template <class T, class real>
+__device__ __forceinline__ T narrowed(real v) {
+  T out;
+  narrow(v, &out);
+  return out;
+}
 
 // Return bytes [shift, shift + 16) of two neighbours.
 template <class T>
@@ -49,7 +76,7 @@ __device__ __forceinline__ Pack<T> join(const Pack<T>& lo, const Pack<T>& hi, un
   return out;
 }
 
-// Elements [begin, end) of a row.  Nothing outside of them is read or written.
+// Elements [begin, end) of a row in global memory.  Nothing outside of them is read or written.
 template <class T>
 struct Stretch {
   static constexpr int kSize = Pack<T>::kSize;
@@ -63,44 +90,42 @@ struct Stretch {
   __device__ __forceinline__ int misalignment(int i) const {
     return int(reinterpret_cast<uintptr_t>(row + i) % 16 / sizeof(T));
   }
-  __device__ __forceinline__ Pack<T>& at(int i) const {
-    return *reinterpret_cast<Pack<T>*>(row + i);
+  __device__ __forceinline__ Pack<T> at(int i) const { return Pack<T>::read(row + i); }
+  // Return at how many places, from `begin` on, whole and aligned runs of `size` elements begin, if
+  // one begins at i.
+  __device__ __forceinline__ unsigned whole_runs(int i, int size) const {
+    return misalignment(i) == 0 && end - begin >= size ? unsigned(end - begin - size + 1) : 0;
   }
 
-  // Load elements [i, i + kSize), which are not aligned; elements outside are 0.
-  __device__ __forceinline__ Pack<T> load_unaligned(int i) const {
+  // Load elements [i, i + kSize); those outside are `fill`.
+  __device__ __forceinline__ Pack<T> load(int i, T fill) const {
     const int shift = misalignment(i);
+    if (shift == 0 && holds(i, kSize)) return at(i);
     if (shift != 0 && holds(i - shift, 2 * kSize)) {
       // Two aligned loads.  The second is also the first load of the next thread.
       const Pack<T> lo = at(i - shift), hi = at(i - shift + kSize);
       return join(lo, hi, unsigned(shift * sizeof(T)));
     }
-    Pack<T> pack{};
-    FD_UNROLL
-    for (int k = 0; k < kSize; ++k)
-      if (holds(i + k, 1)) pack.set(k, row[i + k]);
-    return pack;
+    return load_elements(i, fill);
   }
-
-  // Load packs[u] from i + u * step.  If all are aligned and inside, the loads are issued at once.
-  template <int n>
-  __device__ __forceinline__ void load(int i, int step, Pack<T> (&packs)[n]) const {
-    if (misalignment(i) == 0 && holds(i, (n - 1) * step + kSize)) {
-      FD_UNROLL
-      for (int u = 0; u < n; ++u) packs[u] = at(i + u * step);
-    } else {
-      FD_UNROLL
-      for (int u = 0; u < n; ++u) packs[u] = load_unaligned(i + u * step);
-    }
+  // The same element by element: slowly, and in little code.
+  __device__ __forceinline__ Pack<T> load_elements(int i, T fill) const {
+    Pack<T> pack{};
+#pragma unroll 1
+    for (int k = 0; k < kSize; ++k) pack.push(holds(i + k, 1) ? row[i + k] : fill);
+    return pack;
   }
 
   __device__ __forceinline__ void store(int i, const Pack<T>& pack) const {
     if (misalignment(i) == 0 && holds(i, kSize)) {
-      at(i) = pack;
+      pack.write(row + i);
     } else {
-      FD_UNROLL
-      for (int k = 0; k < kSize; ++k)
-        if (holds(i + k, 1)) row[i + k] = pack.get(k);
+      Pack<T> rest = pack;
+#pragma unroll 1
+      for (int k = 0; k < kSize; ++k) {
+        if (holds(i + k, 1)) row[i + k] = rest.get(0);
+        rest.push(T{});
+      }
     }
   }
 };

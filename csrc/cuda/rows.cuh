@@ -1,173 +1,166 @@
 // The kernels over rows on a GPU, for any policy of csrc/losses.
 #pragma once
 
+#include "cuda/gradients.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/topk.cuh"
-#include "cuda/row_reader.cuh"
 #include "losses/find_kernels.h"
 
 namespace fastdiv {
 namespace cuda {
 
-template <class T, class real>
-__device__ __forceinline__ void set(Pack<T>& pack, int k, real v) {
-  T narrowed;
-  narrow(v, &narrowed);
-  pack.set(k, narrowed);
-}
-
-// Write dL/dx and dL/dt of columns [begin, end) of a row.  Packs are aligned where they are
-// written.  A pack at the edge shares its 16 bytes with the neighbouring stretch.
-template <class P, class T, bool kCapped>
-__device__ __forceinline__ void write_dense_gradients(const RowReader<P, T, kCapped>& reader,
-                                                      int64_t r, typename P::Record row, int begin,
-                                                      int end, int thread, int threads) {
-  using real = typename P::real;
-  using Reader = RowReader<P, T, kCapped>;
-  constexpr int kSize = Reader::kSize, kPacks = Reader::kPacks;
-  const RowArgs& a = reader.a;
-  const real scale = reader.scale;
-  const Outputs<real> g = RowIO<P>{a, r}.upstream();
-  const bool zero = g.value == real(0) && g.entropy == real(0);
-  const Outputs<real> gx{g.value * scale, g.entropy * scale};
-  const bool need_x = a.dx.data, need_t = Reader::kTeacher && a.dt.data;
-  const Stretch<T> dx{need_x ? Reader::row_of(a.dx, r) : nullptr, begin, end};
-  const Stretch<T> dt{need_t ? Reader::row_of(a.dt, r) : nullptr, begin, end};
-  const int label = P::kReadsLabel ? int(a.labels[r]) : -1;
-  const Stretch<T> aligned{need_x ? dx.row : dt.row, begin, end};
-  const int first = begin - aligned.misalignment(begin);
-  const int step = threads * kSize;
-  for (int i = first + thread * kSize; i < end; i += kPacks * step) {
-    typename Reader::Packs px, pt, out{};
-    const auto store = [&](const Stretch<T>& to) {
-      FD_UNROLL
-      for (int u = 0; u < kPacks; ++u) to.store(i + u * step, out[u]);
-    };
-    if (zero) {
-      if (need_x) store(dx);
-      if (need_t) store(dt);
-      continue;
-    }
-    reader.load(i, step, px, pt);
-    const auto tile = reader.unpack(px, pt, i, step);
-    const auto t = [&](int c) { return Reader::kTeacher ? tile.t[c] : real(0); };
-    const auto weight = [&](int c) { return P::kWeights ? tile.weights[c] : real(1); };
-    if (need_t) {
-      if constexpr (Reader::kTeacher)
-        Reader::for_columns([&](int c, int u, int k) {
-          set(out[u], k,
-              grad_of_target<StablePair<real>>(reader.loss, tile.x[c], t(c), weight(c), row,
-                                               g.value, scale));
-        });
-      store(dt);
-    }
-    if (need_x) {
-      real d[kColumns<P>];
-      Reader::for_columns([&](int c, int, int) {
-        d[c] = grad_of_input<StablePair<real>>(reader.loss, tile.x[c], t(c), weight(c), row, gx,
-                                               scale);
-      });
-      if constexpr (P::kReadsLabel) {
-        FD_UNROLL
-        for (int u = 0; u < kPacks; ++u) {
-          const unsigned at = unsigned(label - (i + u * step));
-          if (at >= unsigned(kSize)) continue;
-          FD_UNROLL
-          for (int k = 0; k < kSize; ++k)
-            if (at == unsigned(k)) d[u * kSize + k] += reader.loss.grad_label(row, gx);
-        }
-      }
-      if constexpr (kCapped)
-        Reader::for_columns(
-            [&](int c, int u, int k) { d[c] *= reader.cap.slope(widen(px[u].get(k))); });
-      Reader::for_columns([&](int c, int u, int k) { set(out[u], k, d[c]); });
-      store(dx);
-    }
-  }
-}
-
-template <class P, class T, bool kCapped>
-__device__ __forceinline__ void write_gradients(const RowReader<P, T, kCapped>& reader, int64_t r,
-                                                const typename P::Record& row, int begin, int end,
-                                                int thread, int threads) {
-  const auto dense = [&] { write_dense_gradients(reader, r, row, begin, end, thread, threads); };
-  if constexpr (P::kTopK)
-    write_topk_gradients(reader, r, row, RowIO<P>{reader.a, r}.upstream().value, begin, end, thread,
-                         threads, dense);
-  else
-    dense();
-}
+// --- registers ----------------------------------------------------------------------------------
 
 template <class P>
 constexpr bool has_moment() {
   if constexpr (P::kDivergence) return P::kMoment != P::Moment::kNone;
   return true;
 }
-// How many blocks of 256 threads share the 65536 registers of a multiprocessor, at least:
+
+// How many blocks of a forward share the 65536 registers of a multiprocessor, at least:
+//   blocks      3    4    6    per multiprocessor
+//   registers  168  128   80   per thread
+// More would not fit its shared memory: a block takes 32 KiB for every row of its slices.
+template <class P, bool kCapped>
+constexpr int kForwardBlocks = (P::kTarget != Target::kNone                             ? 3
+                                : sizeof(typename P::real) == 8 || kCapped || P::kStats ? 4
+                                                                                        : 6) *
+                               128 / kForwardThreads;
+
+// The same of a backward, whose blocks have twice as many threads and no shared memory:
 //   blocks      4    3    2    1
-//   registers  64   80  128  255   per thread
-// Kernels that would spill get fewer blocks: fewer threads with more loads in flight each.
-template <class P, bool kCapped, bool kGradient>
-constexpr int kMinBlocks = sizeof(typename P::real) == 8        ? 1
-                           : kCapped || P::kStats || P::kTilted ? 2
-                           : P::kDivergence && kGradient        ? 2
-                           : !has_moment<P>()                   ? 2
-                           : P::kDivergence || P::kWeights      ? 3
+//   registers  64   80  128  255
+template <class P, bool kCapped>
+constexpr int kBackwardBlocks = sizeof(typename P::real) == 8   ? 1
+                                : kCapped || P::kTilted         ? 2
+                                : !has_moment<P>()              ? 2
+                                : P::kDivergence || P::kWeights ? 3
                                                                 : 4;
 
-// The second pass: sum the terms of a divergence, from the cache where it has the row.
-template <class Reader, class L, class real>
-__device__ __forceinline__ TermSums<real> sum_terms(const Reader& reader, Team& team, const L& loss,
-                                                    const PairRecord<real>& row) {
+// --- forward ------------------------------------------------------------------------------------
+
+// How far a thread lets its maxima grow, in scaled logits, before its sums are rebased to them.
+#ifndef FD_REBASE_SLACK
+#define FD_REBASE_SLACK 8
+#endif
+
+// The first pass of one thread.  Rebasing takes longer than a tile, and a warp rebases if one lane
+// has a new maximum.  So sums stay relative to an older maximum until the new one is much larger.
+template <class P, class T>
+struct ThreadState {
+  using real = typename P::real;
+  static constexpr bool kNormalise = RowState<P>::kNormalise;
+  RowState<P> state;
+  real x_max = Limits<real>::lowest, t_max = Limits<real>::lowest;  // of all that was pushed
+
+  template <class Tile>
+  __device__ __forceinline__ void push(const P& loss, const Tile& tile, real scale) {
+    constexpr real kSlack = FD_REBASE_SLACK;
+    x_max = max_of(tile.x, tile.kColumns, x_max);
+    bool far = (x_max - state.x.max) * scale > kSlack;
+    if constexpr (kNormalise) {
+      t_max = max_of(tile.t, tile.kColumns, t_max);
+      far = far || (t_max - state.t.max) * scale > kSlack;
+    }
+    if (far) rebase(loss, scale);
+    real tilted[tile.kColumns];
+    state.template add<0, sizeof(T) == 2>(
+        loss, {tile.x, tile.t, tile.weights, tile.kColumns, tilted}, scale);
+  }
+  __device__ __forceinline__ void rebase(const P& loss, real scale) {
+    state.rebase(loss, x_max, kNormalise ? t_max : state.t.max, scale);
+  }
+};
+
+// The second pass: sum the terms of a divergence.
+template <class PairOf, int kPacks, class Reader, class RowSlice, class L, class real>
+__device__ __forceinline__ TermSums<real> sum_terms_of(const Reader& reader, RowSlice& slice,
+                                                       const Threads& threads, const L& loss,
+                                                       const PairRecord<real>& row) {
   TermSums<real> sum;
-  reader.template pass<false>(team, [&](const auto& tile, int, int) {
-    reader.for_columns([&](int c, int, int) {
+  for_tiles<kPacks>(reader, slice, threads, [&](const auto& tile, int, int) {
+    tile.for_columns([&](int c, int, int) {
       const auto pair =
-          StablePair<real>::template of<Reader::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
+          PairOf::template of<Reader::kTarget>(tile.x[c], tile.t[c], reader.scale, row);
       const Terms<real> term = loss.terms(pair);
       sum.add({term.f, term.u, term.v, pair.q, pair.p});
     });
   });
+  return sum;
+}
+template <class Reader, class RowSlice, class L, class Record>
+__device__ __forceinline__ TermSums<typename Reader::real> sum_terms(const Reader& reader,
+                                                                     RowSlice& slice, Team& team,
+                                                                     const L& loss,
+                                                                     const Record& row) {
+  using real = typename Reader::real;
+  using T = typename Reader::Element;
+  TermSums<real> sum;
+  bool direct = false;
+  if constexpr (L::kDirectTerms && std::is_same_v<Record, typename L::Record>) {
+    direct = row.use_direct != real(0);
+    if (direct) {
+      sum =
+          sum_terms_of<DirectPair<real, MathOf<T>>, kTilePacks<T>>(reader, slice, team, loss, row);
+      if (L::kTermsAddUp) sum.f = sum.u + sum.v;
+    }
+  }
+  if (!direct) sum = sum_terms_of<StablePair<real>, kStablePacks>(reader, slice, team, loss, row);
   return team.all(sum, MergeTerms<real>());
 }
 
+// Ask for a team's slice of a row.
+template <class Reader>
+__device__ __forceinline__ Slice<typename Reader::Element, Reader::kStreams> slice_of(
+    const Reader& reader, Team& team, const ForwardShape& shape, unsigned char* shared) {
+  using T = typename Reader::Element;
+  using P = typename Reader::Policy;
+  StagedRow<T> rows[Reader::kStreams];
+  rows[0] = {reader.x, nullptr, 0, Reader::no_logit()};
+  if constexpr (Reader::kTeacher) rows[1] = {reader.t, nullptr, 0, Reader::no_target()};
+  const int columns = kTilePacks<T> * Reader::kSize;
+  return {team, shape, int(reader.a.classes), reader.begin, reader.end, columns, rows, shared};
+}
+
 template <class P, class T, bool kCapped, bool kGradient>
-__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<P, kCapped, kGradient>)
+__global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, kCapped>))
     forward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
   using real = typename P::real;
-  FD_DYNAMIC_SHARED(cache);
-  const int warp = int(threadIdx.x) / kWarp;
-  const bool warps = shape.rows > 1;  // each has a row
-  const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + warp : blockIdx.x / shape.blocks;
+  using Reader = RowReader<P, T, kCapped>;
+  FD_DYNAMIC_SHARED(shared);
+  Team team(shape.team, shape.blocks);
+  const int64_t r = team.row();
   if (r >= a.rows) return;
-  Team team{warps ? kWarp : shape.threads, shape.blocks,
-            warps ? int(threadIdx.x) % kWarp : int(threadIdx.x), int(blockIdx.x % shape.blocks)};
-  const RowIO<P> self{a, r};
-  const int classes = int(a.classes), begin = team.block * shape.slice;
-  const int end = begin + shape.slice < classes ? begin + shape.slice : classes;
-  const RowReader<P, T, kCapped> reader(a, r, begin, end, cache, shape.cached);
+  const RowIO<P> self(a, r);
+  const int begin = team.block * shape.slice, end = begin + shape.slice;
+  const Reader reader(a, r, begin, end < int(a.classes) ? end : int(a.classes));
+  const bool wanted = self.weight() != real(0) || P::kStats;
+  auto slice = slice_of(reader, team, shape, shared);
   typename RowIO<P>::Result result{};
 
-  if (self.weight() != real(0) || P::kStats) {
-    RowState<P> state;
+  if (wanted) {
+    // The merge hands it to all threads, so it has been read before anything is written over it.
+    const real x_label =
+        team.leads() && self.reads_label() ? reader.logit(self.own.label) : real(0);
+    ThreadState<P, T> thread;
     ArgMax<real> largest;
-    reader.template pass<true>(team, [&](const auto& tile, int i, int step) {
-      real tilted[kColumns<P>];
-      state.push(reader.loss, {tile.x, tile.t, tile.weights, kColumns<P>, tilted}, reader.scale);
+    for_tiles<kTilePacks<T>>(reader, slice, team, [&](const auto& tile, int i, int step) {
+      thread.push(reader.loss, tile, reader.scale);
       if constexpr (P::kStats)
-        reader.for_columns([&](int c, int u, int k) { largest.push(tile.x[c], i + u * step + k); });
+        tile.for_columns([&](int c, int u, int k) { largest.push(tile.x[c], i + u * step + k); });
     });
-    // The row is in a cache now.  Nothing overwrites it before all threads have passed team.all.
-    const real x_label = self.reads_label() ? reader.logit(a.labels[r]) : real(0);
-    state = team.all(state, MergeStates<P>{reader.loss, reader.scale});
+    thread.rebase(reader.loss, reader.scale);
+    const auto first_pass =
+        team.all(FirstPass<P>(thread.state, x_label), MergeFirstPass<P>{reader.loss, reader.scale});
+    const RowState<P> state = first_pass.state();
     const auto second_pass = [&](const auto& loss, const auto& row) {
-      return sum_terms(reader, team, loss, row);
+      return sum_terms(reader, slice, team, loss, row);
     };
     if constexpr (P::kTopK)
-      result = self.finish(reader.loss, state, x_label, reader.scale,
-                           TopKClasses<RowReader<P, T, kCapped>>{{reader, r}, team});
+      result = self.finish(reader.loss, state, real(0), reader.scale,
+                           TopKClasses<Reader, decltype(slice)>{{reader, r}, slice, team});
     else
-      result = self.finish(reader.loss, state, x_label, reader.scale, second_pass);
+      result = self.finish(reader.loss, state, first_pass.x_label(), reader.scale, second_pass);
     if constexpr (P::kStats) {
       largest = team.all(largest, MergeArgMax<real>());
       if (team.leads()) self.store_stats(result, state, reader.scale, largest.column);
@@ -175,88 +168,116 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<P, kCapped, kGradien
   }
   if (team.leads()) self.store(result);
   if constexpr (kGradient) {
-    sync_threads(team.threads);
-    write_gradients(reader, r, result.row, begin, end, team.thread, team.threads);
+    team.sync();
+    const Gradients<Reader> to(reader, r);
+    const SlicePacks<Reader> packs(reader, slice, to.first, team.count * Reader::kSize);
+    const auto dense = [&] {
+      write_dense_gradients<false>(reader, packs, to, r, result.row, team);
+    };
+    if constexpr (P::kTopK)
+      write_topk_gradients(reader, r, result.row, team, dense);
+    else
+      dense();
   }
   team.leave();
 }
 
+// --- backward -----------------------------------------------------------------------------------
+
 template <class P, class T, bool kCapped>
-__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<P, kCapped, false>)
+__global__ void __launch_bounds__(kBackwardThreads, (kBackwardBlocks<P, kCapped>))
     backward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ BackwardShape shape) {
-  const bool warps = shape.rows > 1;
-  const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + int(threadIdx.x) / kWarp
-                          : blockIdx.x / shape.pieces;
+  using Reader = RowReader<P, T, kCapped>;
+  const Threads threads(shape.team);
+  const bool whole = !threads.whole_block();  // each team has a row
+  const int64_t r = whole ? int64_t(blockIdx.x) * shape.rows() + threads.group()
+                          : int64_t(blockIdx.x / unsigned(shape.pieces));
   if (r >= a.rows) return;
   // Each piece begins where the gradient is aligned.
   const int classes = int(a.classes);
-  using Reader = RowReader<P, T, kCapped>;
-  T* const gradient = a.dx.data ? Reader::row_of(a.dx, r) : Reader::row_of(a.dt, r);
-  const Stretch<T> out{gradient, 0, classes};
-  const int piece = warps ? 0 : int(blockIdx.x % shape.pieces) * shape.piece - out.misalignment(0);
-  const int begin = piece > 0 ? piece : 0;
-  const int end = warps || piece + shape.piece > classes ? classes : piece + shape.piece;
-  const Reader reader(a, r, begin, end, nullptr, 0);
-  write_gradients(reader, r, RowIO<P>{a, r}.record(), begin, end,
-                  warps ? int(threadIdx.x) % kWarp : int(threadIdx.x),
-                  warps ? kWarp : shape.threads);
+  const Stretch<T> out{row_of<T>(a.dx.data ? a.dx : a.dt, r), 0, classes};
+  const int piece =
+      whole ? 0 : int(blockIdx.x % unsigned(shape.pieces)) * shape.piece - out.misalignment(0);
+  const Reader reader(a, r, piece > 0 ? piece : 0,
+                      whole || piece + shape.piece > classes ? classes : piece + shape.piece);
+  const Gradients<Reader> to(reader, r);
+  const GlobalPacks<Reader> packs(reader, to.first, threads.count * Reader::kSize);
+  const auto record = RowIO<P>(a, r).record();
+  const auto dense = [&] { write_dense_gradients<true>(reader, packs, to, r, record, threads); };
+  if constexpr (P::kTopK)
+    write_topk_gradients(reader, r, record, threads, dense);
+  else
+    dense();
 }
+
+// --- terms --------------------------------------------------------------------------------------
 
 // Sum the terms with a given record.  For a shard of a row it is the record of the whole row.
 template <class P, class T>
-__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<P, false, false>)
+__global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, false>))
     terms_rows(const __grid_constant__ RowArgs a, const __grid_constant__ ForwardShape shape) {
   using real = typename P::real;
-  const int warp = int(threadIdx.x) / kWarp;
-  const bool warps = shape.rows > 1;  // each has a row
-  const int64_t r = warps ? int64_t(blockIdx.x) * shape.rows + warp : blockIdx.x / shape.blocks;
+  using Reader = RowReader<P, T, false>;
+  FD_DYNAMIC_SHARED(shared);
+  Team team(shape.team, shape.blocks);
+  const int64_t r = team.row();
   if (r >= a.rows) return;
-  Team team{warps ? kWarp : shape.threads, shape.blocks,
-            warps ? int(threadIdx.x) % kWarp : int(threadIdx.x), int(blockIdx.x % shape.blocks)};
-  const RowIO<P> self{a, r};
-  const int classes = int(a.classes), begin = team.block * shape.slice;
-  const int end = begin + shape.slice < classes ? begin + shape.slice : classes;
-  const RowReader<P, T, false> reader(a, r, begin, end, nullptr, 0);
+  const RowIO<P> self(a, r);
+  const int begin = team.block * shape.slice, end = begin + shape.slice;
+  const Reader reader(a, r, begin, end < int(a.classes) ? end : int(a.classes));
+  const bool wanted = self.weight() != real(0);
+  auto slice = slice_of(reader, team, shape, shared);
   TermSums<real> sum;
-  if (self.weight() != real(0)) sum = sum_terms(reader, team, reader.loss, self.record());
+  if (wanted) sum = sum_terms(reader, slice, team, reader.loss, self.record());
   if (team.leads()) self.store_terms(sum);
   team.leave();
 }
 
 // --- launches ---------------------------------------------------------------------------------
 
-// Bytes of shared memory in which a team exchanges what Team::all merges in forward_rows.
+// Bytes of static shared memory: two arrays for each type that Team::all merges in forward_rows,
+// and the barriers.
 template <class P>
-constexpr int64_t exchanged_bytes() {
+constexpr int64_t static_bytes() {
   using real = typename P::real;
-  int64_t bytes = sizeof(RowState<P>);
-  if (P::kStats) bytes += sizeof(ArgMax<real>);
-  if (P::kDivergence) bytes += sizeof(TermSums<real>);
-  if (P::kTopK) bytes += sizeof(real) + sizeof(TopKSums<real>) + sizeof(FiniteSum);
-  return 2 * (kMaxWarps + 1) * bytes;
+  const auto words = [](size_t bytes) { return int64_t(bytes + 7) / 8 * 8; };
+  int64_t bytes = words(sizeof(FirstPass<P>));
+  if (P::kStats) bytes += words(sizeof(ArgMax<real>));
+  if (P::kDivergence) bytes += words(sizeof(TermSums<real>));
+  if (P::kTopK) bytes += words(sizeof(real)) + sizeof(TopKSums<real>) + sizeof(FiniteSum);
+  return 2 * kWarp * bytes + (2 + kMaxSlots) * int64_t(sizeof(ArrivalBarrier));
 }
+
+// Return the shape of a forward, and how it is launched.
+template <class P, class T>
+struct ForwardLaunch {
+  static constexpr int kStreams = P::kTarget == Target::kNone ? 1 : 2, kSize = Pack<T>::kSize;
+  const ForwardShape shape;
+  const Grid grid;
+
+  ForwardLaunch(const RowArgs& a, const Gpu& gpu, bool later_pass)
+      : shape(forward_shape(gpu, sizeof(T), kTilePacks<T> * kSize, kStreams, later_pass,
+                            int(a.classes))),
+        grid{(a.rows + shape.rows() - 1) / shape.rows() * shape.blocks, kForwardThreads,
+             shape.blocks, shape.shared(kSize, kStreams), gpu.shared_memory - kStaticShared} {
+    static_assert(static_bytes<P>() <= kStaticShared, "kStaticShared is too small");
+  }
+};
 
 template <class P, class T, bool kGradient>
 Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
-  static_assert(exchanged_bytes<P>() <= kStaticShared, "kStaticShared is too small");
-  constexpr int kRows = P::kTarget == Target::kNone ? 1 : 2;
-  constexpr int kCachedRows = kGradient || P::kDivergence ? kRows : 0;
-  // A second pass that is rare (only near zero) must not reduce the occupancy of the first.
-  const int64_t max_shared = gpu.shared_memory - kStaticShared;
-  const int64_t cache_bytes = kGradient || !has_moment<P>() ? max_shared : max_shared / 3;
-  const ForwardShape shape =
-      forward_shape(gpu, sizeof(T), kColumns<P>, kCachedRows, cache_bytes, int(a.classes));
-  const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.blocks, shape.threads,
-                  shape.blocks, shape.cached * kCachedRows * int64_t(sizeof(T)), max_shared};
+  const ForwardLaunch<P, T> l(a, gpu, kGradient || !has_moment<P>());
   if constexpr (P::kSoftcap)
-    if (a.softcap != 0) return launch(forward_rows<P, T, true, kGradient>, grid, stream, a, shape);
-  return launch(forward_rows<P, T, false, kGradient>, grid, stream, a, shape);
+    if (a.softcap != 0)
+      return launch(forward_rows<P, T, true, kGradient>, l.grid, stream, a, l.shape);
+  return launch(forward_rows<P, T, false, kGradient>, l.grid, stream, a, l.shape);
 }
 
 template <class P, class T>
 Status launch_backward(const RowArgs& a, const Gpu&, void* stream) {
   const BackwardShape shape = backward_shape(sizeof(T), int(a.classes));
-  const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.pieces, shape.threads, 1, 0, 0};
+  const Grid grid{(a.rows + shape.rows() - 1) / shape.rows() * shape.pieces, kBackwardThreads, 1, 0,
+                  0};
   if constexpr (P::kSoftcap)
     if (a.softcap != 0) return launch(backward_rows<P, T, true>, grid, stream, a, shape);
   return launch(backward_rows<P, T, false>, grid, stream, a, shape);
@@ -264,10 +285,8 @@ Status launch_backward(const RowArgs& a, const Gpu&, void* stream) {
 
 template <class P, class T>
 Status launch_terms(const RowArgs& a, const Gpu& gpu, void* stream) {
-  const ForwardShape shape = forward_shape(gpu, sizeof(T), kColumns<P>, 0, 0, int(a.classes));
-  const Grid grid{(a.rows + shape.rows - 1) / shape.rows * shape.blocks, shape.threads,
-                  shape.blocks, 0, 0};
-  return launch(terms_rows<P, T>, grid, stream, a, shape);
+  const ForwardLaunch<P, T> l(a, gpu, false);
+  return launch(terms_rows<P, T>, l.grid, stream, a, l.shape);
 }
 
 template <class T>

@@ -1,31 +1,33 @@
 // The k classes of a row with a top-k teacher (topk.h), divided among the threads of a team.
 #pragma once
 
-#include "cuda/row_reader.cuh"
-#include "cuda/team.cuh"
+#include "cuda/tiles.cuh"
 #include "losses/topk.h"
 
 namespace fastdiv {
 
 template <class real>
 struct MergeLargest {
-  __device__ __forceinline__ void operator()(real& v, int width) const {
-    reduce_lanes<1>(&v, width, [](real a, real b) { return larger_of(a, b); });
+  template <class Lanes>
+  __device__ __forceinline__ void operator()(real& v, const Lanes& lanes) const {
+    lanes.template max<1>(&v);
   }
 };
 template <class real>
 struct MergeTopKSums {
-  __device__ __forceinline__ void operator()(TopKSums<real>& s, int width) const {
+  template <class Lanes>
+  __device__ __forceinline__ void operator()(TopKSums<real>& s, const Lanes& lanes) const {
     real sum[] = {s.f, s.v};
-    sum_lanes<2>(sum, width);
-    sum_lanes<1>(&s.mass, width);
+    lanes.template sum<2>(sum);
+    lanes.template sum<1>(&s.mass);
     s.f = sum[0], s.v = sum[1];
   }
 };
 struct MergeFinite {
-  __device__ __forceinline__ void operator()(FiniteSum& s, int width) const {
+  template <class Lanes>
+  __device__ __forceinline__ void operator()(FiniteSum& s, const Lanes& lanes) const {
     double sum[] = {s.sum, s.count};
-    sum_lanes<2>(sum, width);
+    lanes.template sum<2>(sum);
     s = {sum[0], sum[1]};
   }
 };
@@ -70,10 +72,11 @@ struct TopKEntries {
 };
 
 // The sums that the forward needs.  Every thread of the team gets the same bits.
-template <class Reader>
+template <class Reader, class RowSlice>
 struct TopKClasses {
   using real = typename Reader::real;
   const TopKEntries<Reader> entries;
+  RowSlice& slice;
   Team& team;
 
   __device__ __forceinline__ real largest_value() const {
@@ -97,17 +100,18 @@ struct TopKClasses {
   }
   __device__ __forceinline__ FiniteSum sum_of_all_logits() const {
     FiniteSum total;
-    entries.reader.template pass<false>(team, [&](const auto& tile, int, int) {
-      Reader::for_columns([&](int c, int, int) { add_finite(total, tile.x[c]); });
-    });
+    for_tiles<kTilePacks<typename Reader::Element>>(
+        entries.reader, slice, team, [&](const auto& tile, int, int) {
+          tile.for_columns([&](int c, int, int) { add_finite(total, tile.x[c]); });
+        });
     return team.all(total, MergeFinite());
   }
 
  private:
   template <class Body>
   __device__ __forceinline__ void for_each(Body body) const {
-    const int first = team.block * team.threads + team.thread;
-    for (int64_t j = first; j < entries.reader.a.k; j += team.threads * team.blocks) body(j);
+    const int first = team.block * team.count + team.index;
+    for (int64_t j = first; j < entries.reader.a.k; j += team.count * team.blocks) body(j);
   }
   // A column outside of the row is at -inf, and so is not counted.
   static __device__ __forceinline__ void add_finite(FiniteSum& total, real x) {
@@ -115,38 +119,38 @@ struct TopKClasses {
   }
 };
 
-// Write the gradient of columns [begin, end): `dense` writes that of all columns, then those of the
-// k classes among them are overwritten.
+// Write the gradient of the reader's columns: `dense` writes that of all, then those of the k
+// classes among them are overwritten.
 template <class Reader, class Dense>
 __device__ __forceinline__ void write_topk_gradients(const Reader& reader, int64_t r,
                                                      const TopKRecord<typename Reader::real>& row,
-                                                     typename Reader::real g, int begin, int end,
-                                                     int thread, int threads, Dense dense) {
+                                                     const Threads& threads, Dense dense) {
   using real = typename Reader::real;
   const RowArgs& a = reader.a;
+  const real g = RowIO<typename Reader::Policy>{a, r}.upstream().value;
   const TopKEntries<Reader> entries{reader, r};
   real* const overwritten = a.overwritten ? static_cast<real*>(a.overwritten) + r * a.k : nullptr;
   // Call body for the entries of this thread.  An index out of range belongs to column 0.
   const auto for_own = [&](auto body) {
-    for (int64_t j = thread; j < a.k; j += threads) {
+    for (int64_t j = threads.index; j < a.k; j += threads.count) {
       const int64_t y = entries.index(j), column = entries.is_class(y) ? y : 0;
-      if (column >= begin && column < end) body(j, y);
+      if (column >= reader.begin && column < reader.end) body(j, y);
     }
   };
   if (overwritten) {
     for_own([&](int64_t j, int64_t) { overwritten[j] = entries.logit(j); });
-    sync_threads(threads);
+    threads.sync();
   }
   if (a.dx.data) {
     dense();
-    sync_threads(threads);
+    threads.sync();
   }
   with_topk_class(reader.loss.target, row, reader.scale, [&](const auto& one) {
     for_own([&](int64_t j, int64_t y) {
       const real x = overwritten ? overwritten[j] : entries.logit(j), v = entries.value(j);
       if (a.dt.data) entries.set_grad_value(j, g == real(0) ? real(0) : one.grad_value(x, v, g));
       if (a.dx.data && g != real(0) && entries.is_class(y))
-        narrow(one.grad_x(x, v, g), Reader::row_of(a.dx, r) + y);
+        narrow(one.grad_x(x, v, g), row_of<typename Reader::Element>(a.dx, r) + y);
     });
   });
 }

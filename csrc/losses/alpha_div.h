@@ -30,7 +30,7 @@ struct AlphaDiv : Divergence<real, target> {
   FD_FN explicit AlphaDiv(const LossParams& p) : Base(p), linear(0), power(0), mass(0) {
     const bool hellinger = p.loss == LossId::k_hellinger_distance;
     const double order = hellinger ? 0.5 : p.param;
-    alpha = real(order), rest = real(1 - order);
+    alpha = option<real>(order), rest = option<real>(1 - order);
     if (p.loss == LossId::k_alpha_div) power = real(-1 / (order * (1 - order)));
     if (p.loss == LossId::k_renyi_div) linear = real(-1 / (1 - order));
     if (hellinger) power = real(-1), mass = real(0.5);

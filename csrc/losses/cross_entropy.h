@@ -17,9 +17,9 @@ struct CrossEntropyOf : Loss<real, target> {
   real confidence, smoothing_per_class, z_loss;
   FD_FN explicit CrossEntropyOf(const LossParams& p)
       : Loss<real, target>(p),
-        confidence(real(p.confidence)),
-        smoothing_per_class(real(p.smoothing_per_class)),
-        z_loss(real(p.z_loss)) {}
+        confidence(option<real>(p.confidence)),
+        smoothing_per_class(option<real>(p.smoothing_per_class)),
+        z_loss(option<real>(p.z_loss)) {}
 
   // Return r_c without the part of the label, which the kernels add at its column.
   FD_FN real rate(real p, real weight) const {

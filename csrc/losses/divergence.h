@@ -40,6 +40,8 @@ struct Divergence : Loss<Real, target> {
   // Which moment of the first pass gives the divergence.  If it is sound, no second pass runs.
   enum class Moment { kNone, kForward, kReverse, kTilted };
   static constexpr Moment kMoment = Moment::kNone;
+  // Whether sum u and sum v of well-separated rows cannot cancel, so that they give sum f~.
+  static constexpr bool kTermsAddUp = false;
 
   FD_FN real kappa() const { return real(0); }
   // Return the approximate ratio of the loss to KL(p || q).  It is small if the mixture is almost

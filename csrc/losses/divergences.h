@@ -18,8 +18,9 @@ struct KlDiv : Divergence<real, target> {
     return {c.larger * (c.q_larger() ? c.gap.phi : c.gap.chi), c.q_minus_p(),
             is_infinite(c.log_ratio) ? -c.p : -c.p * c.log_ratio};
   }
-  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
-    const real u = c.q - c.p, v = mass_times(c.p, -c.log_ratio);
+  template <class Math>
+  FD_FN Terms<real> terms(const DirectPair<real, Math>& c) const {
+    const real u = c.q - c.p, v = mass_times(c.p, -Math::template kUnit<real> * c.log_ratio);
     return {u + v, u, v};
   }
 };
@@ -45,8 +46,9 @@ struct ReverseKlDiv : Divergence<real, target> {
     return {c.larger * (c.q_larger() ? c.gap.chi : c.gap.phi),
             is_infinite(c.log_ratio) ? -c.q : c.q * c.log_ratio, -c.q_minus_p()};
   }
-  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
-    const real u = mass_times(c.q, c.log_ratio), v = c.p - c.q;
+  template <class Math>
+  FD_FN Terms<real> terms(const DirectPair<real, Math>& c) const {
+    const real u = mass_times(c.q, Math::template kUnit<real> * c.log_ratio), v = c.p - c.q;
     return {u + v, u, v};
   }
 };
@@ -55,9 +57,10 @@ struct ReverseKlDiv : Divergence<real, target> {
 // Let w be the weight in m of the smaller of p and q.  Then m = larger * (1 + w (e^z - 1)).
 template <class real, Target target>
 struct JsDiv : Divergence<real, target> {
+  static constexpr bool kTermsAddUp = true;
   real beta, rest;
   FD_FN explicit JsDiv(const LossParams& p)
-      : Divergence<real, target>(p), beta(real(p.param)), rest(real(1 - p.param)) {}
+      : Divergence<real, target>(p), beta(option<real>(p.param)), rest(option<real>(1 - p.param)) {}
 
   FD_FN real kl_fraction() const { return beta < rest ? beta : rest; }
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
@@ -71,10 +74,11 @@ struct JsDiv : Divergence<real, target> {
             rest * c.q * (q_larger ? log_larger : log_smaller),
             beta * c.p * (q_larger ? log_smaller : log_larger)};
   }
-  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
-    const real log_m = log_positive(beta * c.p + rest * c.q);
-    const real u = rest * mass_times(c.q, c.lq - log_m);
-    const real v = beta * mass_times(c.p, c.lp - log_m);
+  template <class Math>
+  FD_FN Terms<real> terms(const DirectPair<real, Math>& c) const {
+    const real log_m = Math::log(beta * c.p + rest * c.q);
+    const real u = rest * Math::template kUnit<real> * mass_times(c.q, c.lq - log_m);
+    const real v = beta * Math::template kUnit<real> * mass_times(c.p, c.lp - log_m);
     return {u + v, u, v};
   }
 };
@@ -88,8 +92,8 @@ struct SkewKlDiv : Divergence<real, target> {
   real sign;  // -1: reversed.  With a bool GCC does not vectorise the loops.
   FD_FN explicit SkewKlDiv(const LossParams& p)
       : Divergence<real, target>(p),
-        skew(real(p.param)),
-        rest(real(1 - p.param)),
+        skew(option<real>(p.param)),
+        rest(option<real>(1 - p.param)),
         sign(p.loss == LossId::k_reverse_skew_kl_div ? real(-1) : real(1)) {}
 
   FD_FN real kappa() const { return sign * rest; }
@@ -111,13 +115,16 @@ struct SkewKlDiv : Divergence<real, target> {
     const real v = mass_times(p, (p_smaller ? log.value : -log.value) - skew * r);
     return {c.larger * f, reversed ? v : u, reversed ? u : v};
   }
-  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
+  template <class Math>
+  FD_FN Terms<real> terms(const DirectPair<real, Math>& c) const {
     const bool reversed = sign < real(0);
     const real p = reversed ? c.q : c.p, q = reversed ? c.p : c.q, lp = reversed ? c.lq : c.lp;
     const real m = skew * p + rest * q;
-    const real share = m > real(0) ? p / m : real(1);
+    const real tiny = real(1.2e-38);  // where m is 0, p is 0
+    const real share = Math::quotient(p, m > tiny ? m : tiny);
     const real u = rest * q * (real(1) - share);
-    const real v = mass_times(p, lp - log_positive(m)) + skew * p * (real(1) - share);
+    const real v = Math::template kUnit<real> * mass_times(p, lp - Math::log(m)) +
+                   skew * p * (real(1) - share);
     return {u + v, reversed ? v : u, reversed ? u : v};
   }
 };
@@ -133,7 +140,8 @@ struct TvDistance : Divergence<real, target> {
         c.log_ratio > real(0) ? half : (c.log_ratio < real(0) ? -half : c.log_ratio);  // NaN stays
     return {-half * c.larger * c.gap.em1, slope * c.q, -slope * c.p};
   }
-  FD_FN Terms<real> terms(const DirectPair<real>& c) const {
+  template <class Math>
+  FD_FN Terms<real> terms(const DirectPair<real, Math>& c) const {
     const real half = real(0.5), slope = c.q > c.p ? half : (c.q < c.p ? -half : real(0));
     return {slope * (c.q - c.p), slope * c.q, -slope * c.p};
   }

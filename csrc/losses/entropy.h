@@ -8,7 +8,7 @@ namespace fastdiv {
 // The moment is sum e^lx lx.  The entropy is log(sum e^lx) minus moment / sum e^lx.
 template <class real>
 FD_FN real entropy_moment(const Column<real>& c) {
-  return mass_times(c.ex, c.lx);
+  return mass_times_log(c.ex, c.lx);
 }
 template <class real>
 FD_FN real entropy_of(const LogSumExp<real>& x, real moment, const Row<real>& row) {
@@ -17,7 +17,7 @@ FD_FN real entropy_of(const LogSumExp<real>& x, real moment, const Row<real>& ro
 // dH/dx.
 template <class real>
 FD_FN real entropy_slope(real lq, real q, const EntropyRecord<real>& row) {
-  return -mass_times(q, lq + row.entropy);
+  return -mass_times_log(q, lq + row.entropy);
 }
 
 // H(q) = -sum q log q.
@@ -67,7 +67,7 @@ struct WithStats : P {
   FD_FN Sums<real> partial(const Column<real>& c) const {
     Sums<real> s = P::partial(c);
     s.c = entropy_moment(c);
-    s.d = mass_times(c.et, c.lx);
+    s.d = mass_times_log(c.et, c.lx);
     return s;
   }
   FD_FN void rebase(Sums<real>& s, Shift<real> dx, Shift<real> dt) const {

@@ -6,8 +6,9 @@
 namespace fastdiv {
 
 // Return dL/dx without P::grad_label, which the kernels add at the label.  g is the upstream
-// gradient times the scale.  PairOf is DirectPair where the record says so, else StablePair.
-template <class PairOf, class P, class real>
+// gradient times the scale.  PairOf is DirectPair where the record says so, else StablePair; Math
+// is for losses of one row.
+template <class PairOf, class Math, class P, class real>
 FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const typename P::Record& row,
                          Outputs<real> g, real scale) {
   if constexpr (P::kTilted) {
@@ -17,7 +18,8 @@ FD_FN real grad_of_input(const P& loss, real x, real t, real weight, const typen
     return g.value * (loss.terms(pair).u - pair.q * row.sum_u);
   } else {
     const real lq = (x - row.x_max) * scale - row.x_logz;
-    return loss.grad_x(lq, exp_neg(lq), t, weight, row, g);
+    constexpr real kPerNat = 1 / Math::template kUnit<real>;
+    return loss.grad_x(lq, Math::exp(lq * kPerNat), t, weight, row, g);
   }
 }
 

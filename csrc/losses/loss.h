@@ -16,6 +16,17 @@ struct LossParams {
   Target target;               // for policies that take several kinds
 };
 
+// Return an option as a number of the kernels.  A GPU keeps it in a register, rather than convert
+// it wherever it is used.
+template <class real>
+FD_FN real option(double v) {
+  real number = real(v);
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(real) == 4) asm volatile("" : "+f"(number));
+#endif
+  return number;
+}
+
 // The label of a row: its scaled logit minus the maximum, and its class weight.
 template <class real>
 struct TargetLogit {

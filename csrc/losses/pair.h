@@ -55,19 +55,23 @@ struct StablePair {
 };
 
 // For well-separated rows, where it is accurate enough at half the cost.  lq or lp is -inf for a
-// class without mass, so multiply with mass_times.
-template <class real>
+// class without mass, so multiply with mass_times.  Logs are in units of Math::kUnit.
+template <class real, class Math>
 struct DirectPair {
   real lq, lp, log_ratio, q, p;
 
   template <Target kTarget>
   static FD_FN DirectPair of(real x, real t, real scale, const Row<real>& row) {
+    constexpr real kPerNat = 1 / Math::template kUnit<real>;
     DirectPair c;
-    c.lq = (x - row.x_max) * scale - row.x_logz;
-    c.lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale);
+    c.lq = (x - row.x_max) * (scale * kPerNat) - row.x_logz * kPerNat;
+    if constexpr (kTarget == Target::kLogits)
+      c.lp = (t - row.t_max) * (scale * kPerNat) - row.t_logz * kPerNat;
+    else
+      c.lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale) * kPerNat;
     c.log_ratio = c.lq - c.lp;
-    c.q = exp_neg(c.lq);
-    c.p = kTarget == Target::kProbs ? t : exp_neg(c.lp);
+    c.q = Math::exp(c.lq);
+    c.p = kTarget == Target::kProbs ? t : Math::exp(c.lp);
     return c;
   }
 };

@@ -8,24 +8,32 @@
 
 namespace fastdiv {
 
-// Return the weight of a row; 0: the row is ignored.  A row whose label is out of range counts and
-// becomes NaN; on a CPU such a label has raised before.
+// A row's label and weight, which say whether it counts.
 template <class real>
-FD_FN real weight_of_row(const RowArgs& a, int64_t r) {
-  if (a.labels && a.labels[r] == a.ignore_index) return real(0);
-  return a.row_weight ? static_cast<const real*>(a.row_weight)[r] : real(1);
-}
-FD_FN bool has_class(const RowArgs& a, int64_t r) {
-  return !a.labels || (a.labels[r] >= 0 && a.labels[r] < a.classes);
-}
+struct RowWeight {
+  int64_t label;  // 0 if the loss has no labels
+  real weight;    // 0: the row is ignored
 
-// Return what a row adds to the divisor of a mean; class weights count by the label.
-template <class real>
-FD_FN real weight_in_mean(const RowArgs& a, int64_t r) {
-  const real weight = weight_of_row<real>(a, r);
-  if (weight == real(0) || !a.labels || !a.class_weight || !has_class(a, r)) return weight;
-  return weight * static_cast<const real*>(a.class_weight)[a.labels[r]];
-}
+  // Return those of a row.  On a GPU a thread waits for memory whenever it looks.
+  static FD_FN RowWeight of(const RowArgs& a, int64_t r) {
+    return of(a, a.labels ? a.labels[r] : 0,
+              a.row_weight ? static_cast<const real*>(a.row_weight)[r] : real(1));
+  }
+  static FD_FN RowWeight of(const RowArgs& a, int64_t label, real weight) {
+    return {label, a.labels && label == a.ignore_index ? real(0) : weight};
+  }
+
+  // Whether the label is a class.  A row whose label is out of range counts and becomes NaN; on a
+  // CPU such a label has raised before.
+  FD_FN bool has_class(const RowArgs& a) const {
+    return !a.labels || (label >= 0 && label < a.classes);
+  }
+  // Return what the row adds to the divisor of a mean; class weights count by the label.
+  FD_FN real in_mean(const RowArgs& a) const {
+    if (weight == real(0) || !a.labels || !a.class_weight || !has_class(a)) return weight;
+    return weight * static_cast<const real*>(a.class_weight)[label];
+  }
+};
 
 template <class P>
 struct RowIO {
@@ -34,11 +42,15 @@ struct RowIO {
   static_assert(sizeof(Record) == kRecordSize * sizeof(real), "a record is eight numbers");
 
   const RowArgs& a;
-  int64_t r;
+  const int64_t r;
+  const RowWeight<real> own;
 
-  FD_FN real weight() const { return weight_of_row<real>(a, r); }
+  FD_FN RowIO(const RowArgs& args, int64_t row)
+      : a(args), r(row), own(RowWeight<real>::of(args, row)) {}
+
+  FD_FN real weight() const { return own.weight; }
   FD_FN bool reads_label() const {
-    return P::kReadsLabel && weight() != real(0) && has_class(a, r);
+    return P::kReadsLabel && weight() != real(0) && own.has_class(a);
   }
   FD_FN Record& record() const { return static_cast<Record*>(a.record)[r]; }
 
@@ -57,11 +69,11 @@ struct RowIO {
     Result result{};
     Record& row = result.row;
     static_cast<Row<real>&>(row) = s.row();
-    TargetLogit<real> label{0, 0};
+    TargetLogit<real> target{0, 0};
     if (reads_label()) {
       const real* weights = static_cast<const real*>(a.class_weight);
-      label = {(x_label - row.x_max) * scale, weights ? weights[a.labels[r]] : real(1)};
-      result.log_prob = label.lx - row.x_logz;
+      target = {(x_label - row.x_max) * scale, weights ? weights[own.label] : real(1)};
+      result.log_prob = target.lx - row.x_logz;
     }
     if constexpr (P::kStats && !P::kReadsLabel)
       result.log_prob = s.sums.d - mass_times(s.mass(), row.x_logz);
@@ -73,8 +85,8 @@ struct RowIO {
           result.out.value = topk_value(loss, one, row, second_pass, a.classes - a.k);
         });
       else
-        result.out = loss.finish(s.x, s.sums, label, scale, row);
-      if (P::kReadsLabel && !has_class(a, r)) {
+        result.out = loss.finish(s.x, s.sums, target, scale, row);
+      if (P::kReadsLabel && !own.has_class(a)) {
         const real nan = Limits<real>::nan;
         result.out = {nan, nan};
         row.x_logz = result.log_prob = nan;

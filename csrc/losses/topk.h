@@ -77,9 +77,12 @@ struct TopKClass {
 // Call body(TopKClass) with the kind of the values as a template argument.
 template <class real, class Body>
 FD_FN void with_topk_class(Target target, const TopKRecord<real>& row, real scale, Body body) {
-  if (target == Target::kLogits) body(TopKClass<Target::kLogits, real>{row, scale});
-  if (target == Target::kLogProbs) body(TopKClass<Target::kLogProbs, real>{row, scale});
-  if (target == Target::kProbs) body(TopKClass<Target::kProbs, real>{row, scale});
+  if (target == Target::kLogits)
+    body(TopKClass<Target::kLogits, real>{row, scale});
+  else if (target == Target::kLogProbs)
+    body(TopKClass<Target::kLogProbs, real>{row, scale});
+  else
+    body(TopKClass<Target::kProbs, real>{row, scale});
 }
 
 // Sums over the k classes.  The mass is in double, because 1 - mass counts too.

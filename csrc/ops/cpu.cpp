@@ -24,7 +24,7 @@ void sum_rows(const RowArgs& a, bool mean, double batch, void* value, void* divi
   double sum = 0, weights = 0;
   for (int64_t r = 0; r < a.rows; ++r) {
     sum += double(static_cast<const real*>(a.value)[r]);
-    if (mean) weights += double(weight_in_mean<real>(a, r));
+    if (mean) weights += double(RowWeight<real>::of(a, r).in_mean(a));
   }
   const double over = mean ? weights : batch;
   *static_cast<real*>(value) = real(sum / over);
@@ -76,7 +76,7 @@ struct CpuDevice {
       const int64_t y = a.labels[r];
       // log_prob ignores nothing, and its labels are called index.
       const bool is_index = a.ignore_index == INT64_MIN;
-      if (has_class(a, r) || (y == a.ignore_index && !is_index)) continue;
+      if ((y >= 0 && y < a.classes) || (y == a.ignore_index && !is_index)) continue;
       throw std::out_of_range(
           (is_index ? "index[" : "target[") + std::to_string(r) + "] is " + std::to_string(y) +
           ", out of range for " + std::to_string(a.classes) + " classes" +

@@ -1,5 +1,6 @@
 // The GPU that is emulated: an H100, unless the environment says otherwise.
-// FASTDIV_SHIM_ARCHITECTURE=80 has no clusters; FASTDIV_SHIM_SHARED_KB=64 caches less of a row.
+// FASTDIV_SHIM_ARCHITECTURE=80 has no clusters; FASTDIV_SHIM_CLUSTER=1 has one block for each row,
+// and so more stages than slots; FASTDIV_SHIM_SHARED_KB=99 has less room for them.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,10 @@ inline int architecture() { return from_environment("FASTDIV_SHIM_ARCHITECTURE",
 inline int64_t shared_memory() {
   return int64_t(from_environment("FASTDIV_SHIM_SHARED_KB", architecture() >= 90 ? 227 : 163))
          << 10;
+}
+// The most blocks of a cluster.
+inline int max_cluster() {
+  return architecture() >= 90 ? from_environment("FASTDIV_SHIM_CLUSTER", 8) : 1;
 }
 
 }  // namespace cuda_on_cpu

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import fastdiv._C as native
 from helpers.cases import Case, TopKCase, rand
 from helpers.values import value_and_gradients
 
@@ -46,6 +47,9 @@ ROUNDINGS = {
 }
 # The largest error may be so many times what the root mean square may be, of the largest scale.
 LARGEST = 4.0
+# What the CUDA kernels take more: the sums of many threads are rebased and merged.  In rows of half
+# precision they also use approximate instructions.
+OF_A_GPU, OF_HALVES_ON_A_GPU = 1.0, 2.0
 RESULTS = ("value", "gradient of input", "gradient of target")
 
 
@@ -156,7 +160,7 @@ def assert_rounded(
             assert (error <= allowed).all(), f"{what}: {error.max()} > {allowed}"
             continue
         of_half = unit / 2 if ours.dtype != torch.float32 else 0 * unit  # the last rounding
-        count = ROUNDINGS[name][i]
+        count = ROUNDINGS[name][i] + of_a_gpu(results)
         reductions: list[tuple[str, Callable[[Tensor], Tensor], float]] = [
             ("root mean square", partial(root_mean_square, dim=-1 if i == 0 else None), 1.0),
             ("largest", torch.max, LARGEST),
@@ -169,6 +173,17 @@ def assert_rounded(
                 takes = f"{what}, {kind}: takes {needed:.2f} roundings, {count} are allowed"
                 failures.append(f"{takes}; error {found}, eager torch {theirs}")
     assert not failures, "\n".join(failures)
+
+
+def of_a_gpu(results: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Return the roundings that the CUDA kernels may take more.
+
+    In half precision an exponential and a logarithm are one instruction each, up to four off.
+    """
+    if not results[0][0].is_cuda and native.cpu_isas() != ["cuda_on_cpu"]:
+        return 0.0
+    half = len(results) > 1 and results[1][0].dtype in (torch.float16, torch.bfloat16)
+    return OF_HALVES_ON_A_GPU if half else OF_A_GPU
 
 
 def root_mean_square(v: Tensor, dim: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "common/dtype.h"
@@ -73,6 +74,15 @@ struct Reals {
   double operator[](int64_t i) const {
     return f64 ? reinterpret_cast<const double*>(bytes.data())[i]
                : double(reinterpret_cast<const float*>(bytes.data())[i]);
+  }
+  // Compare the bits; all NaNs are the same, because the sign of one depends on the compiler.
+  bool same(const Reals& o) const {
+    const int64_t n = int64_t(bytes.size()) / (f64 ? 8 : 4), size = f64 ? 8 : 4;
+    for (int64_t i = 0; i < n; ++i)
+      if (std::memcmp(bytes.data() + i * size, o.bytes.data() + i * size, size_t(size)) != 0 &&
+          !(std::isnan((*this)[i]) && std::isnan(o[i])))
+        return false;
+    return true;
   }
 };
 

@@ -69,7 +69,7 @@ class Problem {
     if (target != Target::kNone) f.dt = dt_again.matrix();
     f.value = value_again.data(), f.record = record_again.data();
     call(kernels.forward_grad, f);
-    expect("forward_grad's value", value.bytes == value_again.bytes, 1, 0);
+    expect("forward_grad's value", value.same(value_again), 1, 0);
     expect("forward_grad's gradient", dx.same(over), 1, 0);
     expect("forward_grad's target gradient", dt.same(dt_again), 1, 0);
   }
