@@ -30,7 +30,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-all matrix docs dist lint format check bench gpu-check clean distclean
+.PHONY: help build demo test test-all matrix docs dist lint format check bench gpu-kit gpu-check clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,7 @@ help:  ## list the targets
 	@echo '  WORKERS=2           processes of the tests'
 	@echo '  PAIRS="py3.12-torch2.11 py3.10-torch2.13" or all    what matrix runs (default: four pairs)'
 	@echo '  STEPS="build tests" DRY_RUN=1 OUT=folder    some steps of gpu-check; on the CPU; its files'
+	@echo '  ARCHS="90;100"      the GPUs that gpu-kit is for (90); PAIRS there: one pair, py3.12-torch2.11'
 
 build: $(BUILT)  ## .venv, pinned packages, compiled extension (rebuilt when setup.py or csrc changes)
 
@@ -87,6 +88,11 @@ check: $(BUILT)  ## compare every loss with its reference on this machine
 
 bench: $(BUILT)  ## measure everything on this machine, into benchmarks/results (ARGS=--quick: less)
 	$(BIN)/python -m fastdiv bench $(or $(ARGS),--all --json --plot)
+
+# With the Python and the torch that the other machine has, in the environment of matrix.
+gpu-kit: export PYENV_VERSION ?= 3.13:3.12:3.11:3.10
+gpu-kit: $(PACKAGES)  ## build/gpu-kit: the extension and its variants for the GPU of a machine without network
+	$(BIN)/nox --sessions $(or $(PAIRS),py3.12-torch2.11) -- kit $(or $(ARCHS),90)
 
 gpu-check:  ## build, test, profile and measure on a GPU, with the packages of PYTHON (no .venv, no network)
 	$(PYTHON) tests/gpu_check.py $(STEPS) $(if $(DRY_RUN),--dry-run) $(ARGS)

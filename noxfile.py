@@ -2,11 +2,13 @@
 
 ``make matrix`` runs it: four pairs that have each Python and each torch at least once.
 ``make matrix PAIRS=all`` runs all twelve, ``make matrix PAIRS="py3.12-torch2.11"`` those named.
+``make gpu-kit`` builds in the environment of one pair, for a machine with a GPU that has the same.
 Each pair takes about 6 GB below ``.nox``, for torch brings the CUDA libraries along.
 """
 
 import re
 import shutil
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -65,17 +67,29 @@ def pinned(without: tuple[str, ...]) -> list[str]:
     ]
 
 
-def test(session: nox.Session, torch: str) -> None:
-    """Installs, builds, compares every loss with its reference, and runs the tests."""
+def install(session: nox.Session, torch: str, packages: Sequence[str]) -> Path:
+    """Installs torch, what a build needs and these packages; returns a folder for other files."""
     folder = Path(session.create_tmp()).resolve()
     constraints = folder / "constraints.txt"
     # Each torch has limits of its own for setuptools.
     constraints.write_text("\n".join(pinned(without=("torch", "setuptools"))))
     session.install(
-        *(f"torch=={torch}", "setuptools>=77", "ninja", *TEST_PACKAGES),
+        *(f"torch=={torch}", "setuptools>=77", "ninja", *packages),
         f"--constraint={constraints}",
         silent=True,
     )
+    return folder
+
+
+def kit(session: nox.Session, torch: str, architectures: str) -> None:
+    """Build what a machine with a GPU and these versions takes along: ``make gpu-kit``."""
+    install(session, torch, ("numpy",))
+    session.run("python", "tests/gpu_check.py", "--prebuild", architectures)
+
+
+def test(session: nox.Session, torch: str) -> None:
+    """Installs, builds, compares every loss with its reference, and runs the tests."""
+    folder = install(session, torch, TEST_PACKAGES)
     # Everything is built in a copy, so that no pair meets the objects of another, or yours.
     tree = folder / "tree"
     shutil.rmtree(tree, ignore_errors=True)
@@ -98,7 +112,10 @@ def add(python: str, torch: str) -> None:
     name = f"py{python}-torch{torch}"
 
     def session(session: nox.Session) -> None:
-        test(session, TORCHES[torch])
+        if session.posargs[:1] == ["kit"]:
+            kit(session, TORCHES[torch], *session.posargs[1:])
+        else:
+            test(session, TORCHES[torch])
 
     session.__doc__ = f"Python {python} with torch {TORCHES[torch]}"
     nox.session(session, name=name, python=python, default=name in DEFAULT, tags=["all"])

@@ -1,8 +1,7 @@
 """Builds the extension of a tree, or takes a binary that was built of the same sources elsewhere.
 
-``gpu_check.py`` runs this in its copy of the tree.  To compile the CUDA kernels takes minutes, and
-a machine with a GPU is often lent for a few.  ``gpu_check.py --prebuild 90`` compiles them
-beforehand, on any machine with nvcc, the same version of Python and torch 2.11 or newer.
+``gpu_check.py`` runs this in its copy of the tree.  To compile the CUDA kernels takes minutes,
+and ``make gpu-kit`` does it beforehand.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ sys.exit((torch.cuda.is_available() and native.gpu_trouble(0)) or 0)
 """
 
 
-def sources(tree: Path) -> str:
-    """A digest of everything that the binary is made of."""
-    digest = hashlib.sha256()
+def sources(tree: Path, flags: str = "") -> str:
+    """A digest of everything that the binary is made of, and of further flags of nvcc."""
+    digest = hashlib.sha256(flags.encode())
     files = [tree / "setup.py", *(p for p in (tree / "csrc").rglob("*") if p.is_file())]
+    files += [p for p in [tree / "tests/gpu_variants.h"] if flags]
     for file in sorted(files):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(tree).as_posix()} {len(content)}\n".encode() + content)
@@ -34,8 +34,15 @@ def sources(tree: Path) -> str:
 
 
 def note_of(binary: Path) -> Path:
-    """The file beside a prebuilt binary that holds the digest of its sources."""
+    """The file beside a prebuilt binary with the digest of its sources, and its architectures."""
     return binary.with_name(f"{binary.name}.sources")
+
+
+def is_current(folder: Path, digest: str, architectures: str = "") -> bool:
+    """Whether the folder has a binary of this Python, made of the sources of a digest."""
+    note = note_of(folder / BINARY)
+    of, _, built = note.read_text().partition(" ") if note.is_file() else ("", "", "")
+    return (folder / BINARY).is_file() and of == digest and architectures in ("", built)
 
 
 def take(folder: Path, tree: Path) -> bool:
@@ -44,8 +51,7 @@ def take(folder: Path, tree: Path) -> bool:
     if not binary.is_file():
         print(f"{binary} does not exist, so the extension is built here")
         return False
-    note = note_of(binary)
-    if not note.is_file() or note.read_text() != sources(tree):
+    if not is_current(folder, sources(tree)):
         print(f"{binary} was built of other sources, so the extension is built here")
         return False
     copy = Path(shutil.copy(binary, tree / "fastdiv"))
@@ -58,29 +64,26 @@ def take(folder: Path, tree: Path) -> bool:
     return True
 
 
-def save(folder: Path, tree: Path) -> None:
-    """Copies the binary of the tree into the folder, for ``take`` on another machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    binary = folder / BINARY
-    note_of(binary).unlink(missing_ok=True)
-    shutil.copy(tree / "fastdiv" / BINARY, binary)
-    note_of(binary).write_text(sources(tree))
-    print(f"saved {binary}, {binary.stat().st_size / 1e6:.1f} MB")
+def build(tree: Path) -> None:
+    """Compiles what has changed, and links it."""
+    sys.stdout.flush()
+    (tree / "fastdiv" / BINARY).unlink(missing_ok=True)  # else other objects may not be linked
+    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, check=True)
+
+
+def name_the_version(tree: Path) -> None:
+    """Writes the metadata that the package reads its version from."""
+    sys.stdout.flush()
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=tree, check=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="of prebuilt binaries")
-    parser.add_argument("--save", action="store_true", help="build, and put the binary there")
     options, tree = parser.parse_args(), Path.cwd()
-    setup = [sys.executable, "setup.py"]
-    subprocess.run([*setup, "egg_info"], check=True)  # the package reads its version there
-    sys.stdout.flush()
-    if options.save or not take(options.folder, tree):
-        sys.stdout.flush()
-        subprocess.run([*setup, "build_ext", "--inplace"], check=True)
-    if options.save:
-        save(options.folder, tree)
+    name_the_version(tree)
+    if not take(options.folder, tree):
+        build(tree)
 
 
 if __name__ == "__main__":

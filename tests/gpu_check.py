@@ -2,7 +2,7 @@
 
 Everything happens in a copy of the tree, build/gpu-check-tree, with the interpreter that runs this
 script.  It needs torch for CUDA, numpy, pytest, hypothesis and scipy, and rich for the benchmark.
-It needs nvcc too, unless build/prebuilt holds the extension.  What one wants to know first comes
+It needs nvcc too, unless build/gpu-kit holds the extension.  What one wants to know first comes
 first.  A step that fails does not keep the others from running.  A late one is asked for what it
 has found, and then ended.
 """
@@ -21,13 +21,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_compare import extended
 from gpu_steps import NEEDED, STEPS, Check
 
 ROOT = Path(__file__).resolve().parent.parent
-PREBUILT = ROOT / "build" / "prebuilt"
+KIT = ROOT / "build" / "gpu-kit"
 PATIENCE = 10  # seconds that a late step gets to say what it has found
 NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "*.so", "*.egg-info"
+    ".git", ".venv", ".nox", ".*_cache", ".hypothesis", "__pycache__", "build", "*.so", "*.egg-info"
 )
 PROBE = """
 import torch
@@ -122,7 +123,7 @@ def run_step(name: str, check: Check, environment: dict[str, str], at_most: floa
         print("\n".join(f"  | {line}" for line in lines[-25:]), flush=True)
     note = f"stopped after {check.seconds:.0f} s; " if code is None else ""
     result = "LATE" if code is None else "FAIL" if code else "PASS"
-    return Outcome(name, result, took, note + (lines[-1].strip("= ")[:90] if lines else ""))
+    return Outcome(name, result, took, note + (lines[-1].strip("= ")[:120] if lines else ""))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -130,9 +131,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or "build/gpu-check")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, as far as that goes")
-    parser.add_argument("--minutes", type=float, default=9, help="for everything")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for everything")
     parser.add_argument("--select", default="", metavar="EXPRESSION", help="tests: pytest's -k")
-    only_build = "only build for these architectures (as 90), into build/prebuilt"
+    only_build = "only build for these architectures (as 90), into build/gpu-kit"
     parser.add_argument("--prebuild", default="", metavar="ARCHS", help=only_build)
     options = parser.parse_args(arguments)
     if unknown := set(options.steps) - set(STEPS):
@@ -164,10 +165,9 @@ def copy_tree() -> Path:
 
 
 def prebuild(architectures: str) -> int:
-    """Builds with CUDA kernels for a machine that is elsewhere; see gpu_build.py."""
-    environment = environment_of(architectures) | {"FASTDIV_CUDA_ARCHS": architectures}
-    command = [sys.executable, "tests/gpu_build.py", str(PREBUILT), "--save"]
-    return subprocess.run(command, cwd=copy_tree(), env=environment).returncode
+    """Builds with CUDA kernels for a machine that is elsewhere; see gpu_kit.py."""
+    command = [sys.executable, "tests/gpu_kit.py", str(KIT), architectures]
+    return subprocess.run(command, cwd=copy_tree(), env=environment_of(architectures)).returncode
 
 
 def main() -> int:
@@ -190,8 +190,10 @@ def main() -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text(f"{machine}, python {sys.version}\n")
-    check = Check(out, copy_tree(), PREBUILT, options.dry_run, options.select)
+    check = Check(out, copy_tree(), KIT, options.dry_run, options.select)
     environment = environment_of("none" if options.dry_run else machine.capability)
+    # Programs outside of the package import it, too.
+    environment["PYTHONPATH"] = extended(check.tree)
     if options.dry_run:
         environment["FASTDIV_DRY_RUN"] = "1"
     outcomes: list[Outcome] = []

@@ -17,6 +17,9 @@ ASKED_MOST = ["cross_entropy", "kl_div", "js_div", "entropy"]  # a kernel of eac
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 # Whole sections of Nsight Compute, because the names of single metrics change with its versions.
 SECTIONS = ["SpeedOfLight", "Occupancy", "WarpStateStats", "LaunchStats", "ComputeWorkloadAnalysis"]
+# A sanitizer is slow.  These read, write and share memory as the others do.
+SANITIZED = "(float32 or bfloat16 or reductions) and not (reverse or skew or tv_ or log_probs)"
+NEEDS_RICH = "rich is not installed, which the benchmark needs"
 INFO = """
 import sys, fastdiv.__main__, fastdiv._C as native
 fastdiv.__main__.main(["info"])
@@ -31,7 +34,7 @@ class Check:
 
     out: Path
     tree: Path
-    prebuilt: Path
+    kit: Path
     dry_run: bool
     select: str
     seconds: float = 0
@@ -43,7 +46,7 @@ class Check:
     def python(self, *arguments: str) -> list[str]:
         return [sys.executable, *arguments]
 
-    def pytest(self, *arguments: str) -> list[str]:
+    def pytest(self, *arguments: str, timeout: int = 150) -> list[str]:
         options = [
             "-q",
             "--tb=short",
@@ -51,21 +54,22 @@ class Check:
             "-p",
             "no:cacheprovider",
             "-o",
-            "timeout=150",
+            f"timeout={timeout}",
         ]
         return self.python("-m", "pytest", *options, f"--device={self.device}", *arguments)
 
     # --- The commands.  One that returns a text cannot run here, and the text says why.
 
     def build(self) -> list[str]:
-        return self.python("tests/gpu_build.py", str(self.prebuilt))
+        return self.python("tests/gpu_build.py", str(self.kit))
 
     def info(self) -> list[str]:
         return self.python("-c", INFO if self.dry_run else INFO + HAS_KERNELS)
 
     def small(self) -> list[str]:
-        """All kernels on small rows."""
-        return self.pytest(*self._processes(8), SMALL, *self._selected())
+        """All kernels on small rows.  One that never ends is named, for it ends its process."""
+        timeout = 150 if self.dry_run else 30
+        return self.pytest(*self._processes(8), SMALL, *self._selected(), timeout=timeout)
 
     def gpu(self) -> list[str]:
         """Graphs, streams, labels, more than 2^31 elements, memory."""
@@ -79,9 +83,8 @@ class Check:
         return self.pytest(*self._processes(12), *elsewhere, *self._selected())
 
     def sanitizer(self, tool: str) -> list[str] | str:
-        """The small rows again, in one process; Rényi's kernels are those of alpha."""
-        chosen = self.select or "(float32 or bfloat16 or reductions) and not renyi"
-        small = self.pytest(SMALL, "-k", chosen)
+        """The small rows again, in one process."""
+        small = self.pytest(SMALL, "-k", self.select or SANITIZED)
         if self.dry_run:
             return small
         program = _tool("compute-sanitizer")
@@ -109,6 +112,14 @@ class Check:
         options += [word for name in SECTIONS for word in ("--section", name)]
         return [program, *options, *script]
 
+    def variants(self) -> list[str] | str:
+        """The kernel variants of the kit side by side, and a linear layer."""
+        if not _has_rich():
+            return NEEDS_RICH
+        command = self.python("tests/gpu_compare.py", f"--kit={self.kit}")
+        command += [f"--json={self.out / 'variants.json'}", "--stop-after", self._stop_after()]
+        return [*command, *(["--dry-run"] if self.dry_run else [])]
+
     def bench(self) -> list[str] | str:
         """The losses that are asked for most at every number of classes, without torch.compile."""
         if self.dry_run:
@@ -134,8 +145,8 @@ class Check:
         return self._bench("compiled", *ASKED_MOST, "--shapes", "4096x32768", *limits)
 
     def _bench(self, name: str, *arguments: str) -> list[str] | str:
-        if importlib.util.find_spec("rich") is None:
-            return "rich is not installed, which the benchmark needs"
+        if not _has_rich():
+            return NEEDS_RICH
         written = ["--json", str(self.out / f"{name}.json")]
         dtypes = [] if self.dry_run else ["--dtypes", "bf16", "f32"]
         compiled = [] if name == "compiled" else ["--no-compile"]
@@ -154,6 +165,10 @@ class Check:
 
     def _selected(self) -> list[str]:
         return ["-k", self.select] if self.select else []
+
+
+def _has_rich() -> bool:
+    return importlib.util.find_spec("rich") is not None
 
 
 def _tool(name: str) -> str | None:
@@ -177,14 +192,15 @@ def sanitized(seconds: int, tool: str) -> Step:
     return Step(seconds, lambda check: check.sanitizer(tool), no_cache)
 
 
-# After two minutes one knows whether the kernels are right and how fast they are.
+# After three minutes one knows whether the kernels are right and how fast they are, and then why.
 STEPS = {
     "build": Step(180, Check.build),
     "info": Step(30, Check.info),
     "small": Step(80, Check.small),
     "bench": Step(75, Check.bench),
     "memcheck": sanitized(80, "memcheck"),
-    "profile": Step(60, Check.profile, (("PYTHONPATH", "."),)),
+    "profile": Step(60, Check.profile),
+    "variants": Step(80, Check.variants),
     "gpu": Step(90, Check.gpu),
     "check": Step(60, Check.check),
     "every": Step(45, Check.every),

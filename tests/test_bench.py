@@ -18,7 +18,7 @@ import torch
 from fastdiv.__main__ import main
 from fastdiv._bench import linear, machine, parts, run
 from fastdiv._bench.compare import compare
-from fastdiv._bench.losses import LOSSES, as_computed
+from fastdiv._bench.losses import LOSSES, BenchmarkedLoss, as_computed
 from fastdiv._bench.memory import Job, extra_memory
 from fastdiv._bench.results import COPY, Measurements, make_result
 from fastdiv._bench.timing import After, Budget, Timing, interleave
@@ -219,6 +219,25 @@ def test_compare_counts_instructions(tmp_path: Path) -> None:
     assert main(["bench", "--compare", before, after]) == 1
     assert main(["bench", "--compare", after, before]) == 0
     assert main(["bench", "--compare", before, after, "--tolerance", "0.2"]) == 0
+
+
+def test_what_was_measured_is_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that never ends is killed, with the process that started it."""
+    time_loss = run.time_loss
+
+    def time_or_stop(loss: BenchmarkedLoss, *plan: Any) -> dict[str, Any]:
+        if loss.name == "entropy":
+            raise KeyboardInterrupt
+        return time_loss(loss, *plan)
+
+    monkeypatch.setattr(parts, "time_loss", time_or_stop)
+    file = tmp_path / "results.json"
+    options = ["--dtypes", "f32", "--shapes", "8x64", *QUICKLY, "--json", str(file)]
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "cross_entropy", "entropy", *options])
+    assert [r["loss"] for r in Measurements.read(file).results] == ["cross_entropy"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from . import linear
+from .command import DEFAULT_FILE
 from .instructions import count_instructions, why_not
 from .losses import LOSSES
 from .memory import Job, extra_memory
@@ -62,9 +63,12 @@ def losses(options: Namespace, found: Measurements) -> None:
             memory.setdefault((job.loss, job.dtype, first), {})[job.variant] = extra
             advance(f"{job.loss} {job.dtype}")
     phases = PHASES if options.phases or on_gpu else PHASES[:3]
-    found.results += _run(
-        "losses", options, names, shapes, phases, VARIANTS, options.dtypes, memory
-    )
+    plan = (names, shapes, phases, VARIANTS, options.dtypes, memory)
+    for record in _run("losses", options, *plan):
+        found.results.append(record)
+        # A kernel that never ends must not take the records before it along.
+        if options.json not in (None, DEFAULT_FILE):
+            found.write(options.json)
 
 
 def scale(options: Namespace, found: Measurements) -> None:
@@ -136,9 +140,9 @@ def _run(
     variants: Sequence[str] = USUAL,
     dtypes: Sequence[str] = (),
     memory: Mapping[tuple[str, str, Shape], Mapping[str, int | None]] | None = None,
-) -> list[Record]:
+) -> Iterator[Record]:
     """Time losses at every shape and dtype."""
-    names, records = options.losses or usual_losses, []
+    names = options.losses or usual_losses
     cases = [(n, d, s) for s in shapes for d in dtypes or _without_f16(options) for n in names]
     with progress(title, len(cases)) as advance:
         for case in cases:
@@ -149,9 +153,8 @@ def _run(
             some = [v for v in variants if v != "compile" or _compiles(options, shape)]
             extra = (memory or {}).get(case, {})
             plan = (_budget(options), some, phases, options.device, extra)
-            records.append(time_loss(LOSSES[name], dtype, shape, *plan))
+            yield time_loss(LOSSES[name], dtype, shape, *plan)
             advance(f"{name} {dtype} {shape[0]}×{shape[1]}")
-    return records
 
 
 def _compiles(options: Namespace, shape: Shape) -> bool:
