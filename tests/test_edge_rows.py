@@ -73,6 +73,40 @@ def test_first_block_all_masked(masked: int) -> None:
         same(function(x, t, target_type="logits"), want)
 
 
+@pytest.mark.parametrize("alpha", [-1.0, 2.0, 3.0])
+def test_a_first_block_of_finfo_min_at_a_low_temperature(alpha: float) -> None:
+    """Its logits times the scale are infinite, and so is what a maximum then changes by."""
+    x, t = make_inputs((2, 1500), torch.float32)
+    options = {"alpha": alpha, "temperature": 0.25, "target_type": "logits"}
+    want = fastdiv.alpha_div(x[:, 1200:], t[:, 1200:], **options)
+    x[:, :1200] = t[:, :1200] = torch.finfo(torch.float32).min
+    same(fastdiv.alpha_div(x, t, **options), want, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_mixture_smaller_than_any_normal_number(dtype: torch.dtype) -> None:
+    """p is normal, q is 0, their mixture is subnormal: an approximate logarithm takes it for 0."""
+    x, t = torch.tensor([[2.0, 0.0, -200.0]]), torch.tensor([[0.0, 3.0, -84.0]])
+    for function in (fastdiv.js_div, fastdiv.skew_kl_div, fastdiv.kl_div):
+        found = value_and_gradients(
+            lambda x, t, f=function: f(x, t, target_type="logits"), x.to(dtype), t.to(dtype)
+        )
+        want = value_and_gradients(
+            lambda x, t, f=function: f(x, t, target_type="logits"), x.double(), t.double()
+        )
+        for ours, truth in zip(found, want, strict=True):
+            same(ours.double(), truth, 2e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 4095, 4096, 4097, 8191, 8193])
+def test_means_of_many_rows(rows: int) -> None:
+    """A GPU sums rows in sections of 4096."""
+    x, y = torch.randn(rows, 5), torch.randint(0, 5, (rows,))
+    y[1::3] = -100
+    want = F.cross_entropy(x.double(), y)
+    same(fastdiv.cross_entropy(x, y).double(), want)
+
+
 def test_js_of_log_probs_that_underflow() -> None:
     # Both log-probabilities below -104: e^x is 0 in float32 for both, and m is 0.
     x = torch.tensor([[0.0, -120.0, -150.0]])

@@ -89,17 +89,18 @@ FD_FN bool is_infinite(real v) {  // false for NaN
 // Return p * v with 0 * inf = 0: a class without mass adds nothing.  A NaN mass gives NaN.
 template <class real>
 FD_FN real mass_times(real p, real v) {
-#if defined(__CUDA_ARCH__)
+#if defined(FD_CUDA)
   return p * (p == real(0) ? real(0) : v);  // so that the product can fuse with a sum
 #else
   return p == real(0) ? real(0) : p * v;
 #endif
 }
 
-// The same for a log that is not +inf: a GPU then needs no test of the mass.
+// The same for a mass that is 0 where its log is -inf, and a log that is not +inf: a GPU then needs
+// no test of the mass.
 template <class real>
 FD_FN real mass_times_log(real p, real log) {
-#if defined(__CUDA_ARCH__)
+#if defined(FD_CUDA)
   return p * fmax(log, Limits<real>::lowest);
 #else
   return mass_times(p, log);
@@ -285,7 +286,11 @@ struct ApproxMath {
   template <class real>
   static constexpr real kUnit = real(0.693147180559945309);
   static FD_FN float exp(float log) { return exp2_instruction(log); }
-  static FD_FN float log(float v) { return log2_instruction(v); }
+  // A mixture of two normal numbers may be smaller than all of them, and would be taken as 0.
+  static FD_FN float log(float v) {
+    const float smallest = 1.17549435e-38f;
+    return log2_instruction(v < smallest ? smallest : v);
+  }
   static FD_FN float quotient(float a, float b) { return quotient_instruction(a, b); }
 };
 

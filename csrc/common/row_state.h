@@ -98,11 +98,17 @@ struct RowState {
     loss.rebase(sums, dx, dt);
     if constexpr (P::kTilted)
       if (tilted.sum != real(0)) {
-        // The sum takes the rounding error of the maximum.  A GPU has many maxima per row.
-        const real shift = loss.tilt(dx.delta, dt.delta),
-                   rounding = rounding_of(tilted.max, -shift);
-        tilted.max += shift;
-        tilted.sum += tilted.sum * rounding;
+        const real shift = loss.tilt(dx.delta, dt.delta);
+        if (shift != shift || is_infinite(shift)) {
+          // All so far was masked with finfo.min on one side at least, and has no mass there now.
+          if (shift > real(0) && (dx.ratio > real(0) || dt.ratio > real(0))) sums.b += real(1);
+          tilted = {};
+        } else {
+          // The sum takes the rounding error of the maximum.  A GPU has many maxima per row.
+          const real rounding = rounding_of(tilted.max, -shift);
+          tilted.max += shift;
+          tilted.sum += tilted.sum * rounding;
+        }
       }
   }
 

@@ -68,8 +68,8 @@ __device__ __forceinline__ void barrier_wait(ArrivalBarrier* b, unsigned parity)
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes,
                                           ArrivalBarrier* b) {
   asm volatile(
-      "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
       "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(b))
       : "memory");
 }
@@ -91,24 +91,17 @@ __device__ __forceinline__ void cluster_wait() {
 template <int n>
 __device__ __forceinline__ void send(uint32_t* to, unsigned rank, const uint32_t (&words)[n],
                                      ArrivalBarrier* b) {
-  static_assert(n == 2 || n == 4, "a send moves 8 or 16 bytes");
+  static_assert(n == 2, "a send moves 8 bytes");
   uint32_t remote_to, remote_b;
   asm("mapa.shared::cluster.u32 %0, %1, %2;"
       : "=r"(remote_to)
       : "r"(shared_address(to)), "r"(rank));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_b) : "r"(shared_address(b)), "r"(rank));
-  if constexpr (n == 2)
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-            remote_to),
-        "r"(words[0]), "r"(words[1]), "r"(remote_b)
-        : "memory");
-  else
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
-        "[%5];" ::"r"(remote_to),
-        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(remote_b)
-        : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+          remote_to),
+      "r"(words[0]), "r"(words[1]), "r"(remote_b)
+      : "memory");
 }
 
 #else  // Nothing calls these before Hopper.

@@ -27,7 +27,6 @@ __device__ __forceinline__ double pin_in_register(double v) {
   asm volatile("" : "+d"(v));
   return v;
 }
-
 __device__ __forceinline__ int pin_in_register(int v) {
   asm volatile("" : "+r"(v));
   return v;

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kForwardThreads)
   const real* const values = static_cast<const real*>(a.value);
   const real* const weights = static_cast<const real*>(a.row_weight);
   const int64_t begin = int64_t(blockIdx.x) * kRowsOfSection;
-  const int64_t end = begin + kRowsOfSection < a.rows ? begin + kRowsOfSection : a.rows;
+  const int64_t end = blockIdx.x + 1 == gridDim.x ? a.rows : begin + kRowsOfSection;
   Totals sum{0, 0};
   for (int64_t r = begin + team.index; r < end; r += kRowsAtOnce * kForwardThreads) {
     const auto each = [&](auto body) {
@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kForwardThreads)
 
 template <class real>
 Status reduce(const RowArgs& a, const Reduction& to, void* stream) {
-  const int64_t sections = (a.rows + kRowsOfSection - 1) / kRowsOfSection;
+  // The last section takes what is left, so all have room for their totals.
+  const int64_t sections = a.rows / kRowsOfSection;
   const Grid grid{sections > 0 ? sections : 1, kForwardThreads, 1, 0, 0};
   const Status status = launch(sum_rows<real>, grid, stream, a, to);
   if (status || sections <= 1) return status;

@@ -150,8 +150,12 @@ __global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, kCapped>))
         tile.for_columns([&](int c, int u, int k) { largest.push(tile.x[c], i + u * step + k); });
     });
     thread.rebase(reader.loss, reader.scale);
-    const auto first_pass =
-        team.all(FirstPass<P>(thread.state, x_label), MergeFirstPass<P>{reader.loss, reader.scale});
+    FirstPass<P> first_pass(thread.state, x_label);
+    const MergeFirstPass<P> merge{reader.loss, reader.scale};
+    if constexpr (kGradient || P::kDivergence || P::kTopK || P::kStats)
+      first_pass = team.all(first_pass, merge);
+    else if (!team.leader(first_pass, merge))
+      return;
     const RowState<P> state = first_pass.state();
     const auto second_pass = [&](const auto& loss, const auto& row) {
       return sum_terms(reader, slice, team, loss, row);
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, kCapped>))
   }
   if (team.leads()) self.store(result);
   if constexpr (kGradient) {
-    team.sync();
+    // All reads of the row by other threads came before the merge.
     const Gradients<Reader> to(reader, r);
     const SlicePacks<Reader> packs(reader, slice, to.first, team.count * Reader::kSize);
     const auto dense = [&] {

@@ -38,13 +38,12 @@ struct StagedRow {
   // The packs of columns [first, last): pack g begins at column first - shift + g * kSize.
   struct Packs {
     int first;             // column
-    int count;             // packs
-    int whole, end_whole;  // which of them lie inside of the row
+    int whole, end_whole;  // which packs lie inside of the row
   };
   __device__ __forceinline__ Packs packs(int first, int last, int classes) const {
     const int begin = first - shift, count = (last - begin + kSize - 1) / kSize;
     const int inside = (classes - begin) / kSize;
-    return {begin, count, begin < 0 ? 1 : 0, inside < count ? inside : count};
+    return {begin, begin < 0 ? 1 : 0, inside < count ? inside : count};
   }
 
   // Write what whole packs leave out of columns [first, end): the row's first and last elements,
@@ -102,12 +101,10 @@ class Slice {
   __device__ __forceinline__ int stage() const { return stage_; }  // columns
 
   // Begin a pass.  Return the column at which it begins: as many stages before the slice as are
-  // asked for before the first is used.
+  // asked for before the first is used.  Between two passes a team merges what the first one found,
+  // so all threads have read its slots.
   __device__ __forceinline__ int begin_pass() {
-    if (stays())
-      slot_ = free_ = 0, parity_ = 0;
-    else if (again_)
-      team_.sync();
+    if (stays()) slot_ = free_ = 0, parity_ = 0;
     return asks() ? begin - ahead() : begin;
   }
   __device__ __forceinline__ void end_pass() { again_ = true; }
@@ -140,7 +137,8 @@ class Slice {
   // Return the pack of stream k at column i, a pack's first in memory, of a slice that stays.
   __device__ __forceinline__ Pack<T> pack_in_memory(int k, int i) const {
     const int place = (i - begin + rows[k].shift) / kSize;
-    // A slot has one pack more than a stage: the first of the next stage, too.
+    // A slot has one pack more than a stage: the first of the next stage, too.  A team of lanes has
+    // one slot.
     const int s = place / (kBlockStage / kSize);
     return Pack<T>::read(rows[k].slots + place + (s < shape_.slots ? s : shape_.slots - 1));
   }

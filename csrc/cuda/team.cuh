@@ -191,7 +191,7 @@ struct Team : Threads {
   }
   __device__ __forceinline__ bool leads() const { return index == 0 && block == 0; }
 
-  // Prepare exchanges; one thread of a block of a cluster calls it before barrier_init_fence().
+  // Prepare exchanges; one thread of a block calls it before barrier_init_fence().
   __device__ __forceinline__ void init_barriers() const {
     barrier_init(&exchanged[0], 1);
     barrier_init(&exchanged[1], 1);
@@ -210,7 +210,8 @@ struct Team : Threads {
     return merge_into<false>(v, merge);
   }
 
-  // End.  What peers send has arrived, because every exchange waits for all of it.
+  // End.  What peers send has arrived: every exchange waits for all of it, and who leaves one early
+  // is sent nothing.
   __device__ __forceinline__ void leave() {
     if (blocks > 1 && !met) cluster_wait();
   }

@@ -15,8 +15,6 @@ namespace fastdiv {
 template <class real>
 struct Terms {
   real f, u, v;
-
-  FD_FN void add(const Terms& o) { f += o.f, u += o.u, v += o.v; }
 };
 
 // Sums over a row in the second pass.  q and p come from rounded logs, so they add up to 1 only

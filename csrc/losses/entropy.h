@@ -67,7 +67,7 @@ struct WithStats : P {
   FD_FN Sums<real> partial(const Column<real>& c) const {
     Sums<real> s = P::partial(c);
     s.c = entropy_moment(c);
-    s.d = mass_times_log(c.et, c.lx);
+    s.d = mass_times(c.et, c.lx);
     return s;
   }
   FD_FN void rebase(Sums<real>& s, Shift<real> dx, Shift<real> dt) const {

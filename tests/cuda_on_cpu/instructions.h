@@ -26,6 +26,7 @@ inline float exp2_instruction(float v) {
 
 // lg2.approx.ftz.f32
 inline float log2_instruction(float v) {
+  if (v >= 0.f && v < 0x1p-126f) return -INFINITY;
   const float log2 = std::log2(v), size = std::fabs(log2) > 1.f ? std::fabs(log2) : 1.f;
   return std::isfinite(log2) && log2 != 0.f ? log2 + noise_of(v) * size * 0x1p-22f : log2;
 }
