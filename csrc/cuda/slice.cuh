@@ -137,10 +137,11 @@ class Slice {
   // Return the pack of stream k at column i, a pack's first in memory, of a slice that stays.
   __device__ __forceinline__ Pack<T> pack_in_memory(int k, int i) const {
     const int place = (i - begin + rows[k].shift) / kSize;
-    // A slot has one pack more than a stage: the first of the next stage, too.  A team of lanes has
-    // one slot.
+    // A slot has one pack more than a stage.  So the pack after the last stage is in its slot, too.
+    // A team of lanes has one slot.
     const int s = place / (kBlockStage / kSize);
-    return Pack<T>::read(rows[k].slots + place + (s < shape_.slots ? s : shape_.slots - 1));
+    const int last = team_.whole_block() ? (end - begin - 1) / kBlockStage : 0;
+    return Pack<T>::read(rows[k].slots + place + (s < last ? s : last));
   }
 
  private:

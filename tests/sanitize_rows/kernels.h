@@ -26,8 +26,9 @@ inline void call(cuda::RowKernel kernel, const RowArgs& a) {
   cuda::Gpu gpu;
   if (cuda::describe(0, &gpu) || kernel(a, gpu, nullptr)) std::abort();
 }
-// One warp per row, blocks of 128 and 256 threads, clusters of two and more.
-const std::vector<int64_t> kClasses = {1, 7, 257, 513, 1027, 8193}, kShared = {257, 1027, 8197};
+// Lanes of a warp, blocks, and clusters.  Rows of 4095 and of 8191 end with a stage, off alignment.
+const std::vector<int64_t> kClasses = {1, 7, 257, 513, 1027, 4095, 8191, 8193};
+const std::vector<int64_t> kShared = {257, 1027, 8197};
 constexpr bool kSplits = false;  // a team shares every row
 
 #else
