@@ -39,7 +39,7 @@ def note_of(binary: Path) -> Path:
 
 
 def is_current(folder: Path, digest: str, architectures: str = "") -> bool:
-    """Whether the folder has a binary of this Python, made of the sources of a digest."""
+    """Return whether the folder has a binary of this Python from sources of this digest."""
     note = note_of(folder / BINARY)
     of, _, built = note.read_text().partition(" ") if note.is_file() else ("", "", "")
     return (folder / BINARY).is_file() and of == digest and architectures in ("", built)

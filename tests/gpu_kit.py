@@ -57,7 +57,7 @@ def files_of(variants: Mapping[str, Variant] = VARIANTS) -> set[str]:
 
 
 def trouble(kit: Path, limit: float = LIMIT) -> str:
-    """What keeps a kit from being used; empty if nothing does."""
+    """Return what keeps a kit from being used, or an empty text."""
     sizes = {p.relative_to(kit).as_posix(): p.stat().st_size for p in kit.rglob("*") if p.is_file()}
     if differing := sorted(sizes.keys() ^ files_of()):
         return f"{kit} should have other files: {', '.join(differing)}"

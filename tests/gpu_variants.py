@@ -15,7 +15,7 @@ BASE = "base"  # the extension itself
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the extension, and what that should do."""
+    """A variant says what it changes in the extension, and what that should do."""
 
     macros: str  # as NAME=VALUE, separated by blanks
     changes: str

@@ -35,7 +35,7 @@ ACCUMULATIONS = ("weight", "rows")
 
 
 class Plan(NamedTuple):
-    """What is measured, and how long for each case."""
+    """A plan says what is measured, and how long for each case."""
 
     device: str
     dtypes: Sequence[str]
@@ -58,7 +58,7 @@ DRY_RUN = Plan("cpu", ("f32",), [(64, 1024)], [(3, 300)], (32, 16, 300), Budget(
 
 
 def wrong(name: str, dtype: str, shape: Shape, device: str) -> str:
-    """How a loss differs from its formula in float64; empty if it does not."""
+    """Return how a loss differs from its formula in float64, or an empty text."""
     loss = losses.LOSSES[name]
     x, *target = loss.make_inputs(shape, losses.DTYPES[dtype], device)
     exact = [v.double() if v.is_floating_point() else v for v in (x, *target)]

@@ -27,10 +27,11 @@ using real = float;
 #define FD_DECLARE_DTYPES(name, ...) \
   FD_DECLARE_ALL(float, __VA_ARGS__) \
   FD_DECLARE_ALL(BFloat16, __VA_ARGS__)
-#define FD_DECLARE_TARGETS(name, policy)                   \
-  FD_DECLARE_DTYPES(name, policy<real, Target::kLogits>)   \
-  FD_DECLARE_DTYPES(name, policy<real, Target::kLogProbs>) \
-  FD_DECLARE_DTYPES(name, policy<real, Target::kProbs>)
+// Applies a macro to a divergence with each kind of target.
+#define FD_TARGETS(macro, name, policy)                                                   \
+  macro(name, policy<real, Target::kLogits>) macro(name, policy<real, Target::kLogProbs>) \
+      macro(name, policy<real, Target::kProbs>)
+#define FD_DECLARE_TARGETS(name, policy) FD_TARGETS(FD_DECLARE_DTYPES, name, policy)
 FD_ROW_LOSSES(FD_DECLARE_DTYPES)
 FD_DIVERGENCES(FD_DECLARE_TARGETS)
 
@@ -113,12 +114,9 @@ int main(int argc, char** argv) {
   for (int i = 2; i < argc; ++i) {
     Gpu gpu;
     if (std::sscanf(argv[i], "%d=%ld", &gpu.architecture, &gpu.shared_memory) != 2) return 1;
-    gpu.max_cluster = gpu.architecture < kFirstWithClusters ? 1 : kMaxCluster;
+    gpu.max_cluster = max_cluster_of(gpu.architecture);
 #define FD_PRINT(name, ...) print_dtypes<__VA_ARGS__>(#name, a, gpu);
-#define FD_PRINT_TARGETS(name, policy)            \
-  FD_PRINT(name, policy<real, Target::kLogits>)   \
-  FD_PRINT(name, policy<real, Target::kLogProbs>) \
-  FD_PRINT(name, policy<real, Target::kProbs>)
+#define FD_PRINT_TARGETS(name, policy) FD_TARGETS(FD_PRINT, name, policy)
     FD_ROW_LOSSES(FD_PRINT)
     FD_DIVERGENCES(FD_PRINT_TARGETS)
   }

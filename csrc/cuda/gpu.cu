@@ -28,7 +28,7 @@ Status describe(int device, Gpu* gpu) {
       return error;
   const int capability = 10 * major + minor;
   const int architecture = capability < code.ptxVersion ? capability : code.ptxVersion;
-  *gpu = {architecture, shared, architecture < kFirstWithClusters ? 1 : kMaxCluster};
+  *gpu = {architecture, shared, max_cluster_of(architecture)};
   return nullptr;
 }
 

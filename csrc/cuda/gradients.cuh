@@ -211,14 +211,15 @@ __device__ __forceinline__ void write_columns(const Reader& reader, const Packs&
 
 template <bool kAhead, class Packs, class Reader>
 __device__ __forceinline__ void write_dense_gradients(const Reader& reader, const Packs& packs,
-                                                      const Gradients<Reader>& to, int64_t r,
+                                                      const Gradients<Reader>& to,
+                                                      const RowIO<typename Reader::Policy>& self,
                                                       const typename Reader::Record& row,
                                                       const Threads& threads) {
   using P = typename Reader::Policy;
   using T = typename Reader::Element;
   using real = typename Reader::real;
   constexpr int kPacks = Gradients<Reader>::kPacks;
-  const Outputs<real> g = RowIO<P>{reader.a, r}.upstream();
+  const Outputs<real> g = self.upstream();
   if (g.value == real(0) && g.entropy == real(0)) {
     const Pack<T> zeros[kPacks] = {};
     const int step = threads.count * Reader::kSize;
@@ -228,7 +229,7 @@ __device__ __forceinline__ void write_dense_gradients(const Reader& reader, cons
     }
     return;
   }
-  const int label = P::kReadsLabel ? int(reader.a.labels[r]) : -1;
+  const int label = P::kReadsLabel ? int(self.own.label) : -1;
   if constexpr (P::kDirectTerms)
     if (row.use_direct != real(0))
       return write_columns<DirectPair<real, MathOf<T>>, kAhead>(reader, packs, to, row, g, label,

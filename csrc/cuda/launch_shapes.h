@@ -38,6 +38,9 @@ constexpr int kForwardThreads = FD_BLOCK_THREADS, kBackwardThreads = 256;  // of
 // Blocks; every GPU with clusters allows eight.  A lane takes the result of each warp of a cluster.
 constexpr int kMaxCluster = kForwardThreads > 128 ? kWarp * kWarp / kForwardThreads : 8;
 constexpr int kFirstWithClusters = 90;
+FD_FN int max_cluster_of(int architecture) {
+  return architecture < kFirstWithClusters ? 1 : kMaxCluster;
+}
 
 // A block's part of a row comes in stages, for which it has a ring of slots in shared memory.  If
 // there is a slot for every stage, the part stays there for later passes.

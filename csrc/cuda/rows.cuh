@@ -176,10 +176,10 @@ __global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, kCapped>))
     const Gradients<Reader> to(reader, r);
     const SlicePacks<Reader> packs(reader, slice, to.first, team.count * Reader::kSize);
     const auto dense = [&] {
-      write_dense_gradients<false>(reader, packs, to, r, result.row, team);
+      write_dense_gradients<false>(reader, packs, to, self, result.row, team);
     };
     if constexpr (P::kTopK)
-      write_topk_gradients(reader, r, result.row, team, dense);
+      write_topk_gradients(reader, self, result.row, team, dense);
     else
       dense();
   }
@@ -206,10 +206,11 @@ __global__ void __launch_bounds__(kBackwardThreads, (kBackwardBlocks<P, kCapped>
                       whole || piece + shape.piece > classes ? classes : piece + shape.piece);
   const Gradients<Reader> to(reader, r);
   const GlobalPacks<Reader> packs(reader, to.first, threads.count * Reader::kSize);
-  const auto record = RowIO<P>(a, r).record();
-  const auto dense = [&] { write_dense_gradients<true>(reader, packs, to, r, record, threads); };
+  const RowIO<P> self(a, r);
+  const auto record = self.record();
+  const auto dense = [&] { write_dense_gradients<true>(reader, packs, to, self, record, threads); };
   if constexpr (P::kTopK)
-    write_topk_gradients(reader, r, record, threads, dense);
+    write_topk_gradients(reader, self, record, threads, dense);
   else
     dense();
 }

@@ -63,7 +63,7 @@ template <class T, int kStreams>
 class Slice {
  public:
   using Row = StagedRow<T>;
-  static constexpr int kSize = Row::kSize, kLast = kStreams - 1;
+  static constexpr int kSize = Row::kSize;
   static constexpr int kBlockStage = int(cuda::kBytesPerStage / int64_t(sizeof(T)));  // columns
 
   const int begin, end;  // columns

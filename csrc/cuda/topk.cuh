@@ -122,12 +122,14 @@ struct TopKClasses {
 // Write the gradient of the reader's columns: `dense` writes that of all, then those of the k
 // classes among them are overwritten.
 template <class Reader, class Dense>
-__device__ __forceinline__ void write_topk_gradients(const Reader& reader, int64_t r,
+__device__ __forceinline__ void write_topk_gradients(const Reader& reader,
+                                                     const RowIO<typename Reader::Policy>& self,
                                                      const TopKRecord<typename Reader::real>& row,
                                                      const Threads& threads, Dense dense) {
   using real = typename Reader::real;
   const RowArgs& a = reader.a;
-  const real g = RowIO<typename Reader::Policy>{a, r}.upstream().value;
+  const int64_t r = self.r;
+  const real g = self.upstream().value;
   const TopKEntries<Reader> entries{reader, r};
   real* const overwritten = a.overwritten ? static_cast<real*>(a.overwritten) + r * a.k : nullptr;
   // Call body for the entries of this thread.  An index out of range belongs to column 0.

@@ -90,7 +90,7 @@ class Gradients:
 
     @property
     def bytes_beyond(self) -> int:
-        """How many bytes the weight's gradient takes, if it is a sum in another dtype."""
+        """Return how many bytes the weight's gradient takes, if it is a sum in another dtype."""
         sum_, weight = self.weight, self.logits.weight
         if sum_ is None or weight is None or sum_.dtype == weight.dtype:
             return 0
