@@ -10,9 +10,10 @@ import pytest
 
 import sass
 from helpers.cuda_binary import tool
+from helpers.instructions import Work
 from helpers.kernel_cost import Cost, MainLoop, cost, main_loops
 from helpers.launch_shapes import Launch
-from helpers.machine_code import Function, Work
+from helpers.machine_code import Function
 
 pytestmark = pytest.mark.cpu_only("no GPU is used")
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from helpers.cuda_binary import RESERVED_SHARED, Kernel, listings, resources
 from helpers.gpu_model import GPUS
+from helpers.instructions import is_edge
 from helpers.launch_shapes import Launch
-from helpers.machine_code import Function, Loop, Path, is_edge
+from helpers.machine_code import Function, Loop, Path
 
 # A butterfly takes five steps among lanes, three among warps and one among blocks.
 STEPS_OF_A_BUTTERFLY = 3
