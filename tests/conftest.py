@@ -134,6 +134,12 @@ def fixed_seed_and_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread(fixed_seed_and_threads: None) -> None:
+    """Small matrix products are not shared out well, on a machine that others use."""
+    torch.set_num_threads(1)
+
+
 def why_skipped(item: pytest.Item) -> str | None:
     """Return why the test cannot run where these tests compute."""
     on_cpu = torch.get_default_device().type == "cpu"

@@ -27,9 +27,8 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def float32_products(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds of values are those of float32 logits; see the test of the other way."""
-    torch.set_num_threads(1)  # of products this small, on a machine that others use
     monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: False)
 
 

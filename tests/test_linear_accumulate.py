@@ -19,18 +19,13 @@ from fastdiv.reference import Spec
 from helpers.cases import DTYPES
 from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 REDUCED = [(n, t) for n, t in TARGETS if n != "log_prob_and_entropy"]
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), REDUCED)
 BOTH_WAYS = pytest.mark.parametrize("accumulate", ["weight", "rows"])
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 # Of gradients, in units of the largest, as in test_linear.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Products this small are not shared out well, on a machine that others use."""
-    torch.set_num_threads(1)
 
 
 def with_detached_target(case: LinearCase) -> LinearCase:

@@ -14,12 +14,7 @@ from torch import Tensor
 import fastdiv
 from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Products this small are not shared out well, on a machine that others use."""
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "none"])

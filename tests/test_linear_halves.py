@@ -13,14 +13,9 @@ import fastdiv
 from fastdiv._linear.tiles import product_dtype
 from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "none"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Products this small are not shared out well, on a machine that others use."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -10,13 +10,8 @@ import torch
 from fastdiv._linear import tiles
 from helpers.linear_cases import LinearCase, make_case, named_gradients
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH_WAYS = pytest.mark.parametrize("accumulate", ["weight", "rows"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Products this small are not shared out well, on a machine that others use."""
-    torch.set_num_threads(1)
 
 
 def scaled_case(accumulate: str, hidden_scale: float, **options: Any) -> LinearCase:

@@ -22,14 +22,10 @@ from helpers.selection import nightly_but
 from helpers.transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.cpu_only("the models are made on the CPU"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # Transformers' and PEFT's of each other
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def train(path: Path, name: str, compute_loss: Any = None, **options: Any) -> dict[str, Tensor]:
