@@ -24,7 +24,7 @@ export FASTDIV_NVCC_FLAGS ?= -Xptxas=--warn-on-spills,--warn-on-local-memory-usa
 
 # Folders are listed too: their time changes when a file is added or removed.
 NATIVE := $(shell find csrc 2>/dev/null)
-CPP     = $(shell find csrc tests \( -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+CPP     = $(shell find csrc fastdiv tests \( -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
