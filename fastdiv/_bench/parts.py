@@ -12,7 +12,8 @@ import torch
 from . import linear
 from .command import DEFAULT_FILE
 from .instructions import count_instructions, why_not
-from .losses import LOSSES
+from .limit import build as limit
+from .losses import DTYPES, LOSSES
 from .memory import Job, extra_memory
 from .results import PHASES, VARIANTS, Measurements, Record, Shape
 from .run import time_loss, time_overhead
@@ -62,6 +63,11 @@ def losses(options: Namespace, found: Measurements) -> None:
         for job, extra in zip(jobs, extra_memory(jobs), strict=True):
             memory.setdefault((job.loss, job.dtype, first), {})[job.variant] = extra
             advance(f"{job.loss} {job.dtype}")
+    reasons = [limit.why_not(DTYPES[dtype], options.device) for dtype in options.dtypes]
+    for why in dict.fromkeys(filter(None, reasons)):
+        print(f"no limit: {why}", file=sys.stderr)
+    if not all(reasons):
+        found.machine["limit_compiler"] = limit.describe_compiler()
     phases = PHASES if options.phases or on_gpu else PHASES[:3]
     plan = (names, shapes, phases, VARIANTS, options.dtypes, memory)
     for record in _run("losses", options, *plan):

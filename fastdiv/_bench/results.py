@@ -22,7 +22,8 @@ Shape = tuple[int, int]
 
 FOLDER = Path("benchmarks/results")
 PHASES = ("forward", "backward", "training", "forward_grad")
-VARIANTS = ("fused", "in_place", "eager", "compile", "liger", "quack")
+OTHERS = ("eager", "compile", "liger", "quack")
+VARIANTS = ("fused", "in_place", "limit", *OTHERS)  # limit is the yardstick of .limit
 COPY = ("copy", "")  # the copy of the logits, among the phases and variants
 
 
@@ -124,3 +125,9 @@ def nanoseconds(record: Record) -> float:
 def speedup(record: Record, over: str) -> float:
     """Return how many times faster forward and backward are than those of a variant."""
     return record["training_ms"][over].median / record["training_ms"]["fused"].median
+
+
+def over_limit(record: Record, phase: str) -> float:
+    """Return the time of a phase in units of its yardstick's time."""
+    times = record[f"{phase}_ms"]
+    return times["fused"].median / times["limit"].median

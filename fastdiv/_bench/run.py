@@ -1,4 +1,4 @@
-"""Times of one loss: not in place and in place, eager, compiled, and of other libraries."""
+"""Times of one loss: not in place and in place, its yardstick, eager torch and others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .limit.build import NoYardstickError
+from .limit.yardstick import Yardstick
 from .losses import DTYPES, LOSSES, BenchmarkedLoss, Loss, as_computed, peers
 from .results import COPY, Record, Shape, make_result
 from .timing import After, Budget, Call, GpuClock, host_seconds, interleave, torch_threads
@@ -59,14 +61,31 @@ def _calls(
             yield "training", name, partial(_training, both)
     if loss.in_place is not None and "in_place" in variants:
         yield "training", "in_place", partial(_training, _backward(loss.in_place, x, target))
+    if "limit" in variants and not x.is_cuda:
+        yield from _limit_calls(loss, x, target)
     if loss.spec:
         yield "forward_grad", "fused", lambda: loss.forward_grad(x, *target)
+
+
+def _limit_calls(
+    loss: BenchmarkedLoss, x: Tensor, target: Sequence[Tensor]
+) -> Iterator[tuple[str, str, Call | After]]:
+    try:
+        yardstick = Yardstick(loss.name, x.dtype)
+    except NoYardstickError:
+        return
+    forward = partial(yardstick.forward, x, *target)
+    if _works("limit", lambda *_: forward()[0], loss, x, target):
+        both = After(forward, lambda made: yardstick.backward(made[1], x, *target))
+        yield "forward", "limit", forward
+        yield "backward", "limit", both
+        yield "training", "limit", partial(_training, both)
 
 
 def _works(
     name: str, variant: Loss, loss: BenchmarkedLoss, x: Tensor, target: Sequence[Tensor]
 ) -> bool:
-    """Tell whether a compiled or foreign implementation computes this loss at this size."""
+    """Tell whether another implementation computes this loss at this size."""
     try:
         # In this order: Liger's writes over the logits.
         with torch.no_grad():

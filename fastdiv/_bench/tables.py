@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,14 @@ from rich.text import Text
 
 from .losses import LOSSES
 from .results import (
-    VARIANTS,
+    OTHERS,
     Measurements,
     Record,
     copies,
     copy_gb_per_s,
     gb_per_s,
     nanoseconds,
+    over_limit,
     size_of,
     speedup,
 )
@@ -48,7 +49,11 @@ GB/s of the least traffic: every matrix read once in the forward and again in th
 gradient written; %: of the rate of a copy in the same rounds. Medians of interleaved rounds; f+b:
 forward and backward; forward_grad: the op that does both in one pass, the gradient over the logits.
 Faster: time of f+b over that of fastdiv, not in place. Extra MB: peak memory of f+b beyond logits,
-target and gradient.\
+target and gradient.
+"""
+LIMIT_CAPTION = """\
+/ limit: time over that of a plain loop of the same arithmetic, vectorised by hand and compiled on
+the spot. It shows what the cores can do; it has no rules for infinite logits and ignored rows.
 """
 LINEAR_CAPTION = """\
 Cross entropy of a linear layer, forward and backward. Products: time over that of the three matrix
@@ -129,9 +134,10 @@ def _busy_line(machine: Record) -> str:
 
 
 def _print_results(results: Sequence[Record], title: str, busy: str) -> None:
+    limits, limit_caption = _limits(results, {"forward": "forward", "training": "f+b"})
     headers = ["loss", "dtype", "shape", "forward\nms", "f+b\nms", "±\n%", "in place\nms"]
-    headers += ["f+b\nGB/s", "f+b\ncopies", "in place\ncopies", "faster\nthan eager"]
-    headers += ["than\ncompile", "extra\nMB", "eager's\nextra MB"]
+    headers += ["f+b\nGB/s", "f+b\ncopies", "in place\ncopies", *limits.values()]
+    headers += ["faster\nthan eager", "than\ncompile", "extra\nMB", "eager's\nextra MB"]
     rows = [
         [
             *_names(r),
@@ -142,22 +148,26 @@ def _print_results(results: Sequence[Record], title: str, busy: str) -> None:
             f"{gb_per_s(r):.1f}",
             f"{copies(r):.2f}",
             f"{copies(r, 'in_place'):.2f}" if "in_place" in r["training_ms"] else "–",
+            *(_over_limit(r, phase) for phase in limits),
             _faster(r, "eager"),
             _faster(r, "compile"),
             *_megabytes(r),
         ]
         for r in results
     ]
-    print_table(title, headers, rows, 3, CAPTION + _copies_line(results) + busy)
+    print_table(title, headers, rows, 3, CAPTION + limit_caption + _copies_line(results) + busy)
 
 
 def _print_phases(results: Sequence[Record], title: str, busy: str) -> None:
     order = list(LOSSES)
     results = sorted(results, key=lambda r: (order.index(r["loss"]), r["dtype"], r["classes"]))
-    others = [v for v in VARIANTS[2:] if any(v in r["training_ms"] for r in results)]
+    names = {"forward": "forward", "backward": "backward", "training": "f+b"}
+    limits, limit_caption = _limits(results, names)
+    others = [v for v in OTHERS if any(v in r["training_ms"] for r in results)]
     phases = ("forward", "backward", "f+b", "f+b in place", "forward_grad")
     headers = ["loss", "dtype", "shape", "copy\nGB/s", *(f"{phase}\nGB/s, %" for phase in phases)]
-    headers += [*(f"faster than\n{other}" for other in others), "extra\nMB", "eager's\nextra MB"]
+    headers += [*limits.values(), *(f"faster than\n{other}" for other in others)]
+    headers += ["extra\nMB", "eager's\nextra MB"]
     rows = [
         [
             *_names(r),
@@ -167,12 +177,13 @@ def _print_phases(results: Sequence[Record], title: str, busy: str) -> None:
             _rate(r, "training"),
             _rate(r, "training", "in_place"),
             _rate(r, "forward_grad"),
+            *(_over_limit(r, phase) for phase in limits),
             *(_faster(r, other) for other in others),
             *_megabytes(r),
         ]
         for r in results
     ]
-    print_table(title, headers, rows, 3, PHASES_CAPTION + busy)
+    print_table(title, headers, rows, 3, (PHASES_CAPTION + limit_caption).rstrip() + busy)
 
 
 def _print_scan(over: str, results: Sequence[Record]) -> None:
@@ -273,6 +284,17 @@ def _ratio(ratio: float) -> Text:
 
 def _faster(r: Record, than: str) -> Text:
     return _ratio(speedup(r, than)) if than in r["training_ms"] else Text("–")
+
+
+def _limits(results: Sequence[Record], names: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """Return headers by phase and a caption; nothing if no yardstick was timed."""
+    if not any("limit" in r["training_ms"] for r in results):
+        return {}, ""
+    return {phase: f"{name}\n/ limit" for phase, name in names.items()}, LIMIT_CAPTION
+
+
+def _over_limit(r: Record, phase: str) -> str:
+    return f"{over_limit(r, phase):.2f}" if "limit" in r[f"{phase}_ms"] else "–"
 
 
 def _rate(r: Record, phase: str, variant: str = "fused") -> str:

@@ -32,19 +32,34 @@ class NoYardstickError(Exception):
     """Says why there is none."""
 
 
-@functools.cache
+def why_not(dtype: torch.dtype, device: str = "cpu") -> str:
+    """Return why there are no yardsticks of a dtype here; empty if there are."""
+    if device != "cpu":
+        return "yardsticks are for the CPU"
+    found = _library(dtype, build_info().get("cpu_isa"))
+    return found if isinstance(found, str) else ""
+
+
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """Return the compiled yardsticks of a dtype; raise NoYardstickError where there are none."""
-    isa = build_info().get("cpu_isa")
+    found = _library(dtype, build_info().get("cpu_isa"))
+    if isinstance(found, str):
+        raise NoYardstickError(found)
+    return found
+
+
+@functools.cache
+def _library(dtype: torch.dtype, isa: str | None) -> ctypes.CDLL | str:
+    """Return the library or, so that a failure is kept too, why there is none."""
     if isa is None:
-        raise NoYardstickError("fastdiv's kernels do not run here")
+        return "fastdiv's kernels do not run here"
     if dtype not in OF_DTYPE or (dtype, isa) == (torch.float16, "baseline"):
-        raise NoYardstickError(f"none is written for {dtype} and {isa}")
+        return f"there is no yardstick in {dtype} for {isa}"
     flags = [*FLAGS, *OF_ISA[isa].split(), f"-DDTYPE={OF_DTYPE[dtype]}"]
     try:
         return ctypes.CDLL(str(_compiled([*compiler(), *flags, str(FOLDER / "limit.cpp")])))
-    except OSError as error:
-        raise NoYardstickError(str(error)) from error
+    except (OSError, NoYardstickError) as error:
+        return str(error)
 
 
 def compiler() -> list[str]:
@@ -53,7 +68,14 @@ def compiler() -> list[str]:
     for command in [wanted] if wanted else [["g++"], ["c++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
-    raise NoYardstickError(f"there is no C++ compiler {wanted[0] if wanted else 'g++ or clang++'}")
+    raise NoYardstickError(f"there is no C++ compiler {' '.join(wanted) or 'g++ or clang++'}")
+
+
+def describe_compiler() -> str:
+    """Return the compiler and its version."""
+    command = [*compiler(), "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return said.partition("\n")[0].strip()
 
 
 def _compiled(command: list[str]) -> Path:
@@ -67,7 +89,8 @@ def _compiled(command: list[str]) -> Path:
         made = file.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*command, "-o", made], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise NoYardstickError(f"{shlex.join(command)} failed:\n{done.stderr[:1000]}")
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise NoYardstickError(f"{shlex.join(command)} failed: {' '.join(errors[:1])}")
         made.replace(file)  # at once, since other processes may look for it
     return file
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .build import library
+from .build import NoYardstickError, library
 
 KEPT = 4  # floats that a forward keeps of a row; the first one is its value
 NOTHING = torch.empty(0)
@@ -31,7 +31,9 @@ class Yardstick:
 
     def __init__(self, loss: str, dtype: torch.dtype) -> None:
         """Find the loop of a loss of ``LOSSES``; raise NoYardstickError where there is none."""
-        function = library(dtype)[loss]
+        function = getattr(library(dtype), loss, None)
+        if function is None:
+            raise NoYardstickError(f"there is no yardstick of {loss}")
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         function.argtypes = [pointer] * 3 + [number] * 3 + [pointer, ctypes.c_float, pointer]
         function.restype = None
