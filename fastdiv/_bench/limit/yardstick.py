@@ -22,11 +22,11 @@ class Yardstick:
     It takes what the loss takes: logits, and labels, logits, probabilities, top-k values and
     indices, or nothing.  All are contiguous.  It uses as many threads as torch.
 
-    Example:
-        >>> x, t = torch.randn(2, 8, 1000)
-        >>> yardstick = Yardstick("kl_div", x.dtype)  # doctest: +SKIP
-        >>> mean, kept = yardstick.forward(x, t)  # doctest: +SKIP
-        >>> dx = yardstick.backward(kept, x, t)  # doctest: +SKIP
+    For example::
+
+        yardstick = Yardstick("kl_div", torch.float32)
+        mean, kept = yardstick.forward(x, t)
+        dx = yardstick.backward(kept, x, t)
     """
 
     def __init__(self, loss: str, dtype: torch.dtype) -> None:
