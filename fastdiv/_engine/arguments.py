@@ -19,6 +19,7 @@ from .recording import of_constant_size
 from .symbolic import log, same_shape, term
 from .torch_private import func_is_active, is_fake
 
+PLAIN = {Tensor, Parameter}  # torch's own types, which have no rules of their own
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32, torch.uint8)
 TARGET_TYPES = get_args(TargetType)
@@ -56,10 +57,7 @@ def check_logits(x: Tensor, name: str = "input") -> None:
 def are_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Return whether these are torch's own strided tensors on one device; only x is required."""
     return x is not None and all(
-        type(v) in (Tensor, Parameter)
-        and v.layout is torch.strided
-        and not v.is_nested
-        and v.device == x.device
+        type(v) in PLAIN and v.layout is torch.strided and not v.is_nested and v.device == x.device
         for v in (x, *others)
         if v is not None
     )

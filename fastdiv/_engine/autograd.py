@@ -5,8 +5,10 @@ Values and first derivatives come from kernels; ``second_derivative.py`` has the
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +35,37 @@ class RowCall:
     stats: bool = False
 
 
+class EagerCall(NamedTuple):
+    """A loss of whole rows where no transform is active."""
+
+    spec: Spec
+    options: tuple[Any, ...]  # those of the op
+
+    def run(self, rows: Sequence[Any]) -> Tensor:
+        """Compute the loss of ``x, t, label, class_weight, row_weight``, unwrapped if dead."""
+        if torch.is_grad_enabled():
+            return _apply_eager(self, *rows)
+        return ops.forward(*rows, *self.options)[0]
+
+
+class Seen(NamedTuple):
+    """A call with its rows and its value."""
+
+    call: EagerCall
+    rows: Sequence[Any]
+    value: Tensor
+
+
+class Witness(threading.local):
+    """Where ``row_loss`` leaves what it has computed, if ``remember.py`` asks for it."""
+
+    asked = False
+    seen: Seen | None = None
+
+
+witness = Witness()
+
+
 def row_loss(
     spec: Spec,
     x: Tensor,
@@ -51,7 +84,11 @@ def row_loss(
         return reference.loss(spec, *rows) if transformed else _traced(RowCall(spec), rows)[0]
     if transformed:
         return _RowLoss.apply(RowCall(spec), *rows)[0]
-    return _apply_eager(spec, *[v if v is None else unwrap_if_dead(v) for v in rows])
+    call = EagerCall(spec, ops.options(spec))
+    value = call.run([v if v is None else unwrap_if_dead(v) for v in rows])
+    if witness.asked:
+        witness.seen = Seen(call, rows, value)
+    return value
 
 
 def row_loss_and_stats(
@@ -176,10 +213,9 @@ class _EagerRowLoss(_RowLoss):
     setup_context = torch.autograd.Function.setup_context
 
     @staticmethod
-    def forward(ctx: Any, spec: Spec, *rows: Tensor | None) -> Tensor:  # type: ignore[override]
-        options = ops.options(spec)
-        value, record, divisor = ops.forward(*rows, *options)
-        ctx.spec, ctx.options = spec, options
+    def forward(ctx: Any, call: EagerCall, *rows: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.spec, ctx.options = call
+        value, record, divisor = ops.forward(*rows, *call.options)
         ctx.save_for_backward(*rows, record, divisor)
         return value
 
@@ -187,9 +223,10 @@ class _EagerRowLoss(_RowLoss):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None or ctx.spec.inplace or torch.is_grad_enabled():
             return _RowLoss.backward(ctx, grad)
-        needed = ctx.needs_input_grad[1:3]
-        dx, dt = ops.backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, *needed)
-        return _for_apply(ctx, dx, dt)
+        need_x, need_t = ctx.needs_input_grad[1:3]
+        upstream = grad.contiguous()
+        dx, dt = ops.backward(upstream, *ctx.saved_tensors, *ctx.options, need_x, need_t)
+        return None, dx if need_x else None, dt if need_t else None, None, None, None
 
 
 _apply_eager = light_apply(_EagerRowLoss)

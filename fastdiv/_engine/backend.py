@@ -71,6 +71,11 @@ def backend(name: Backend) -> Iterator[None]:
         _current = previous
 
 
+def chosen() -> str:
+    """Return what computes the losses now."""
+    return _current
+
+
 def is_native() -> bool:
     """Return whether losses without a kernel must raise."""
     return _current == "native"

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
-from torch.nn import Parameter
 
+from .arguments import PLAIN
 from .recording import recorded
 from .torch_private import is_jit_traced
 
 F = TypeVar("F", bound=Callable[..., Any])
-PLAIN = {Tensor, Parameter}
 
 
 def dispatch_dtensor(function: F) -> F:

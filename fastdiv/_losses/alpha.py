@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .._engine import arguments
 from .._engine.dtensor import dispatch_dtensor
+from .._engine.remember import remember_checks
 from ..reference.choices import DivergenceReduction, Reduction, TargetType
 from .divergence import divergence_of_rows
 
 
+@remember_checks
 @dispatch_dtensor
 def alpha_div(
     input: Tensor,
@@ -110,6 +112,7 @@ def alpha_div(
     )
 
 
+@remember_checks
 @dispatch_dtensor
 def renyi_div(
     input: Tensor,

@@ -11,6 +11,7 @@ from .._engine.autograd import row_loss, row_loss_and_stats
 from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
 from .._engine.recording import size_of
+from .._engine.remember import remember_checks
 from .._engine.symbolic import term
 from ..reference import Spec, Stats
 from ..reference.choices import Reduction, Smoothing, check_choice
@@ -112,6 +113,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Stats]: ...
 
 
+@remember_checks
 @dispatch_dtensor
 def cross_entropy(
     input: Tensor,

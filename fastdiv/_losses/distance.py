@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._engine.dtensor import dispatch_dtensor
+from .._engine.remember import remember_checks
 from ..reference.choices import DivergenceReduction, TargetType
 from .divergence import divergence_of_rows
 
 
+@remember_checks
 @dispatch_dtensor
 def tv_distance(
     input: Tensor,
@@ -83,6 +85,7 @@ def tv_distance(
     )
 
 
+@remember_checks
 @dispatch_dtensor
 def hellinger_distance(
     input: Tensor,

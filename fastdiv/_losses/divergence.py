@@ -12,6 +12,7 @@ from .._engine import arguments
 from .._engine.autograd import row_loss
 from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
+from .._engine.remember import remember_checks
 from ..reference import Spec
 from ..reference.choices import DivergenceReduction, TargetType
 
@@ -64,6 +65,7 @@ def js_loss(beta: float) -> tuple[str, float]:
     return "kl_div" if beta == 0 else "reverse_kl_div" if beta == 1 else "js_div", beta
 
 
+@remember_checks
 @dispatch_dtensor
 def kl_div(
     input: Tensor,
@@ -142,6 +144,7 @@ def kl_div(
     )
 
 
+@remember_checks
 @dispatch_dtensor
 def reverse_kl_div(
     input: Tensor,
@@ -214,6 +217,7 @@ def reverse_kl_div(
     )
 
 
+@remember_checks
 @dispatch_dtensor
 def js_div(
     input: Tensor,
@@ -294,6 +298,7 @@ def js_div(
     )
 
 
+@remember_checks
 @dispatch_dtensor
 def skew_kl_div(
     input: Tensor,

@@ -7,10 +7,12 @@ from torch import Tensor
 from .._engine import arguments
 from .._engine.autograd import row_loss
 from .._engine.dtensor import dispatch_dtensor
+from .._engine.remember import remember_checks
 from ..reference import Spec
 from ..reference.choices import Reduction
 
 
+@remember_checks
 @dispatch_dtensor
 def entropy(
     input: Tensor,
@@ -136,6 +138,7 @@ def log_prob_and_entropy(
     return both[0], both[1]  # not unbind: autograd forbids writing to one of its results in place
 
 
+@remember_checks
 def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: float) -> Tensor:
     arguments.check_logits(input)
     dim = arguments.class_dim(input, dim)
@@ -144,4 +147,6 @@ def _of_index(loss: str, input: Tensor, index: Tensor, dim: int, temperature: fl
         loss, ignore_index=arguments.NO_LABEL_IGNORED, scale=arguments.scale_of(temperature)
     )
     value = row_loss(spec, arguments.as_rows(input, dim), label=label)
+    if input.dim() == 2:
+        return value
     return value.reshape((*value.shape[:-1], *arguments.row_shape(input, dim)))

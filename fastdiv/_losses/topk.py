@@ -12,6 +12,7 @@ from .._engine.autograd import row_loss
 from .._engine.backend import use_kernel
 from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
+from .._engine.remember import remember_checks
 from .._engine.symbolic import same_shape
 from ..reference import Spec, topk, value_dtype
 from ..reference.choices import Missing, Reduction, TargetType, check_choice
@@ -20,6 +21,7 @@ MISSING = get_args(Missing)
 LOSSES = {missing: loss for loss, missing in topk.TOPK.items()}
 
 
+@remember_checks
 @dispatch_dtensor
 def topk_kl_div(
     input: Tensor,
