@@ -16,6 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 import fastdiv
 from fastdiv._bench.linear import LinearJob, losses, step
 from fastdiv._linear.loops import Problem
+from fastdiv._linear.ops import problem
+from fastdiv._linear.tiles import Gradients, ranges
+from fastdiv.reference import Spec
 
 LOSSES = {
     **losses(),
@@ -71,14 +74,17 @@ def share_of_the_logits(
 MEMORY = pytest.mark.parametrize(
     ("variant", "dtype", "size", "allowed"),
     [
-        ("fused", "f32", (1024, 128, 16000), 0.1),
+        # 256 rows are more than a tenth, and some 50 bytes come with each row:
+        ("fused", "f32", (1024, 128, 16000), 0.26),
+        ("per_row", "f32", (1024, 128, 16000), 0.26),
+        ("fused", "bf16", (1024, 128, 16000), 0.26),
         ("fused", "f32", (4096, 128, 8000), 0.1),
-        # The logits are made twice, and so that two tiles would not hide in a tenth:
-        ("per_row", "f32", (4096, 128, 8000), 0.06),
-        ("rows", "f32", (4096, 128, 8000), 0.06),
-        ("fused", "bf16", (4096, 128, 8000), 0.06),
-        # Sums in float32 fit into half of a tile, beside which the tile is smaller:
-        ("fused", "bf16", (4096, 64, 8000), 0.11),
+        # The logits are made twice, in the forward 256 rows at a time:
+        ("per_row", "f32", (4096, 128, 8000), 0.07),
+        ("rows", "f32", (4096, 128, 8000), 0.07),
+        ("fused", "bf16", (4096, 128, 8000), 0.07),
+        # A tile has 256 rows beside sums in float32:
+        ("fused", "bf16", (4096, 64, 8000), 0.07 + 4 * 64 / (2 * 4096) + 4 * 64 / (2 * 8000)),
         # Twelve hundredths are a tile and the sum of the hidden states' gradient:
         ("weight", "bf16", (4096, 128, 8000), 0.12 + 4 * 128 / (2 * 4096)),
     ],
@@ -95,7 +101,7 @@ def test_memory(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Forward and backward take a tenth of the logits; the bound fails if a tile is held twice."""
+    """A tile is a tenth of the logits, or 256 rows; the bound fails if a tile is held twice."""
     # As the processor has them or not, tiles would be larger or smaller.
     monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: True)
     assert share_of_the_logits(variant, dtype, size, tmp_path) <= allowed
@@ -108,3 +114,35 @@ def test_memory(
 
     monkeypatch.setattr(Problem, "tiles", twice)
     assert share_of_the_logits(variant, dtype, size, tmp_path) > allowed
+
+
+@pytest.mark.cpu_only("a GPU has limits of its own")
+@pytest.mark.parametrize(
+    ("dtype", "rows", "classes", "expected"),
+    [
+        (torch.float32, 200, 32000, 200),
+        (torch.float32, 300, 32000, 160),  # two chunks
+        (torch.float32, 1024, 32000, 256),
+        (torch.float32, 1024, 128256, 256),
+        (torch.float32, 4096, 32000, 320),  # a twelfth, in 13 even chunks
+        (torch.float32, 1 << 20, 32000, 524),  # 64 MiB
+        (torch.float32, 1 << 20, 128256, 256),  # more than 64 MiB
+        (torch.bfloat16, 1024, 32000, 256),
+    ],
+)
+@pytest.mark.parametrize("halves", [True, False])
+def test_rows_of_a_chunk(
+    halves: bool,
+    dtype: torch.dtype,
+    rows: int,
+    classes: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A chunk has at least 256 rows, also of converted logits, and its memory is bounded."""
+    monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: halves)
+    x = torch.zeros((), dtype=dtype)  # takes no memory
+    p = problem((x.expand(rows, 64), x.expand(classes, 64), *[None] * 7), Spec("cross_entropy"), 0)
+    student = Gradients(p.student, (False, False, False))
+    chunk = next(ranges(slice(0, rows), p.rows_of_chunk([student])))
+    assert chunk.stop == expected

@@ -34,12 +34,12 @@ from .tiles import CONVERTED, Gradients, RowRange, TiledLogits, ranges
 MIN_TILES = 12
 MAX_TILE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
 # These override the limits, because products of fewer rows or classes take much longer per logit.
-MIN_ROWS = {"cpu": 16, "cuda": 256}
-MIN_CLASSES = {"cpu": 256, "cuda": 2048}
+MIN_ROWS = 256
+MIN_CLASSES = {"cpu": 512, "cuda": 2048}
 MAX_ROWS_OF_BLOCK = {"cpu": 512, "cuda": 1 << 14}
 # Each chunk of rows reads and writes the float32 sum of the weight's gradient.  On a GPU this takes
 # longer than the product of fewer than some 900 rows.
-MIN_ROWS_OF_SUM = {"cpu": MIN_ROWS["cpu"], "cuda": 2048}
+MIN_ROWS_OF_SUM = {"cpu": MIN_ROWS, "cuda": 2048}
 
 
 def budget_of(rows: int, classes: int, itemsize: int, device: str) -> int:
@@ -87,10 +87,6 @@ class Problem:
         itemsize = self.student.input.element_size()
         return budget_of(self.rows, self.classes, itemsize, self.device)
 
-    def bytes_of_logit(self) -> int:
-        """Return how many bytes a tile takes per logit, with a converted copy if there is one."""
-        return self.dtype.itemsize + (self.student.dtype.itemsize if self.student.converts else 0)
-
     def rows_of_chunk(self, gradients: Sequence[Gradients] = ()) -> int:
         """Return how many rows ``by_rows`` takes at a time."""
         if self.chunk_size:
@@ -98,14 +94,12 @@ class Problem:
         converted = 8 * CONVERTED * self.hidden if self.student.converts else 0
         # glibc keeps freed memory, so a forward alone leaves room for its backward.
         budget = self.budget() if gradients else self.budget() // 2
-        least, beyond = MIN_ROWS[self.device], sum(g.bytes_beyond for g in gradients)
+        least, beyond = MIN_ROWS, sum(g.bytes_beyond for g in gradients)
         if beyond <= budget // 2:
             budget -= beyond
         else:
             least = MIN_ROWS_OF_SUM[self.device]
-        rows = (budget - converted) // (self.classes * self.bytes_of_logit())
-        # Every chunk converts the whole weight, so a chunk has twice as many rows.
-        return max(rows, least * (2 if self.student.converts else 1))
+        return max((budget - converted) // (self.classes * self.dtype.itemsize), least)
 
     def unit(self) -> Tensor:
         """Return a power of two that leaves float16 the most digits, as an upstream gradient.
@@ -122,15 +116,19 @@ class Problem:
 
     def tile_of_block(self) -> tuple[int, int]:
         """Return how many rows and classes ``by_classes`` takes at a time."""
-        rows = min(max(self.rows // 4, 1), MAX_ROWS_OF_BLOCK[self.device])
+        itemsize, budget = self.dtype.itemsize, self.budget() // 2
+        rows = self.rows // 4
+        if self.device == "cpu":
+            # The forward has held as many bytes for MIN_ROWS rows of all classes.
+            rows, budget = self.rows, max(budget, MIN_ROWS * self.classes * itemsize)
+        rows = min(max(rows, 1), MAX_ROWS_OF_BLOCK[self.device])
         if self.chunk_size:
             return rows, max(1, self.chunk_size * self.classes // rows)
         # The input takes the rows of a tile, and the sum of the gradients of all rows.
         of_input = 4 * self.hidden * (rows + self.rows)
         # A class takes its logits, a row of the weight and that row's gradient.
-        of_class = self.bytes_of_logit() * rows + 8 * self.hidden
-        classes = (self.budget() // 2 - of_input) // of_class
-        return rows, max(classes, MIN_CLASSES[self.device])
+        of_class = itemsize * rows + 8 * self.hidden
+        return rows, max((budget - of_input) // of_class, MIN_CLASSES[self.device])
 
     def pieces(self, most: int, every: bool = False) -> list[RowRange]:
         """Return ranges of at most so many rows.  A CPU skips ignored rows unless ``every``."""
