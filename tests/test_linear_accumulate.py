@@ -153,7 +153,7 @@ def test_no_row_counts(dtype: torch.dtype, reduction: str) -> None:
     ],
 )
 def test_rule(times: int, rows: int, changes: dict[str, Any]) -> None:
-    """A float32 sum of at most half a tile, a twelfth of the logits, is taken."""
+    """A float32 sum of at most half of a twelfth of the logits is taken."""
     case = make_case(rows=(rows,), bias=False, **changes)
     assert products(case)[0] == times
 

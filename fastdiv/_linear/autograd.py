@@ -56,7 +56,7 @@ class LinearCall:
 
         It does not with ``reduction="none"``, since the upstream gradients per row are not known
         yet.  In half precision it sums them in float32.  Unless the caller accepts that by
-        ``accumulate="weight"``, the sum of a weight's gradient must fit into half of a tile.
+        ``accumulate="weight"``, the sum of a weight's gradient must fit into half of the budget.
         """
         if self.spec.reduction == "none" or self.accumulate == "rows":
             return False

@@ -5,8 +5,8 @@ its logits.  Value and gradients are those of the loss of ``F.linear(input, line
 linear_bias)`` up to rounding.  The gradient of a weight is summed in float32.  On a CPU without
 matrix products in half precision, the logits are float32.
 
-From about 1024 rows on, memory beyond arguments and gradients stays below a tenth of the logits.
-It stops growing at 64 MB (512 MB on a GPU).  ``chunk_size`` sets the rows of a tile.
+Memory beyond arguments and gradients is that of 256 rows of logits or, if it is more, at most a
+tenth of all.  A tenth stops growing at 64 MB (512 MB on a GPU).  ``chunk_size`` sets other rows.
 ``accumulate="weight"`` adds sums of the size of the weight, and saves a matrix product.
 """
 
@@ -136,13 +136,13 @@ def linear_cross_entropy(
         return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
             ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
             the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
 
     Returns:
         The loss, float32 (float64 if input or target is); with ``return_stats`` a pair of the loss
@@ -255,8 +255,8 @@ def linear_log_prob_and_entropy(
         index: Class indices (int64, int32, uint8), shape ``(...)``.
         linear_bias: Bias :math:`b` of the layer, shape ``(C,)``.
         temperature: :math:`T`, which divides the logits.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
 
     Returns:
         ``(log_prob, entropy)`` in nats, shape ``(...)`` each, float32 (float64 for float64 input);

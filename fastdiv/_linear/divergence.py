@@ -110,13 +110,13 @@ def linear_kl_div(
         token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
             the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
             logits are not computed.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -194,13 +194,13 @@ def linear_reverse_kl_div(
         token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
             the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
             logits are not computed.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -281,13 +281,13 @@ def linear_js_div(
         token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
             the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
             logits are not computed.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of

@@ -117,8 +117,8 @@ def linear_cross_entropy(
             hold.
         return_stats: Also return :class:`fastdiv.Stats` of the whole rows, without gradient;
             ``argmax`` is a global index.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         group: The ranks that share the vocabulary; None for all processes.
         mean_group: Data-parallel ranks whose rows ``reduction="mean"`` averages over together, as
             :func:`token_mean` does; None for the rows of this rank only.
@@ -234,8 +234,8 @@ def linear_kl_div(
         token_weight: Weights of the rows, shape ``(...)``, the same on every rank.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         group: The ranks that share the vocabulary; None for all processes.
         mean_group: Data-parallel ranks whose rows ``reduction="mean"`` averages over together, as
             :func:`token_mean` does; None for the rows of this rank only.

@@ -110,13 +110,13 @@ class LinearCrossEntropyLoss(LinearModule):
         return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
             ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
             the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -201,8 +201,8 @@ class LinearLogProbAndEntropy(LinearModule):
         device: Device of the layer.
         dtype: Dtype of the layer.
         temperature: :math:`T`, which divides the logits.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or

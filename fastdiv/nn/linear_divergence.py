@@ -111,13 +111,13 @@ class LinearKLDivLoss(_LinearDivergenceLoss):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
         temperature: :math:`T`, which divides all logits, also those of the target.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -161,13 +161,13 @@ class LinearReverseKLDivLoss(_LinearDivergenceLoss):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
         temperature: :math:`T`, which divides all logits, also those of the target.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -212,13 +212,13 @@ class LinearJSDivLoss(_LinearDivergenceLoss):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
         temperature: :math:`T`, which divides all logits, also those of the target.
-        chunk_size: Rows whose logits are held at a time; by default as many as take a tenth of the
-            memory of all logits.
+        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
+            of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most half a tile; elsewhere ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
