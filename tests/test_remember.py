@@ -236,3 +236,17 @@ def test_only_so_many_kinds_are_remembered() -> None:
     for rows in range(2 * remember.MOST_KINDS + 5):
         fastdiv.entropy(torch.zeros(rows, 2))
         assert 0 < len(remember.plans) <= remember.MOST_KINDS
+
+
+def test_an_option_that_is_a_tensor_counts_every_time() -> None:
+    x, t = torch.randn(2, 4, 8)
+
+    def loss(temperature: torch.Tensor) -> float:
+        return fastdiv.kl_div(x, t, target_type="logits", temperature=temperature).item()
+
+    two, four = torch.tensor(2.0), torch.tensor(4.0)
+    expected = [
+        fastdiv.kl_div(x, t, target_type="logits", temperature=number).item() for number in (2, 4)
+    ]
+    assert [loss(two), loss(four)] == expected
+    assert loss(two.mul_(2)) == expected[1]

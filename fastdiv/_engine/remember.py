@@ -102,4 +102,7 @@ def _observed(
     place = {id(v): i for i, v in enumerate(given) if v is not None}
     if any(v is not None and id(v) not in place for v in seen.rows):
         return value, Plan(None)
+    rows = {id(v) for v in seen.rows}
+    if any(isinstance(v, Tensor) and id(v) not in rows for v in given):
+        return value, Plan(None)  # an option, of which a kind knows no number
     return value, Plan(seen.call, [place.get(id(v)) for v in seen.rows])

@@ -142,7 +142,8 @@ def linear_cross_entropy(
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
+            on a GPU); else ``"rows"``.
 
     Returns:
         The loss, float32 (float64 if input or target is); with ``return_stats`` a pair of the loss

@@ -116,7 +116,8 @@ def linear_kl_div(
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
+            on a GPU); else ``"rows"``.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -200,7 +201,8 @@ def linear_reverse_kl_div(
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
+            on a GPU); else ``"rows"``.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -287,7 +289,8 @@ def linear_js_div(
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
+            on a GPU); else ``"rows"``.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of

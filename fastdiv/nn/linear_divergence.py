@@ -117,7 +117,8 @@ class LinearKLDivLoss(_LinearDivergenceLoss):
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
+            on a GPU); else ``"rows"``.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -167,7 +168,8 @@ class LinearReverseKLDivLoss(_LinearDivergenceLoss):
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
+            on a GPU); else ``"rows"``.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -218,7 +220,8 @@ class LinearJSDivLoss(_LinearDivergenceLoss):
             three matrix products, for any reduction but ``"none"``.  In half precision it holds a
             float32 sum of the weight's size, :math:`4 C H` bytes, until the backward.  ``"rows"``
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
-            where it needs no such sum, or one of at most 1/24 of all logits; else ``"rows"``.
+            where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
+            on a GPU); else ``"rows"``.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
