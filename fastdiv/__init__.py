@@ -10,6 +10,7 @@ from . import nn, stats
 from ._engine.backend import backend
 from ._engine.info import build_info
 from ._engine.public import set_home as _set_home
+from ._engine.warm import warm_gradients
 from ._linear.cross_entropy import linear_cross_entropy, linear_log_prob_and_entropy
 from ._linear.divergence import linear_js_div, linear_kl_div, linear_reverse_kl_div
 from ._losses.alpha import alpha_div, renyi_div
@@ -48,6 +49,7 @@ __all__ = [
     "stats",
     "topk_kl_div",
     "tv_distance",
+    "warm_gradients",
 ]
 
 _set_home(__name__, __all__, globals())

@@ -41,9 +41,9 @@ BUDGETS = [
     Budget("log_prob", "forward", 9, 0.90, 550),
     Budget("entropy", "forward", 12, 0.88, 500),
     Budget("kl_div", "forward", 24, 0.88, 720),
-    Budget("reverse_kl_div", "forward", 25, 0.88, 800),  # goal: 24
+    Budget("reverse_kl_div", "forward", 24, 0.88, 800),
     Budget("js_div", "forward", 50, 0.53, 1050),  # goal: 60 %
-    Budget("skew_kl_div", "forward", 60, 0.44, 1050),  # goal: 50, 60 %
+    Budget("skew_kl_div", "forward", 54, 0.49, 1050),  # goal: 50, 60 %
     Budget("tv_distance", "forward", 50, 0.60, 1050),
     Budget("alpha_div", "forward", 50, 0.60, 1050),
     Budget("renyi_div", "forward", 50, 0.60, 1050),
@@ -54,7 +54,7 @@ BUDGETS = [
     Budget("kl_div", "backward", 22, 0.90, 400),
     Budget("js_div", "backward", 28, 0.90, 400),
     Budget("tv_distance", "backward", 28, 0.90, 400),
-    Budget("skew_kl_div", "backward", 38, 0.87, 400),  # goal: 28, 90 %
+    Budget("skew_kl_div", "backward", 28, 0.90, 400),
 ]
 
 

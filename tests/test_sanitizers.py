@@ -10,7 +10,8 @@ import pytest
 from helpers.checkout import ROOT
 from helpers.programs import FEW_LOSSES, build, run
 
-SOURCES = [ROOT / "tests/sanitize_rows/main.cpp", ROOT / "csrc/cpu/rows_baseline.cpp"]
+SOURCES = [ROOT / "tests/sanitize_rows/main.cpp"]
+SOURCES += [ROOT / "csrc/cpu" / name for name in ("rows_baseline.cpp", "memory.cpp")]
 
 pytestmark = pytest.mark.cpu_only("its kernels are the CPU's")
 

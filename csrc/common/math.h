@@ -1,8 +1,8 @@
 // Scalar mathematics for host and device, in float and double.
 //
 // The float versions have no branches, so that a loop over them vectorises.  They cover what a
-// log-softmax can produce (e^z for z <= 0, log of a positive number) and no more.  The polynomials
-// are those of Cephes (S. Moshier), single precision exp and log.
+// log-softmax can produce (e^z for z <= 0, log of a positive number) and no more.  The polynomial
+// of the logarithm is that of Cephes (S. Moshier), and so is that of exponentials in differences.
 #pragma once
 
 #include <math.h>
@@ -11,7 +11,8 @@
 #if defined(__CUDACC__)
 #define FD_FN __host__ __device__ __forceinline__
 #else
-#define FD_FN inline __attribute__((always_inline))
+#define FD_INLINE __attribute__((always_inline))
+#define FD_FN inline FD_INLINE
 #endif
 
 #if defined(__CUDA_ARCH__)
@@ -124,22 +125,15 @@ FD_FN real difference_of_differences(real a, real b, real c, real d) {
 
 // --- exponentials of z <= 0 -------------------------------------------------------------------
 
-// e^z = scale * (1 + r + tail) with tail = O(r^2).  scale is 2^n exactly; n = 0 for z > -0.34.
-struct ExpParts {
-  float scale, r, tail;
+// z = n log 2 + r with |r| < 0.35, and scale = 2^n exactly; n = 0 for z > -0.34.
+struct Reduced {
+  float scale, r;
 };
-
-FD_FN ExpParts exp_parts(float z) {
+FD_FN Reduced reduced(float z) {
   const float shifted = z * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer
   const float n = shifted - 12582912.f;
   const float r = z - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float scale = float_from_bits(int32_t(uint32_t(bits_of(shifted)) << 23) + 0x3f800000);
-  return {scale, r, p * (r * r)};
+  return {float_from_bits(int32_t((uint32_t(bits_of(shifted)) << 23) + 0x3f800000u)), r};
 }
 
 // Return e^z for z <= 0.  It is right for positive z too, up to log_largest.
@@ -147,9 +141,14 @@ FD_FN float exp_neg(float z) {
 #if defined(__CUDA_ARCH__)
   return expf(z);  // seven instructions, at most two ulps off
 #else
-  const ExpParts e = exp_parts(z < Limits<float>::log_smallest ? Limits<float>::log_smallest : z);
-  const float value = e.scale * (e.tail + e.r) + e.scale;
-  return z < Limits<float>::log_smallest ? 0.f : value;
+  const Reduced e = reduced(z);
+  float p = 1.3814540580e-3f * e.r + 8.3687454462e-3f;  // off by 2^-28 of e^z at most
+  p = p * e.r + 4.1668388993e-2f;
+  p = p * e.r + 1.6666521132e-1f;
+  p = p * e.r + 4.9999994040e-1f;
+  p = p * e.r + 1.f;
+  p = p * e.r + 1.f;
+  return z < Limits<float>::log_smallest ? 0.f : e.scale * p;
 #endif
 }
 FD_FN double exp_neg(double z) { return exp(z); }
@@ -175,6 +174,20 @@ struct ExpGap {
   real chi;  // e^z - 1 - z          = z^2/2 + ...   (+inf at z = -inf)
   real phi;  // z e^z - (e^z - 1)    = z^2/2 + ...   (1 at z = -inf)
 };
+
+// e^z = scale * (1 + r + tail) with tail = O(r^2), of which every digit counts.
+struct ExpParts {
+  float scale, r, tail;
+};
+FD_FN ExpParts exp_parts(float z) {
+  const Reduced e = reduced(z);
+  float p = 1.9875691500e-4f * e.r + 1.3981999507e-3f;
+  p = p * e.r + 8.3334519073e-3f;
+  p = p * e.r + 4.1665795894e-2f;
+  p = p * e.r + 1.6666665459e-1f;
+  p = p * e.r + 5.0000001201e-1f;
+  return {e.scale, e.r, p * (e.r * e.r)};
+}
 
 FD_FN ExpGap<float> exp_gap(float z) {
   const bool gone = z < Limits<float>::log_smallest;
@@ -333,25 +346,9 @@ template <class real>
 FD_FN real max_of(const real* x, int n, real m) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
+#endif
   for (int i = 0; i < n; ++i) m = larger_of(x[i], m);
   return m;
-#else
-  // The lanes are independent because a plain loop over a maximum vectorises only with -ffast-math.
-  // Each array is a vector that stays in a register.  (GCC would gather x[i + j].)
-  constexpr int kLanes = 8;
-  real a[kLanes], b[kLanes];
-  for (int j = 0; j < kLanes; ++j) a[j] = b[j] = m;
-  for (; n >= 2 * kLanes; x += 2 * kLanes, n -= 2 * kLanes) {
-    for (int j = 0; j < kLanes; ++j) a[j] = larger_of(x[j], a[j]);
-    for (int j = 0; j < kLanes; ++j) b[j] = larger_of(x[kLanes + j], b[j]);
-  }
-  for (int j = 0; j < kLanes; ++j) a[j] = larger_of(a[j], b[j]);
-  for (; n >= kLanes; x += kLanes, n -= kLanes)
-    for (int j = 0; j < kLanes; ++j) a[j] = larger_of(x[j], a[j]);
-  for (int j = 0; j < n; ++j) a[0] = larger_of(x[j], a[0]);
-  for (int j = 0; j < 4; ++j) a[j] = larger_of(a[j], a[j + 4]);
-  return larger_of(larger_of(a[0], a[1]), larger_of(a[2], a[3]));
-#endif
 }
 
 // --- softcap ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ namespace fastdiv {
 // What the target holds.  kNone: class indices, or there is no target.
 enum class Target : int { kNone = 0, kLogits = 1, kLogProbs = 2, kProbs = 3 };
 
-// Some columns of a row: on a CPU a tile in the L1 cache, on a GPU the registers of a thread.
+// Some columns of a row, in the registers of a thread of a GPU.
 template <class real>
 struct Tile {
   const real* x;        // input logits, softcapped
@@ -44,6 +44,11 @@ struct Shift {
   FD_FN real of_moment(real sum) const {
     return mass_times(ratio, sum + mass_times(old_sum, delta));
   }
+};
+
+template <class real>
+struct Shifts {
+  Shift<real> x, t;
 };
 
 // A running log-sum-exp.  The maximum starts at the lowest finite number, so that e^(-inf - max) is
@@ -91,8 +96,8 @@ struct RowState {
   Sums<real> sums;
 
   // Change to new maxima, which are at least as large.
-  FD_FN void rebase(const P& loss, real x_max, real t_max, real scale) {
-    if (x_max == x.max && t_max == t.max) return;  // no bit would change
+  FD_FN Shifts<real> rebase(const P& loss, real x_max, real t_max, real scale) {
+    if (x_max == x.max && t_max == t.max) return {{1, 0, x.sum}, {1, 0, t.sum}};
     const Shift<real> dx = x.rebase(x_max, scale);
     const Shift<real> dt = kNormalise ? t.rebase(t_max, scale) : Shift<real>{1, 0, t.sum};
     loss.rebase(sums, dx, dt);
@@ -110,32 +115,67 @@ struct RowState {
           tilted.sum += tilted.sum * rounding;
         }
       }
+    return {dx, dt};
   }
 
-  // Add a tile, with new maxima if it has larger numbers.
-  template <int kRun = 0>
-  FD_FN void push(const P& loss, const Tile<real>& tile, real scale) {
-    rebase(loss, max_of(tile.x, tile.n, x.max), kNormalise ? max_of(tile.t, tile.n, t.max) : t.max,
-           scale);
-    add<kRun>(loss, tile, scale);
+  // Return what a column is in the first pass, under these maxima.  kApprox: with approx_exp, whose
+  // errors an order alpha would magnify.
+  template <bool kApprox>
+  static FD_FN Column<real> column(real x, real t, real weight, real x_max, real t_max,
+                                   real scale) {
+    const real lx = (x - x_max) * scale;
+    const real ex = kApprox ? approx_exp(x - x_max, scale) : exp_neg(lx);
+    if constexpr (kTarget == Target::kNone) return {lx, ex, real(0), real(0), weight};
+    const real lt = log_target<kTarget>(t, t_max, real(0), scale);
+    real et = t;
+    if constexpr (kTarget != Target::kProbs)
+      et = !kApprox     ? exp_neg(lt)
+           : kNormalise ? approx_exp(t - t_max, scale)
+                        : approx_exp(lt, real(1));
+    return {lx, ex, et, lt - lx, weight};
   }
 
-  // Add a tile.  Rounding errors grow with the number of terms.  So with kRun > 0, the sums that
-  // decide the last digits of the value are added up in runs of kRun columns.
-  // kNarrow: of numbers of 16 bits, whose differences need no rounding errors added back.
-  template <int kRun = 0, bool kNarrow = false>
+  // Return the log of the mixture in a column under these maxima; -inf for a class without mass,
+  // and for an infinite term, a class with mass on one side only.
+  static FD_FN real tilted_log(const P& loss, real x, real t, real x_max, real t_max, real scale) {
+    const real inf = Limits<real>::infinity;
+    const real lx = (x - x_max) * scale;
+    const real lt = log_target<kTarget>(t, t_max, real(0), scale);
+    const real v = loss.tilt(lx, lt), finite = v == inf ? -inf : v;
+    return (lx > lt ? lx : lt) == -inf ? -inf : finite;
+  }
+  // Return 1 for an infinite term whose mass is not 0, else 0.
+  static FD_FN real infinite_term(const P& loss, real x, real t, real x_max, real t_max,
+                                  real scale) {
+    const real lx = (x - x_max) * scale;
+    const real lt = log_target<kTarget>(t, t_max, real(0), scale);
+    const real once = (lx > lt ? lx : lt) > Limits<real>::log_smallest ? real(1) : real(0);
+    return loss.tilt(lx, lt) == Limits<real>::infinity ? once : real(0);
+  }
+
+  // Add a tile whose numbers are at most the maxima, or little larger.
+  template <bool kApprox>
   FD_FN void add(const P& loss, const Tile<real>& tile, real scale) {
-    Parts total;
-    if constexpr (P::kExactRatio && kRun > 0) {
-      for (int i = 0; i < tile.n; i += kRun)
-        total.add(parts_of<kNarrow>(loss, tile, scale, i, tile.n - i < kRun ? tile.n : i + kRun));
-    } else {
-      total = parts_of<kNarrow>(loss, tile, scale, 0, tile.n);
+    const real x_max = x.max, t_max = target_max();
+    real x_sum = 0, t_sum = 0, a = 0, b = 0, c = 0, d = 0;
+    FD_SIMD(reduction(+ : x_sum, t_sum, a, b, c, d))
+    for (int i = 0; i < tile.n; ++i) {
+      const Column<real> col =
+          column<kApprox>(tile.x[i], kTarget == Target::kNone ? real(0) : tile.t[i],
+                          P::kWeights ? tile.weights[i] : real(1), x_max, t_max, scale);
+      x_sum += col.ex;
+      if constexpr (kTarget != Target::kNone) t_sum += col.et;
+      const Sums<real> s = loss.partial(col);
+      if constexpr (P::kSums > 0) a += s.a;
+      if constexpr (P::kSums > 1) b += s.b;
+      if constexpr (P::kSums > 2) c += s.c, d += s.d;
     }
-    x.sum += total.x, t.sum += total.t;
-    sums.add(total.sums);
-    if constexpr (P::kTilted) push_tilted<kNarrow>(loss, tile, scale);
+    x.sum += x_sum, t.sum += t_sum;
+    sums.add({a, b, c, d});
+    if constexpr (P::kTilted) add_tilted<kApprox>(loss, tile, scale);
   }
+  // Return what is subtracted from the target's logits; 0 from anything else.
+  FD_FN real target_max() const { return kNormalise ? t.max : real(0); }
 
   FD_FN void merge(const P& loss, RowState o, real scale) {
     const real x_max = o.x.max > x.max ? o.x.max : x.max;
@@ -162,76 +202,21 @@ struct RowState {
   FD_FN real mass() const { return kNormalise || kTarget == Target::kNone ? real(1) : t.sum; }
 
  private:
-  struct Parts {
-    real x = 0, t = 0;
-    Sums<real> sums;
-
-    FD_FN void add(const Parts& o) { x += o.x, t += o.t, sums.add(o.sums); }
-  };
-  // Return what columns [begin, end) of a tile add to the sums, with the current maxima.
-  template <bool kNarrow>
-  FD_FN Parts parts_of(const P& loss, const Tile<real>& tile, real scale, int begin,
-                       int end) const {
-    // An order alpha magnifies the errors of its sums.
-    constexpr bool kApprox = !P::kTilted || kNarrow;
-    const real x_max = x.max, t_max = kNormalise ? t.max : real(0);
-    real x_sum = 0, t_sum = 0, a = 0, b = 0, c = 0, d = 0;
-    FD_SIMD(reduction(+ : x_sum, t_sum, a, b, c, d))
-    for (int i = begin; i < end; ++i) {
-      Column<real> col{};
-      col.lx = (tile.x[i] - x_max) * scale;
-      col.ex = kApprox ? approx_exp(tile.x[i] - x_max, scale) : exp_neg(col.lx);
-      col.weight = P::kWeights ? tile.weights[i] : real(1);
-      if constexpr (kTarget != Target::kNone) {
-        const real lt = log_target<kTarget>(tile.t[i], t_max, real(0), scale);
-        if constexpr (kTarget == Target::kProbs)
-          col.et = tile.t[i];
-        else
-          col.et = !kApprox     ? exp_neg(lt)
-                   : kNormalise ? approx_exp(tile.t[i] - t_max, scale)
-                                : approx_exp(lt, real(1));
-        // Where the last digits count, take the difference of the logits themselves: those minus
-        // their maxima are rounded.
-        if constexpr (!kNormalise)
-          col.ratio = lt - col.lx;
-        else if constexpr (!P::kExactRatio)
-          col.ratio = ((tile.t[i] - t_max) - (tile.x[i] - x_max)) * scale;
-        else if constexpr (kNarrow)
-          col.ratio = ((x_max - t_max) - (tile.x[i] - tile.t[i])) * scale;
-        else
-          col.ratio = -difference_of_differences(tile.x[i], tile.t[i], x_max, t_max) * scale;
-        t_sum += col.et;
-      }
-      x_sum += col.ex;
-      const Sums<real> s = loss.partial(col);
-      if constexpr (P::kSums > 0) a += s.a;
-      if constexpr (P::kSums > 1) b += s.b;
-      if constexpr (P::kSums > 2) c += s.c, d += s.d;
-    }
-    return {x_sum, t_sum, {a, b, c, d}};
-  }
-  template <bool kNarrow>
-  FD_FN void push_tilted(const P& loss, const Tile<real>& tile, real scale) {
-    const real x_max = x.max, t_max = t.max, inf = Limits<real>::infinity;
+  template <bool kApprox>
+  FD_FN void add_tilted(const P& loss, const Tile<real>& tile, real scale) {
+    const real x_max = x.max, t_max = target_max();
     real infinite = 0, sum = 0;
     FD_SIMD(reduction(+ : infinite))
     for (int i = 0; i < tile.n; ++i) {
-      const real lx = (tile.x[i] - x_max) * scale;
-      const real lt = log_target<kTarget>(tile.t[i], kNormalise ? t_max : real(0), real(0), scale);
-      const real v = loss.tilt(lx, lt);
-      // An infinite v is a class with mass on one side only.  It counts if that mass is not 0.
-      const real log_larger = lx > lt ? lx : lt;
-      const real once = log_larger > Limits<real>::log_smallest ? real(1) : real(0);
-      infinite += v == inf ? once : real(0);
-      const real finite = v == inf ? -inf : v;
-      tile.tilted[i] = log_larger == -inf ? -inf : finite;
+      tile.tilted[i] = tilted_log(loss, tile.x[i], tile.t[i], x_max, t_max, scale);
+      infinite += infinite_term(loss, tile.x[i], tile.t[i], x_max, t_max, scale);
     }
     tilted.rebase(max_of(tile.tilted, tile.n, tilted.max), real(1));
     const real max = tilted.max;
     FD_SIMD(reduction(+ : sum))
     for (int i = 0; i < tile.n; ++i) {
       const real v = tile.tilted[i] - max;
-      sum += kNarrow ? approx_exp(v, real(1)) : exp_neg(v);  // alpha magnifies its error
+      sum += kApprox ? approx_exp(v, real(1)) : exp_neg(v);
     }
     tilted.sum += sum;
     sums.b += infinite;

@@ -12,6 +12,7 @@
 
 #include "common/dtype.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "losses/find_kernels.h"
 #include "losses/gradient.h"
 #include "losses/row.h"

@@ -48,7 +48,4 @@ const RowKernels* find_kernels(LossId loss, Target target, bool f64);
 }
 #endif
 
-// Ask for huge pages for memory that is about to be written for the first time.
-void advise_huge_pages(void* data, int64_t bytes);
-
 }  // namespace fastdiv

@@ -11,12 +11,17 @@ struct RowSource {
   const P loss;
   const real scale;
   const Converters<real> convert;
+  const Exponentials<real> kept;  // empty unless the loss keeps them
 
-  explicit RowSource(const RowArgs& args)
+  // keep: a first pass may keep its exponentials.
+  explicit RowSource(const RowArgs& args, bool keep = false)
       : a(args),
         loss(args.params),
         scale(real(args.scale)),
-        convert(converters(args.dtype, real())) {
+        convert(converters(args.dtype, real())),
+        kept(keep && keeps_exponentials<P>() && args.classes <= kMostKept
+                 ? Exponentials<real>::of_thread(args.classes)
+                 : Exponentials<real>()) {
     if (P::kWeights && !a.class_weight)
       for (int i = 0; i < kTile && i < a.classes; ++i) ones.data[i] = real(1);
   }
@@ -96,8 +101,10 @@ struct RowSource {
     return total;
   }
 
-  void* row_of(const Matrix& m, int64_t r) const {
-    return static_cast<char*>(m.data) + r * m.stride * size_of(a.dtype);
+  void* row_of(const Matrix& m, int64_t r) const { return columns(m, r, 0); }
+  // Return where a row goes on with column i, to read or to prefetch.
+  char* columns(const Matrix& m, int64_t r, int64_t i) const {
+    return static_cast<char*>(m.data) + (r * m.stride + i) * size_of(a.dtype);
   }
 
  private:

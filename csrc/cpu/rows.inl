@@ -5,59 +5,36 @@ namespace fastdiv {
 namespace FD_ISA {
 
 #include "cpu/tiles.inl"
+#include "cpu/lane_sums.inl"
+#include "cpu/exponentials.inl"
 #include "cpu/row_source.inl"
+#include "cpu/first_pass.inl"
 #include "cpu/topk.inl"
 
 // --- forward ----------------------------------------------------------------------------------
 
-template <class P, class real>
-RowState<P> first_pass(const RowSource<P>& source, int64_t r, real scale) {
-  return source.over_segments(
-      [&](int64_t begin, int64_t end) {
-        RowState<P> s;
-        Buffer<real> bx, bt, bw, tilted;
-        source.for_tiles(begin, end, [&](int64_t i, int n) {
-          const Tile<real> tile{source.input(r).whole_tile(i, n, bx),
-                                source.kTeacher ? source.target(r).whole_tile(i, n, bt) : nullptr,
-                                P::kWeights ? source.whole_weights(i, n, bw) : nullptr,
-                                whole_vectors(n), tilted.data};
-          s.template push<kFirstPassRun>(source.loss, tile, scale);
-        });
-        return s;
-      },
-      [&](RowState<P>& total, const RowState<P>& part) { total.merge(source.loss, part, scale); });
+template <class PairOf, Target kTarget, bool kKept, class real>
+FD_FN PairOf pair_of(real x, real t, real q, real p, real scale, const PairRecord<real>& row) {
+  if constexpr (!kKept)
+    return PairOf::template of<kTarget>(x, t, scale, row);
+  else
+    return PairOf::template of_masses<kTarget>(q, kTarget == Target::kProbs ? t : p, x, t, scale,
+                                               row);
 }
 
-// TermSums for every kLanes-th column.  Each is a vector that stays in a register.
-template <class real>
-struct LaneSums {
-  real f[kLanes] = {}, u[kLanes] = {}, v[kLanes] = {}, q[kLanes] = {}, p[kLanes] = {};
-
-  void add(const LaneSums& o) {
-    for (int j = 0; j < kLanes; ++j) f[j] += o.f[j];
-    for (int j = 0; j < kLanes; ++j) u[j] += o.u[j];
-    for (int j = 0; j < kLanes; ++j) v[j] += o.v[j];
-    for (int j = 0; j < kLanes; ++j) q[j] += o.q[j];
-    for (int j = 0; j < kLanes; ++j) p[j] += o.p[j];
-  }
-  TermSums<real> sum() const { return {sum(f), sum(u), sum(v), sum(q), sum(p)}; }
-
- private:
-  static real sum(const real* lane) {
-    real four[4] = {};
-    for (int i = 0; i < kLanes; i += 4)
-      for (int j = 0; j < 4; ++j) four[j] += lane[i + j];
-    return (four[0] + four[1]) + (four[2] + four[3]);
-  }
-};
+constexpr int kTermsOfSecondPass = 64 / kLanes;
 
 // The second pass: sum the terms of a divergence over a row that is in the cache.
-template <class PairOf, class P, class L, class real>
+// kKept: with q and p from the exponentials of the first pass.
+template <class PairOf, bool kKept, class P, class L, class real>
 TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r,
                             const PairRecord<real>& row) {
+  enum { kF, kU, kV, kQ, kP, kCount };
+  using Totals = LaneSums<real, kCount>;
+  constexpr bool kAddUp = L::kTermsAddUp && !std::is_same<PairOf, StablePair<real>>::value;
   return source.over_segments(
       [&](int64_t begin, int64_t end) {
-        LaneSums<real> total;
+        Totals total;
         Buffer<real> bx, bt;
         source.for_tiles(begin, end, [&](int64_t i, int n) {
           const real* x = source.input(r).whole_tile(i, n, bx);
@@ -66,35 +43,45 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
           const PairRecord<real> k = row;
           const L policy = loss;
           const real scale = source.scale;
-          // Sum in short runs, because rounding errors grow with the number of terms.
-          constexpr int kRun = 64;
-          for (int left = whole_vectors(n); left > 0; left -= kRun) {
-            LaneSums<real> run;
-            for (const real* end = x + (left < kRun ? left : kRun); x != end;
-                 x += kLanes, t += kLanes) {
-              FD_SIMD()
-              for (int j = 0; j < kLanes; ++j) {
-                const PairOf pair = PairOf::template of<P::kTarget>(x[j], t[j], scale, k);
-                const Terms<real> term = policy.terms(pair);
-                run.f[j] += term.f, run.u[j] += term.u, run.v[j] += term.v;
-                run.q[j] += pair.q, run.p[j] += pair.p;
-              }
-            }
-            total.add(run);
+          real q_factor = 1, p_factor = 1;
+          const Exponentials<real> kept = kKept ? source.kept.at(i) : source.kept;
+          if constexpr (kKept) {
+            q_factor = exp_neg((*kept.x_max - row.x_max) * scale) * exp_neg(-row.x_logz);
+            p_factor = exp_neg((*kept.t_max - row.t_max) * scale) * exp_neg(-row.t_logz);
           }
+          sum_in_runs<kTermsOfSecondPass>(
+              whole_vectors(n), total, [=](int at, Totals& run) FD_INLINE {
+                const real *xs = x + at, *ts = t + at;
+                const real *ex = kKept ? kept.x + at : xs, *et = kKept ? kept.t + at : ts;
+                FD_SIMD()
+                for (int j = 0; j < kLanes; ++j) {
+                  const PairOf pair = pair_of<PairOf, P::kTarget, kKept>(
+                      xs[j], ts[j], ex[j] * q_factor, et[j] * p_factor, scale, k);
+                  const Terms<real> term = policy.terms(pair);
+                  if (!kAddUp) run.lane[kF][j] += term.f;
+                  run.lane[kU][j] += term.u, run.lane[kV][j] += term.v;
+                  run.lane[kQ][j] += pair.q, run.lane[kP][j] += pair.p;
+                }
+              });
         });
-        return total.sum();
+        const real u = total.sum(kU), v = total.sum(kV), f = kAddUp ? u + v : total.sum(kF);
+        return TermSums<real>{f, u, v, total.sum(kQ), total.sum(kP)};
       },
       [](TermSums<real>& total, const TermSums<real>& part) { total.add(part); });
 }
+// `kept`: the first pass over the row kept its exponentials.
 template <class P, class L>
-auto sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
-               const typename P::Record& row) {
+auto sum_terms(const RowSource<P>& source, const L& loss, int64_t r, const typename P::Record& row,
+               bool kept) {
   using real = typename P::real;
+  using Direct = DirectPair<real, ExactMath>;
   if constexpr (P::kDirectTerms && std::is_same<P, L>::value)
-    if (row.use_direct != real(0))
-      return sum_terms_of<DirectPair<real, ExactMath>>(source, loss, r, row);
-  return sum_terms_of<StablePair<real>>(source, loss, r, row);
+    if (row.use_direct != real(0)) {
+      if constexpr (keeps_exponentials<P>())
+        if (kept && source.kept.x) return sum_terms_of<Direct, true>(source, loss, r, row);
+      return sum_terms_of<Direct, false>(source, loss, r, row);
+    }
+  return sum_terms_of<StablePair<real>, false>(source, loss, r, row);
 }
 
 // Return the first column that holds the maximum or NaN.
@@ -115,7 +102,7 @@ void forward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
   const RowIO<P> row = source.row(r);
   if (row.weight() == real(0) && !P::kStats) return row.store({});
-  const RowState<P> s = first_pass(source, r, source.scale);
+  const RowState<P> s = first_pass(source, r);
   const auto finish = [&](const auto& second_pass) {
     return row.finish(source.loss, s, source.label_logit(r), source.scale, second_pass);
   };
@@ -123,8 +110,9 @@ void forward_row(const RowSource<P>& source, int64_t r) {
   if constexpr (P::kTopK)
     result = finish(TopKClasses<P>(source, r));
   else
-    result = finish(
-        [&](const auto& loss, const auto& record) { return sum_terms(source, loss, r, record); });
+    result = finish([&](const auto& loss, const auto& record) {
+      return sum_terms(source, loss, r, record, true);
+    });
   row.store(result);
   if constexpr (P::kStats)
     row.store_stats(result, s, source.scale, first_maximum(source, r, s.x.max));
@@ -217,7 +205,7 @@ void backward_row(const RowSource<P>& source, int64_t r) {
 
 template <class P>
 void forward_rows(const RowArgs& a, int64_t begin, int64_t end) {
-  const RowSource<P> source(a);
+  const RowSource<P> source(a, true);
   for (int64_t r = begin; r < end; ++r) forward_row(source, r);
 }
 template <class P>
@@ -227,7 +215,7 @@ void backward_rows(const RowArgs& a, int64_t begin, int64_t end) {
 }
 template <class P>
 void forward_grad_rows(const RowArgs& a, int64_t begin, int64_t end) {
-  const RowSource<P> source(a);
+  const RowSource<P> source(a, true);
   for (int64_t r = begin; r < end; ++r) forward_row(source, r), backward_row(source, r);
 }
 template <class P>
@@ -237,7 +225,7 @@ void terms_rows(const RowArgs& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const RowIO<P> row = source.row(r);
     TermSums<real> sum;
-    if (row.weight() != real(0)) sum = sum_terms(source, source.loss, r, row.record());
+    if (row.weight() != real(0)) sum = sum_terms(source, source.loss, r, row.record(), false);
     row.store_terms(sum);
   }
 }

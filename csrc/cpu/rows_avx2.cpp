@@ -5,7 +5,6 @@ FD_BEGIN_ISA("avx2,fma,f16c")
 #define FD_ISA avx2
 #define FD_F16C
 #define FD_LANES 8
-#define FD_FIRST_PASS_RUN 0
 #include "cpu/rows.inl"
 FD_END_ISA
 

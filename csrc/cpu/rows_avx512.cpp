@@ -4,8 +4,8 @@
 FD_BEGIN_ISA("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" FD_WIDE_VECTORS)
 #define FD_ISA avx512
 #define FD_F16C
+#define FD_AVX512_BF16
 #define FD_LANES 16
-#define FD_FIRST_PASS_RUN 0
 #include "cpu/rows.inl"
 FD_END_ISA
 

@@ -4,7 +4,6 @@
 
 #define FD_ISA baseline
 #define FD_LANES 8
-#define FD_FIRST_PASS_RUN 128
 #include "cpu/rows.inl"
 
 const fastdiv::RowKernels* fastdiv::baseline::find_kernels(LossId loss, Target target, bool f64) {

@@ -1,16 +1,34 @@
 // Reads and writes rows tile by tile, converted to the type that is computed in.  A tile fits the
 // L1 cache.  Part of rows.inl: compiled once per instruction set.
 
-constexpr int kTile = 512;
+constexpr int kTile = 2048;
 constexpr int kLanes = FD_LANES;  // floats in a vector, at least eight
-// How many columns the first pass of KL adds up at a time; 0: a whole tile.  With vectors of four
-// floats each lane would have 128 terms per tile, and twice the error of eager torch.
-constexpr int kFirstPassRun = FD_FIRST_PASS_RUN;
 static_assert(kTile % kLanes == 0 && kLanes % 8 == 0, "tiles are whole vectors");
 
 // Loops that sum go over whole vectors, because GCC makes scalar code for the remaining columns.
 // After the last column of a row come some without mass, which add nothing.
 inline int whole_vectors(int n) { return (n + kLanes - 1) & -kLanes; }
+
+// Return the largest number of whole vectors, or m.  The lanes are independent because a loop over
+// a single maximum waits for each comparison.  Each array is a vector that stays in a register.
+template <class real>
+real max_of_tile(const real* x, int n, real m) {
+  real a[kLanes], b[kLanes], c[kLanes], d[kLanes];
+  for (int j = 0; j < kLanes; ++j) a[j] = b[j] = c[j] = d[j] = m;
+  const real* const end = x + n;
+  for (; end - x >= 4 * kLanes; x += 4 * kLanes) {
+    for (int j = 0; j < kLanes; ++j) a[j] = larger_of(x[j], a[j]);
+    for (int j = 0; j < kLanes; ++j) b[j] = larger_of(x[kLanes + j], b[j]);
+    for (int j = 0; j < kLanes; ++j) c[j] = larger_of(x[2 * kLanes + j], c[j]);
+    for (int j = 0; j < kLanes; ++j) d[j] = larger_of(x[3 * kLanes + j], d[j]);
+  }
+  for (; x != end; x += kLanes)
+    for (int j = 0; j < kLanes; ++j) a[j] = larger_of(x[j], a[j]);
+  for (int j = 0; j < kLanes; ++j) a[j] = larger_of(larger_of(a[j], b[j]), larger_of(c[j], d[j]));
+  real most = m;
+  for (int j = 0; j < kLanes; ++j) most = larger_of(a[j], most);
+  return most;
+}
 
 template <class real>
 using LoadTile = const real* (*)(const void* row, int64_t i, int n, real* buffer);
@@ -58,6 +76,25 @@ inline void store_narrowed<Half>(void* row, int64_t i, int n, const float* __res
   for (; j < n; ++j) to[j].bits = _cvtss_sh(tile[j], _MM_FROUND_TO_NEAREST_INT);
 }
 #endif
+#if defined(FD_AVX512_BF16)
+// One instruction for sixteen numbers; narrow() takes nine.  It writes 0 for subnormal numbers.
+__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl"))) inline void store_bfloat16(
+    void* row, int64_t i, int n, const float* tile) {
+  uint16_t* const to = static_cast<uint16_t*>(row) + i;
+  for (int j = 0; j < n; j += 16) {
+    const __mmask16 some = n - j < 16 ? __mmask16((1u << (n - j)) - 1) : __mmask16(0xffff);
+    const __m256bh halves = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, tile + j));
+    _mm256_mask_storeu_epi16(to + j, some, __builtin_bit_cast(__m256i, halves));
+  }
+}
+#endif
+// Return the fastest function that rounds to bfloat16 on this machine.
+inline StoreTile<float> bfloat16_store() {
+#if defined(FD_AVX512_BF16)
+  if (__builtin_cpu_supports("avx512bf16")) return store_bfloat16;
+#endif
+  return store_narrowed<BFloat16>;
+}
 template <class real>
 void store_same(void* row, int64_t i, int n, const real* __restrict tile) {
   real* __restrict to = static_cast<real*>(row) + i;
@@ -96,16 +133,16 @@ struct Converters {
   bool same;  // the tensor has the type that is computed in
 };
 template <class T>
-Converters<float> converters_of_halves() {
-  return {load_widened<T>, store_narrowed<T>, gather<T, float>, scatter<T, float>, false};
+Converters<float> converters_of_halves(StoreTile<float> store) {
+  return {load_widened<T>, store, gather<T, float>, scatter<T, float>, false};
 }
 template <class real>
 Converters<real> converters_of() {
   return {load_same<real>, store_same<real>, gather<real, real>, scatter<real, real>, true};
 }
 inline Converters<float> converters(DType dtype, float) {
-  if (dtype == DType::kF16) return converters_of_halves<Half>();
-  if (dtype == DType::kBF16) return converters_of_halves<BFloat16>();
+  if (dtype == DType::kF16) return converters_of_halves<Half>(store_narrowed<Half>);
+  if (dtype == DType::kBF16) return converters_of_halves<BFloat16>(bfloat16_store());
   return converters_of<float>();
 }
 inline Converters<double> converters(DType, double) { return converters_of<double>(); }

@@ -64,8 +64,8 @@ struct ThreadState {
     }
     if (far) rebase(loss, scale);
     real tilted[tile.kColumns];
-    state.template add<0, sizeof(T) == 2>(
-        loss, {tile.x, tile.t, tile.weights, tile.kColumns, tilted}, scale);
+    constexpr bool kApprox = !P::kTilted || sizeof(T) == 2;
+    state.template add<kApprox>(loss, {tile.x, tile.t, tile.weights, tile.kColumns, tilted}, scale);
   }
   __device__ __forceinline__ void rebase(const P& loss, real scale) {
     state.rebase(loss, x_max, kNormalise ? t_max : state.t.max, scale);

@@ -11,7 +11,6 @@ struct KlDiv : Divergence<real, target> {
   using Base = Divergence<real, target>;
   using Base::Base;
   static constexpr auto kMoment = Base::Moment::kForward;
-  static constexpr bool kExactRatio = true;
 
   FD_FN real kappa() const { return real(1); }
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
@@ -32,7 +31,6 @@ struct ReverseKlDiv : Divergence<real, target> {
   using Base::Base;
   static constexpr int kSums = 2;
   static constexpr auto kMoment = Base::Moment::kReverse;
-  static constexpr bool kExactRatio = true;
 
   FD_FN real kappa() const { return real(-1); }
   FD_FN Sums<real> partial(const Column<real>& c) const {
@@ -86,22 +84,17 @@ struct JsDiv : Divergence<real, target> {
 // KL(p || m), m = skew p + (1 - skew) q; reversed, p and q are exchanged.
 // With r = p/m - 1, f~ = m ((1 + r) log(1 + r) - r).  It is computed from r if p is the smaller,
 // else from m/p - 1, so that the argument is in [-1, 0].
-template <class real, Target target>
-struct SkewKlDiv : Divergence<real, target> {
+template <class real, Target target, bool kReversed>
+struct SkewKlDivOf : Divergence<real, target> {
   real skew, rest;
-  real sign;  // -1: reversed.  With a bool GCC does not vectorise the loops.
-  FD_FN explicit SkewKlDiv(const LossParams& p)
-      : Divergence<real, target>(p),
-        skew(option<real>(p.param)),
-        rest(option<real>(1 - p.param)),
-        sign(p.loss == LossId::k_reverse_skew_kl_div ? real(-1) : real(1)) {}
+  FD_FN explicit SkewKlDivOf(const LossParams& p)
+      : Divergence<real, target>(p), skew(option<real>(p.param)), rest(option<real>(1 - p.param)) {}
 
-  FD_FN real kappa() const { return sign * rest; }
+  FD_FN real kappa() const { return kReversed ? -rest : rest; }
   FD_FN real kl_fraction() const { return rest; }
   FD_FN Terms<real> terms(const StablePair<real>& c) const {
-    const bool p_smaller = sign * c.log_ratio > real(0);
-    const bool reversed = sign < real(0);
-    const real p = reversed ? c.q : c.p;
+    const real p = kReversed ? c.q : c.p, log_ratio = kReversed ? -c.log_ratio : c.log_ratio;
+    const bool p_smaller = log_ratio > real(0);
     const real offset = rest * c.gap.em1;                                      // -|p - m| / larger
     const real m = p_smaller ? rest + skew * c.gap.e : skew + rest * c.gap.e;  // m / larger
     // m can be 0 only with a skew of 1, where the class adds nothing.
@@ -113,20 +106,28 @@ struct SkewKlDiv : Divergence<real, target> {
     const real f = p_smaller ? m * log.psi : offset * log.value - log.psi;
     const real u = rest * c.larger * (p_smaller ? real(1) : c.gap.e) * -r;
     const real v = mass_times(p, (p_smaller ? log.value : -log.value) - skew * r);
-    return {c.larger * f, reversed ? v : u, reversed ? u : v};
+    return {c.larger * f, kReversed ? v : u, kReversed ? u : v};
   }
   template <class Math>
   FD_FN Terms<real> terms(const DirectPair<real, Math>& c) const {
-    const bool reversed = sign < real(0);
-    const real p = reversed ? c.q : c.p, q = reversed ? c.p : c.q, lp = reversed ? c.lq : c.lp;
+    const real p = kReversed ? c.q : c.p, q = kReversed ? c.p : c.q;
+    const real lp = kReversed ? c.lq : c.lp;
     const real m = skew * p + rest * q;
     const real tiny = real(1.2e-38);  // where m is 0, p is 0
     const real share = Math::quotient(p, m > tiny ? m : tiny);
     const real u = rest * q * (real(1) - share);
     const real v = Math::template kUnit<real> * mass_times(p, lp - Math::log(m)) +
                    skew * p * (real(1) - share);
-    return {u + v, reversed ? v : u, reversed ? u : v};
+    return {u + v, kReversed ? v : u, kReversed ? u : v};
   }
+};
+template <class real, Target target>
+struct SkewKlDiv : SkewKlDivOf<real, target, false> {
+  using SkewKlDivOf<real, target, false>::SkewKlDivOf;
+};
+template <class real, Target target>
+struct ReverseSkewKlDiv : SkewKlDivOf<real, target, true> {
+  using SkewKlDivOf<real, target, true>::SkewKlDivOf;
 };
 
 // Total variation, |q - p| / 2.

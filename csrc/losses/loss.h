@@ -52,7 +52,6 @@ struct Loss {
   static constexpr bool kSoftcap = false;      // takes softcapped logits
   static constexpr bool kTilted = false;       // keeps a log-sum-exp of a mixture of both rows
   static constexpr bool kDirectTerms = false;  // has terms from a DirectPair
-  static constexpr bool kExactRatio = false;   // its value is a sum of Column::ratio
   static constexpr int kSums = 0;              // how many of Sums it uses, the first ones
 
   static constexpr bool takes(Target given) { return given == target; }

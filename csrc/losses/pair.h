@@ -62,17 +62,28 @@ struct DirectPair {
 
   template <Target kTarget>
   static FD_FN DirectPair of(real x, real t, real scale, const Row<real>& row) {
-    constexpr real kPerNat = 1 / Math::template kUnit<real>;
-    DirectPair c;
-    c.lq = (x - row.x_max) * (scale * kPerNat) - row.x_logz * kPerNat;
+    const real lq = log_q(x, scale, row), lp = log_p<kTarget>(t, scale, row);
+    return {lq, lp, lq - lp, Math::exp(lq), kTarget == Target::kProbs ? t : Math::exp(lp)};
+  }
+  // The same with masses that are known.
+  template <Target kTarget>
+  static FD_FN DirectPair of_masses(real q, real p, real x, real t, real scale,
+                                    const Row<real>& row) {
+    const real lq = log_q(x, scale, row), lp = log_p<kTarget>(t, scale, row);
+    return {lq, lp, lq - lp, q, p};
+  }
+
+ private:
+  static constexpr real kPerNat = 1 / Math::template kUnit<real>;
+
+  static FD_FN real log_q(real x, real scale, const Row<real>& row) {
+    return (x - row.x_max) * (scale * kPerNat) - row.x_logz * kPerNat;
+  }
+  template <Target kTarget>
+  static FD_FN real log_p(real t, real scale, const Row<real>& row) {
     if constexpr (kTarget == Target::kLogits)
-      c.lp = (t - row.t_max) * (scale * kPerNat) - row.t_logz * kPerNat;
-    else
-      c.lp = log_target<kTarget>(t, row.t_max, row.t_logz, scale) * kPerNat;
-    c.log_ratio = c.lq - c.lp;
-    c.q = Math::exp(c.lq);
-    c.p = kTarget == Target::kProbs ? t : Math::exp(c.lp);
-    return c;
+      return (t - row.t_max) * (scale * kPerNat) - row.t_logz * kPerNat;
+    return log_target<kTarget>(t, row.t_max, row.t_logz, scale) * kPerNat;
   }
 };
 

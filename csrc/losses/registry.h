@@ -17,15 +17,15 @@
   X(uniform_topk_kl_div, TopKKlDiv<real>)
 
 // Name, policy with template arguments <real, target>.
-#define FD_DIVERGENCES(X)           \
-  X(kl_div, KlDiv)                  \
-  X(reverse_kl_div, ReverseKlDiv)   \
-  X(js_div, JsDiv)                  \
-  X(skew_kl_div, SkewKlDiv)         \
-  X(reverse_skew_kl_div, SkewKlDiv) \
-  X(alpha_div, AlphaDiv)            \
-  X(renyi_div, AlphaDiv)            \
-  X(tv_distance, TvDistance)        \
+#define FD_DIVERGENCES(X)                  \
+  X(kl_div, KlDiv)                         \
+  X(reverse_kl_div, ReverseKlDiv)          \
+  X(js_div, JsDiv)                         \
+  X(skew_kl_div, SkewKlDiv)                \
+  X(reverse_skew_kl_div, ReverseSkewKlDiv) \
+  X(alpha_div, AlphaDiv)                   \
+  X(renyi_div, AlphaDiv)                   \
+  X(tv_distance, TvDistance)               \
   X(hellinger_distance, AlphaDiv)
 
 namespace fastdiv {

@@ -7,6 +7,7 @@
 
 #include "cpu/topk_indices.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "losses/row.h"
 #include "ops/call.h"
 
@@ -43,6 +44,16 @@ struct CpuDevice {
     return instruction_set().find(loss, target, dtype == DType::kF64);
   }
   static void before_first_write(void* data, int64_t bytes) { advise_huge_pages(data, bytes); }
+  // Return a matrix in the memory of an earlier gradient, if that is kept.
+  static OptionalTensor warm_gradient(int64_t rows, int64_t classes, DType dtype, ScalarType type) {
+    const int64_t bytes = rows * classes * size_of(dtype);
+    void* const memory = warm::take(bytes);
+    if (!memory) return std::nullopt;
+    const int64_t size[] = {rows, classes}, stride[] = {classes, 1};
+    return torch::stable::from_blob(memory, {size, 2}, {stride, 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
+                                    [bytes](void* m) { warm::give_back(m, bytes); });
+  }
 
   // Divide the rows among the threads; with too few rows, the column segments of each row.
   static void run(RowKernel kernel, RowArgs& args) {

@@ -77,6 +77,8 @@ struct CudaDevice {
     return cuda::find_kernels(loss, target, dtype);
   }
   static void before_first_write(void*, int64_t) {}
+  // Torch's allocator keeps the memory of a GPU.
+  static OptionalTensor warm_gradient(int64_t, int64_t, DType, ScalarType) { return std::nullopt; }
 
   void run(cuda::RowKernel kernel, const RowArgs& args) const {
     require(args.classes <= cuda::kMaxClasses, "fastdiv: more than 2^30 classes");

@@ -13,6 +13,7 @@
 
 #include "losses/registry.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cuda/kernels.h"
 
 namespace py = pybind11;
@@ -38,6 +39,9 @@ PYBIND11_MODULE(_C, m) {
       names.push_back(fastdiv::kInstructionSets[i].name);
     return names;
   });
+  m.def("keep_gradients", fastdiv::warm::keep);
+  m.def("empty_gradients", fastdiv::warm::empty);
+  m.def("waiting_gradient_bytes", fastdiv::warm::waiting_bytes);
 #if defined(FD_WITH_CUDA)
   m.attr("cuda_architectures") = fastdiv::cuda::built_architectures();
   m.attr("cuda_toolkit") = fastdiv::cuda::toolkit();

@@ -228,7 +228,7 @@ PUBLIC_LOSSES = [
     name
     for name in fastdiv.__all__
     if inspect.isfunction(getattr(fastdiv, name))
-    and name not in ("backend", "build_info", "patch_torch")
+    and name not in ("backend", "build_info", "patch_torch", "warm_gradients")
 ]
 
 LOSSES: list[Case] = [

@@ -128,6 +128,9 @@ class Problem {
         for (int64_t i = 0; i < classes; ++i) target_row[i] = logits[i] + 0.01 * target_row[i];
       if (r == kMasked && classes > 2 && setup.softcap == 0)
         logits[classes - 1] = target_row[classes - 1] = -kInf;
+      // Its exponential is 0, by bits that overflow on the way.
+      if (r == kMasked && classes > 3 && setup.softcap == 0)
+        logits[classes - 2] = target_row[classes - 2] = -200;
       if (r >= kNaN) logits[classes / 2] = target_row[0] = NAN;
       if (target != Target::kLogits) target_row = log_softmax(target_row, 1);
       if (target == Target::kProbs)
