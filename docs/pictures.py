@@ -23,7 +23,7 @@ from torch import Tensor
 import fastdiv
 
 HERE = Path(__file__).parent / "pictures"
-MEASURED = Path(__file__).parent.parent / "benchmarks/results/amd-epyc-avx2-2-threads.json"
+MEASURED = Path(__file__).parent.parent / "benchmarks/results/amd-epyc-avx512-2-threads.json"
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 STYLE = {
