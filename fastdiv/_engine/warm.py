@@ -27,7 +27,7 @@ def warm_gradients() -> Iterator[WarmGradients]:
     """Let gradients on a CPU take the memory of earlier ones, inside a ``with`` block.
 
     The system clears the pages of new memory at their first write.  For a gradient of many classes
-    that takes as long as a third of the backward.  In the block, the memory of a gradient that
+    that takes up to half of the backward.  In the block, the memory of a gradient that
     nobody holds any more waits for the next one of as many bytes.  One gradient of each of the last
     four sizes can wait.
 
