@@ -18,7 +18,7 @@ from ..._engine.info import build_info
 
 FOLDER = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fno-signed-zeros", "-ffinite-math-only"]  # rows are plain; not -ffast-math
+FLAGS += ["-pthread", "-fno-signed-zeros", "-ffinite-math-only"]  # rows are plain; not -ffast-math
 OF_ISA = {
     "avx512": "-DW=16 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
     " -mprefer-vector-width=512",

@@ -3,15 +3,36 @@
 // It shows what a core can do.  It leaves out what the losses must keep: there are no rules for NaN
 // and infinite logits, no exact values near zero, no options.  build.py compiles it with -DW=n for
 // vectors of n floats, and -DDTYPE=float, Bf16 or F16.  The constants are those of losses.py.
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "divergences.h"
 #include "losses.h"
 
 namespace {
 
-// Compute the forward of rows into `kept`; or, given d, the gradient of g times their sum from it.
+// Ask for huge pages for a new gradient, as the losses do.
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge - 1) & ~(huge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(huge - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Compute the forward of rows [begin, end) into `kept`; or, given d, the gradient of g times their
+// sum from it.
 template <class Loss, class T>
-void run(Row<T> r, int64_t rows, Kept* kept, float g, T* d) {
-  for (int64_t i = 0; i < rows; ++i) {
+void run(Row<T> r, int64_t begin, int64_t end, Kept* kept, float g, T* d) {
+  r.x += begin * r.classes, r.t += begin * r.targets, r.y += begin * r.targets;
+  for (int64_t i = begin; i < end; ++i) {
     if (d) {
       Loss::backward(r, kept[i], g, d + i * r.classes);
     } else {
@@ -21,12 +42,24 @@ void run(Row<T> r, int64_t rows, Kept* kept, float g, T* d) {
   }
 }
 
+// Divide the rows among threads, of which the calling one is the first.
+template <class Loss, class T>
+void run_on_threads(int64_t threads, Row<T> r, int64_t rows, Kept* kept, float g, T* d) {
+  if (d) advise_huge_pages(d, rows * r.classes * int64_t(sizeof(T)));
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i)
+    others.emplace_back(run<Loss, T>, r, rows * i / threads, rows * (i + 1) / threads, kept, g, d);
+  run<Loss>(r, 0, rows / threads, kept, g, d);
+  for (std::thread& other : others) other.join();
+}
+
 }  // namespace
 
-#define LOSS(name, ...)                                                                   \
-  extern "C" void name(const DTYPE* x, const DTYPE* t, const int64_t* y, int64_t rows,    \
-                       int64_t classes, int64_t targets, Kept* kept, float g, DTYPE* d) { \
-    run<__VA_ARGS__>(Row<DTYPE>{x, t, y, classes, targets}, rows, kept, g, d);            \
+#define LOSS(name, ...)                                                                            \
+  extern "C" void name(int64_t threads, const DTYPE* x, const DTYPE* t, const int64_t* y,          \
+                       int64_t rows, int64_t classes, int64_t targets, Kept* kept, float g,        \
+                       DTYPE* d) {                                                                 \
+    run_on_threads<__VA_ARGS__>(threads, Row<DTYPE>{x, t, y, classes, targets}, rows, kept, g, d); \
   }
 
 LOSS(cross_entropy, LogProbAndEntropy<-1, 0>)

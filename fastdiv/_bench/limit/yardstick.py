@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -35,7 +33,14 @@ class Yardstick:
         if function is None:
             raise NoYardstickError(f"there is no yardstick of {loss}")
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        function.argtypes = [pointer] * 3 + [number] * 3 + [pointer, ctypes.c_float, pointer]
+        function.argtypes = [
+            number,
+            *[pointer] * 3,
+            *[number] * 3,
+            pointer,
+            ctypes.c_float,
+            pointer,
+        ]
         function.restype = None
         self._function: Callable[..., None] = function
 
@@ -55,28 +60,11 @@ class Yardstick:
         return grad
 
     def _run(self, kept: Tensor, grad: Tensor, x: Tensor, *target: Tensor) -> None:
-        """Divide the rows among threads, which ctypes lets run at the same time."""
         labels = next((t for t in target if t.dtype == torch.int64), NOTHING)
         matrix = next((t for t in target if t.dtype == x.dtype), NOTHING)
+        assert all(t.is_contiguous() for t in (x, matrix, labels, kept, grad))
         rows, classes = x.shape
         targets = max(labels.numel(), matrix.numel()) // rows
-        tensors = (x, matrix, labels, kept, grad)
-        assert all(t.is_contiguous() for t in tensors)
-        bytes_of_a_row = [t.nbytes // rows for t in tensors]
-
-        def run(begin: int, end: int) -> None:
-            pointers = zip(tensors, bytes_of_a_row, strict=True)
-            px, pt, py, pk, pd = (t.data_ptr() + begin * size for t, size in pointers)
-            self._function(px, pt, py, end - begin, classes, targets, pk, 1 / rows, pd)
-
-        count = min(rows, torch.get_num_threads())
-        if count == 1:
-            run(0, rows)
-        else:
-            ends = [rows * i // count for i in range(count + 1)]
-            list(_threads(count).map(run, ends, ends[1:]))
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count)
+        px, pt, py, pk, pd = (t.data_ptr() for t in (x, matrix, labels, kept, grad))
+        threads = min(rows, torch.get_num_threads())
+        self._function(threads, px, pt, py, rows, classes, targets, pk, 1 / rows, pd)
