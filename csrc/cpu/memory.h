@@ -13,7 +13,7 @@ void* thread_memory(int64_t bytes);
 
 // Memory of gradients that is used again, so that its pages are there.  While somebody keeps it,
 // memory that is given back waits for the next gradient of its size: one block of each of the last
-// sizes.
+// four sizes.
 namespace warm {
 void keep(bool begin);      // calls nest; the last end frees what waits
 void* take(int64_t bytes);  // null unless somebody keeps it and it is worth it

@@ -13,7 +13,7 @@ struct RowSource {
   const Converters<real> convert;
   const Exponentials<real> kept;  // empty unless the loss keeps them
 
-  // keep: a first pass may keep its exponentials.
+  // keep: a first pass over each row comes before its second, and may keep its exponentials.
   explicit RowSource(const RowArgs& args, bool keep = false)
       : a(args),
         loss(args.params),

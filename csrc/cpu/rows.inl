@@ -69,16 +69,15 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
       },
       [](TermSums<real>& total, const TermSums<real>& part) { total.add(part); });
 }
-// `kept`: the first pass over the row kept its exponentials.
 template <class P, class L>
-auto sum_terms(const RowSource<P>& source, const L& loss, int64_t r, const typename P::Record& row,
-               bool kept) {
+auto sum_terms(const RowSource<P>& source, const L& loss, int64_t r,
+               const typename P::Record& row) {
   using real = typename P::real;
   using Direct = DirectPair<real, ExactMath>;
   if constexpr (P::kDirectTerms && std::is_same<P, L>::value)
     if (row.use_direct != real(0)) {
       if constexpr (keeps_exponentials<P>())
-        if (kept && source.kept.x) return sum_terms_of<Direct, true>(source, loss, r, row);
+        if (source.kept.x) return sum_terms_of<Direct, true>(source, loss, r, row);
       return sum_terms_of<Direct, false>(source, loss, r, row);
     }
   return sum_terms_of<StablePair<real>, false>(source, loss, r, row);
@@ -110,9 +109,8 @@ void forward_row(const RowSource<P>& source, int64_t r) {
   if constexpr (P::kTopK)
     result = finish(TopKClasses<P>(source, r));
   else
-    result = finish([&](const auto& loss, const auto& record) {
-      return sum_terms(source, loss, r, record, true);
-    });
+    result = finish(
+        [&](const auto& loss, const auto& record) { return sum_terms(source, loss, r, record); });
   row.store(result);
   if constexpr (P::kStats)
     row.store_stats(result, s, source.scale, first_maximum(source, r, s.x.max));
@@ -225,7 +223,7 @@ void terms_rows(const RowArgs& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const RowIO<P> row = source.row(r);
     TermSums<real> sum;
-    if (row.weight() != real(0)) sum = sum_terms(source, source.loss, r, row.record(), false);
+    if (row.weight() != real(0)) sum = sum_terms(source, source.loss, r, row.record());
     row.store_terms(sum);
   }
 }

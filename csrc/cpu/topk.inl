@@ -15,9 +15,7 @@ class TopKClasses {
 
   real largest_value() const {
     real most = Limits<real>::lowest;
-    for_tiles([&](int64_t, int n, const real*, const real* v) {
-      for (int j = 0; j < n; ++j) most = larger_of(v[j], most);
-    });
+    for_tiles([&](int64_t, int n, const real*, const real* v) { most = max_of(v, n, most); });
     return most;
   }
 

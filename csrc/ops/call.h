@@ -51,8 +51,7 @@ struct RowCall {
   // Return the gradient of x or t, and set d to it; an empty tensor if it is not needed.
   Tensor make_gradient(const Tensor& of, Matrix& d, bool needed) const {
     if (!needed) return make({0}, of.scalar_type());
-    OptionalTensor warm =
-        Device::warm_gradient(of.size(0), of.size(1), dtype_of(of), of.scalar_type());
+    const OptionalTensor warm = Device::warm_gradient(of);
     Tensor gradient = warm ? *warm : make({of.size(0), of.size(1)}, of.scalar_type());
     if (!warm)
       Device::before_first_write(gradient.data_ptr(), gradient.numel() * size_of(dtype_of(of)));

@@ -44,15 +44,15 @@ struct CpuDevice {
     return instruction_set().find(loss, target, dtype == DType::kF64);
   }
   static void before_first_write(void* data, int64_t bytes) { advise_huge_pages(data, bytes); }
-  // Return a matrix in the memory of an earlier gradient, if that is kept.
-  static OptionalTensor warm_gradient(int64_t rows, int64_t classes, DType dtype, ScalarType type) {
-    const int64_t bytes = rows * classes * size_of(dtype);
+  // Return a matrix like this one in the memory of an earlier gradient, if that is kept.
+  static OptionalTensor warm_gradient(const Tensor& of) {
+    const int64_t bytes = of.numel() * size_of(dtype_of(of));
     void* const memory = warm::take(bytes);
     if (!memory) return std::nullopt;
-    const int64_t size[] = {rows, classes}, stride[] = {classes, 1};
-    return torch::stable::from_blob(memory, {size, 2}, {stride, 2},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
-                                    [bytes](void* m) { warm::give_back(m, bytes); });
+    const int64_t size[] = {of.size(0), of.size(1)}, stride[] = {of.size(1), 1};
+    return torch::stable::from_blob(
+        memory, {size, 2}, {stride, 2}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+        of.scalar_type(), [bytes](void* m) { warm::give_back(m, bytes); });
   }
 
   // Divide the rows among the threads; with too few rows, the column segments of each row.

@@ -78,7 +78,7 @@ struct CudaDevice {
   }
   static void before_first_write(void*, int64_t) {}
   // Torch's allocator keeps the memory of a GPU.
-  static OptionalTensor warm_gradient(int64_t, int64_t, DType, ScalarType) { return std::nullopt; }
+  static OptionalTensor warm_gradient(const Tensor&) { return std::nullopt; }
 
   void run(cuda::RowKernel kernel, const RowArgs& args) const {
     require(args.classes <= cuda::kMaxClasses, "fastdiv: more than 2^30 classes");

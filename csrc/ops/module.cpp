@@ -39,6 +39,9 @@ PYBIND11_MODULE(_C, m) {
       names.push_back(fastdiv::kInstructionSets[i].name);
     return names;
   });
+  m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
+    fastdiv::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
+  });
   m.def("keep_gradients", fastdiv::warm::keep);
   m.def("empty_gradients", fastdiv::warm::empty);
   m.def("waiting_gradient_bytes", fastdiv::warm::waiting_bytes);

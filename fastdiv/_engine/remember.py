@@ -25,7 +25,7 @@ CONSTANTS = {int, float, bool, str, NoneType}
 
 
 class Plan(NamedTuple):
-    """What the checks of a kind of call lead to."""
+    """Says what the checks of a kind of call lead to."""
 
     call: EagerCall | None  # None: such calls need more than one call of an op
     places: Sequence[int | None] = ()  # which arguments are the rows; None for one left out

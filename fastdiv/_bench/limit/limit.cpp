@@ -6,26 +6,10 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "divergences.h"
 #include "losses.h"
 
 namespace {
-
-// Ask for huge pages for a new gradient, as the losses do.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t huge = uintptr_t(2) << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge - 1) & ~(huge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(huge - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 // Compute the forward of rows [begin, end) into `kept`; or, given d, the gradient of g times their
 // sum from it.
@@ -45,7 +29,6 @@ void run(Row<T> r, int64_t begin, int64_t end, Kept* kept, float g, T* d) {
 // Divide the rows among threads, of which the calling one is the first.
 template <class Loss, class T>
 void run_on_threads(int64_t threads, Row<T> r, int64_t rows, Kept* kept, float g, T* d) {
-  if (d) advise_huge_pages(d, rows * r.classes * int64_t(sizeof(T)));
   std::vector<std::thread> others;
   for (int64_t i = 1; i < threads; ++i)
     others.emplace_back(run<Loss, T>, r, rows * i / threads, rows * (i + 1) / threads, kept, g, d);

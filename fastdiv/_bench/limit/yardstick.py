@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..._engine.backend import _C
 from .build import NoYardstickError, library
 
 KEPT = 4  # floats that a forward keeps of a row; the first one is its value
@@ -52,7 +53,9 @@ class Yardstick:
 
     def backward(self, kept: Tensor, x: Tensor, *target: Tensor) -> Tensor:
         """Return the gradient of the mean, a new tensor."""
-        return self.backward_into(torch.empty_like(x), kept, x, *target)
+        grad = torch.empty_like(x)
+        _C.advise_huge_pages(grad.data_ptr(), grad.nbytes)  # as the losses do
+        return self.backward_into(grad, kept, x, *target)
 
     def backward_into(self, grad: Tensor, kept: Tensor, x: Tensor, *target: Tensor) -> Tensor:
         """Write the gradient over a tensor, which may be the logits, and return that."""
