@@ -30,7 +30,7 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """How many bytes of 16 or more each thread accesses at a time, else 0."""
+        """Return how many bytes of 16 or more each thread accesses at a time, else 0."""
         for width in (128, 256):
             if f".{width}" in self.name:
                 return width // 8
@@ -47,12 +47,12 @@ class Instruction(NamedTuple):
 
     @property
     def exponential(self) -> bool:
-        """Whether it takes the unit of special functions: also logarithms and reciprocals."""
+        """Return whether it takes the unit of special functions, also for logarithms."""
         return self.opcode == "MUFU"
 
     @property
     def conversion(self) -> bool:
-        """Whether it is a conversion, for which that unit is taken too."""
+        """Return whether it is a conversion, for which that unit is taken too."""
         return self.opcode in ("F2F", "F2I", "I2F", "FRND")
 
     @property
@@ -61,7 +61,7 @@ class Instruction(NamedTuple):
 
     @property
     def conditional(self) -> bool:
-        """Whether the next instruction may follow a branch."""
+        """Return whether the next instruction may follow a branch."""
         return self.guarded or bool(re.match(r"!?U?P\d", self.operands)) or ".U" in self.name
 
     @property
@@ -72,7 +72,7 @@ class Instruction(NamedTuple):
         return set(range(first, first + self.bytes // 4)) if match else set()
 
     def reads(self, registers: set[int]) -> bool:
-        """Whether an operand other than the destination is one of the registers."""
+        """Return whether an operand other than the destination is one of the registers."""
         operands = self.operands
         if not self.opcode.startswith(("ST", "RED")):
             operands = operands.partition(",")[2]
