@@ -11,14 +11,16 @@ from ._engine.backend import backend
 from ._engine.info import build_info
 from ._engine.public import set_home as _set_home
 from ._engine.warm import warm_gradients
-from ._linear.cross_entropy import linear_cross_entropy, linear_log_prob_and_entropy
+from ._linear.cross_entropy import linear_cross_entropy
 from ._linear.divergence import linear_js_div, linear_kl_div, linear_reverse_kl_div
+from ._linear.log_prob import linear_log_prob, linear_log_prob_and_entropy
+from ._linear.topk import linear_topk_kl_div, linear_topk_reverse_kl_div
 from ._losses.alpha import alpha_div, renyi_div
 from ._losses.cross_entropy import cross_entropy
 from ._losses.distance import hellinger_distance, tv_distance
 from ._losses.divergence import js_div, kl_div, reverse_kl_div, skew_kl_div
 from ._losses.entropy import entropy, log_prob, log_prob_and_entropy
-from ._losses.topk import topk_kl_div
+from ._losses.topk import topk_js_div, topk_kl_div, topk_reverse_kl_div
 from .integrations.torch.patch import patch_torch
 from .reference import Stats
 
@@ -37,8 +39,11 @@ __all__ = [
     "linear_cross_entropy",
     "linear_js_div",
     "linear_kl_div",
+    "linear_log_prob",
     "linear_log_prob_and_entropy",
     "linear_reverse_kl_div",
+    "linear_topk_kl_div",
+    "linear_topk_reverse_kl_div",
     "log_prob",
     "log_prob_and_entropy",
     "nn",
@@ -47,7 +52,9 @@ __all__ = [
     "reverse_kl_div",
     "skew_kl_div",
     "stats",
+    "topk_js_div",
     "topk_kl_div",
+    "topk_reverse_kl_div",
     "tv_distance",
     "warm_gradients",
 ]

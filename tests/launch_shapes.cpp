@@ -68,7 +68,7 @@ Status launch(void (*)(RowArgs, Shape), const Grid& grid, void*, RowArgs a, Shap
 
 template <class P>
 const char* target_name() {
-  if (P::kTopK) return "top-k";
+  if (P::kNamed) return "named";
   if (P::kReadsLabel) return "labels";
   const char* const names[] = {"none", "logits", "log_probs", "probs"};
   return names[int(P::kTarget)];
@@ -90,7 +90,7 @@ void print_launches(const char* loss, const char* dtype, const RowArgs& a, const
   launched.kernel = "backward";
   launch_backward<P, T>(a, gpu, nullptr);
   launched.kernel = "forward_grad";
-  launch_forward<P, T, true>(a, gpu, nullptr);
+  if constexpr (!P::kNamed) launch_forward<P, T, true>(a, gpu, nullptr);
   std::free(policy);
 }
 

@@ -147,9 +147,51 @@ for f in (log_prob, both):
     bad(f, X, [0, 1, 2], raises=TypeError, says="index|Tensor|list")
     bad(f, X, Y.float(), raises=TypeError, says="index|int64|float32")
     bad(f, X, labels(0), raises=ValueError, says="index|(3,)|(1,)")
-    bad(f, X, labels(0, 5, 2), raises=IndexError, says="index[1]|5|5 classes")
-    bad(f, X, labels(0, -100, 2), raises=IndexError, says="index[1]|-100|5 classes")
+    place = "index has {} in row 1" if f is log_prob else "index[1] is {}"
+    for index in (5, -2, -100):
+        says = f"{place.format(index)}|5 classes|-1"
+        bad(f, X, labels(0, index, 2), raises=IndexError, says=says)
     bad(f, X, Y.to("meta"), raises=RuntimeError, says=f"index|meta|{X.device}")
+bad(log_prob, X, Y[:2, None], raises=ValueError, says="index|(3,)|(2, 1)|k classes")
+bad(log_prob, X, Y[:, None, None], raises=ValueError, says="index|(3,)|(3, 1, 1)|k classes")
+bad(log_prob, X[None], Y[:, None], raises=ValueError, says="index|(1, 3)|(3, 1)|k classes")
+bad(log_prob, X, torch.tensor([[0, 1], [2, 5], [0, 0]]), raises=IndexError, says="row 1|5 classes")
+for dtype in (torch.int8, torch.bool):
+    bad(log_prob, X, Y[:, None].to(dtype), raises=TypeError, says=f"index|int16|{dtype}")
+
+# --- masks of classes, and temperatures in tensors ---
+BITS = torch.ones(3, 1, dtype=torch.uint8)
+for f in (ce, kl, js, entropy, log_prob, both):
+    bad(f, X, class_mask=[True] * 5, raises=TypeError, says="class_mask|Tensor|list")
+    for dtype in (torch.int64, torch.float32):
+        says = f"class_mask|bool|uint8|{dtype}"
+        bad(f, X, class_mask=torch.ones(5, dtype=dtype), raises=TypeError, says=says)
+    for shape in ((4,), (2, 5), (3, 4), (1, 3, 5)):
+        mask = torch.ones(shape, dtype=torch.bool)
+        bad(f, X, class_mask=mask, raises=ValueError, says=f"class_mask|(3, 5)|(5,)|{shape}")
+    bad(f, X, class_mask=BITS[:2], raises=ValueError, says="class_mask|(3, 1)|bits|(3, 5)|(2, 1)")
+    mask = torch.ones(3, 5, dtype=torch.uint8)
+    bad(f, X, class_mask=mask, raises=ValueError, says="class_mask|(3, 1)|bits|(3, 5)|(3, 5)")
+    mask = torch.ones(5, dtype=torch.bool, device="meta")
+    bad(f, X, class_mask=mask, raises=RuntimeError, says="class_mask|meta")
+    for value in (0.0, -1.0, NAN, INF):
+        says = f"temperature|positive|{value}"
+        bad(f, X, temperature=torch.tensor(value), raises=ValueError, says=says)
+        rows = torch.tensor([1.0, value, 1.0])
+        bad(f, X, temperature=rows, raises=ValueError, says=f"{says}|[1]")
+    for shape in ((2,), (3, 1), (1, 3), (0,)):
+        says = f"temperature|one number|(3,)|{shape}"
+        bad(f, X, temperature=torch.ones(shape), raises=ValueError, says=says)
+    says = "temperature|float32|int64"
+    bad(f, X, temperature=torch.tensor(2), raises=TypeError, says=says)
+    bad(
+        f, X, temperature=torch.ones(3, device="meta"), raises=RuntimeError, says="temperature|meta"
+    )
+bad(
+    ce, torch.zeros(2, 9, 3), torch.zeros(2, 3, dtype=torch.int64),
+    class_mask=torch.ones(2, 2, 3, dtype=torch.uint8),
+    raises=ValueError, says="class_mask|bits|last|dim 1|(2, 9, 3)|bool",
+)  # fmt: skip
 
 # --- weights ---
 W = torch.ones(5)
@@ -163,6 +205,12 @@ for f in (ce, kl, js):
     bad(f, token_weight=torch.ones(4), raises=ValueError, says="token_weight|(3,)|(4,)")
     bad(f, token_weight=torch.ones(3, 1), raises=ValueError, says="token_weight|(3,)|(3, 1)")
     bad(f, token_weight=2.0, raises=TypeError, says="token_weight|Tensor|float")
+bad(kl, token_weight="probability", raises=TypeError, says="token_weight|Tensor|str")
+bad(
+    ce, token_weight="confidence", raises=ValueError, says="token_weight|'probability'|'confidence'"
+)
+bad(ce, X, T, token_weight="probability", raises=ValueError, says="token_weight|class indices")
+for f in (ce, kl, js):
     bad(
         f,
         token_weight=torch.ones(3, requires_grad=True),

@@ -28,6 +28,7 @@ SOFT: Arguments = {**LABELLED, "target": T}
 LAYER: Arguments = {"input": H, "linear_weight": W, "linear_bias": B, "token_weight": V}
 TEACHER: Arguments = {"target": H, "target_linear_weight": W, "target_linear_bias": B}
 TOPK: Arguments = {**LOGITS, "values": T[:, :2], "indices": torch.tensor([[0, 1]] * 4)}
+SHARED: Arguments = {"class_mask": X > -3, "temperature": V + 0.5}
 PAIR: Arguments = {"pk": T, "qk": T.flip(0)}
 PROBS = {"target_type": "probs"}
 
@@ -67,10 +68,29 @@ PROGRAMS |= {
         fastdiv.linear_log_prob_and_entropy,
         {"input": H, "linear_weight": W, "linear_bias": B, "index": Y},
     ),
-    "fastdiv.topk_kl_div": (
-        partial(fastdiv.topk_kl_div, values_type="probs"),
-        TOPK,
+    "fastdiv.linear_log_prob": (
+        fastdiv.linear_log_prob,
+        {"input": H, "linear_weight": W, "linear_bias": B, "index": Y, **SHARED},
     ),
+    **{
+        f"fastdiv.{name} of all options": (getattr(fastdiv, name), {**LAYER, **TEACHER, **SHARED})
+        for name in ("linear_kl_div", "linear_reverse_kl_div", "linear_js_div")
+    },
+    "fastdiv.linear_cross_entropy of all options": (
+        fastdiv.linear_cross_entropy,
+        {**LAYER, "target": Y, **SHARED},
+    ),
+    **{
+        f"fastdiv.{name}": (
+            partial(getattr(fastdiv, name), values_type="probs"),
+            {**LAYER, "values": TOPK["values"], "indices": TOPK["indices"], **SHARED},
+        )
+        for name in ("linear_topk_kl_div", "linear_topk_reverse_kl_div")
+    },
+    **{
+        f"fastdiv.{name}": (partial(getattr(fastdiv, name), values_type="probs"), TOPK)
+        for name in ("topk_kl_div", "topk_reverse_kl_div", "topk_js_div")
+    },
     "nn.LabelSmoothingLoss": (
         lambda x, target: fastdiv.nn.LabelSmoothingLoss(5, -1, 0.1)(x, target),
         {"x": X[None], "target": Y[None]},

@@ -328,7 +328,9 @@ def test_bench_of_linear_losses(
     assert "three products" in out and "fastdiv" in out
     written = json.loads(file.read_text())
     (result,) = written["linear"]
-    assert {"products", "eager", "fused", "per_row"} <= result["ms"].keys()
+    assert {"products", "four_products", "eager", "fused", "per_row"} <= result["ms"].keys()
+    assert {"log_prob", "log_prob_many", "log_prob_mask", "log_prob_bits"} <= result["ms"].keys()
+    assert {"topk_ignore", "topk_tail"} <= result["ms"].keys()
     assert result["extra_bytes"]["fused"] == 64 * 10**6
     assert [point["rows"] for point in written["linear_memory"]] == [16, 32, 64, 128, 256, 512]
     assert "linear" in pictures(tmp_path / "linear")

@@ -235,9 +235,11 @@ def test_registry_reference_cases_and_names_agree() -> None:
     forms = {
         "cross_entropy": {"cross_entropy", "smoothed_cross_entropy", "soft_cross_entropy"},
         "entropy": {"entropy"},
-        "log_prob": {"cross_entropy"},
+        "log_prob": {"log_prob"},
         "log_prob_and_entropy": {"log_prob_and_entropy"},
-        "topk_kl_div": set(reference.TOPK),
+        **dict.fromkeys(
+            ("topk_js_div", "topk_kl_div", "topk_reverse_kl_div"), set(reference.NAMED.values())
+        ),
     }
     assert set(forms) == public - divergences
     kernels = set.union(*forms.values())

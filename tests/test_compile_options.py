@@ -67,7 +67,8 @@ def of_target(function: str, option: str, **options: Any) -> Call:
 def of_layer(function: str, option: str, **options: Any) -> Call:
     def call(x: Tensor, t: Tensor, y: Tensor, v: float) -> Tensor:
         weight = torch.linspace(-1, 1, 11 * CLASSES).view(11, CLASSES)
-        target = y % 11 if "entropy" in function else t @ weight.T
+        labels = "entropy" in function or "log_prob" in function
+        target = y % 11 if labels else t @ weight.T
         value = getattr(fastdiv, function)(x, weight, target, **options, **{option: v})
         return torch.stack(value) if isinstance(value, tuple) else value
 
@@ -77,6 +78,13 @@ def of_layer(function: str, option: str, **options: Any) -> Call:
 def of_classes(x: Tensor, t: Tensor, y: Tensor, v: float) -> Tensor:
     values, classes = t.topk(3)
     return fastdiv.topk_kl_div(x, values, classes, values_type="logits", temperature=v)
+
+
+def of_mixed_classes(x: Tensor, t: Tensor, y: Tensor, v: float) -> Tensor:
+    values, classes = t.log_softmax(-1).topk(3)
+    return fastdiv.topk_js_div(
+        x, values, classes, values_type="log_probs", missing="tail", beta=v, temperature=1 + v
+    )
 
 
 def of_statistics(x: Tensor, t: Tensor, y: Tensor, v: float) -> Tensor:
@@ -115,11 +123,13 @@ CALLS: dict[str, Call] = {
     "alpha_div pointwise": of_target("alpha_div", "alpha", reduction="pointwise"),
     "kl_div pointwise": of_target("kl_div", "temperature", reduction="pointwise"),
     "topk_kl_div": of_classes,
+    "topk_js_div": of_mixed_classes,
     **{
         f"linear_cross_entropy {name}": of_layer("linear_cross_entropy", name)
         for name in ("temperature", "softcap", "z_loss", "label_smoothing")
     },
     "linear_cross_entropy rows": of_layer("linear_cross_entropy", "temperature", reduction="none"),
+    "linear_log_prob": of_layer("linear_log_prob", "softcap", temperature=2.0),
     "linear_log_prob_and_entropy": of_layer("linear_log_prob_and_entropy", "temperature"),
     "linear_kl_div": of_layer("linear_kl_div", "temperature", target_type="logits"),
     "linear_reverse_kl_div": of_layer("linear_reverse_kl_div", "temperature", target_type="logits"),
@@ -133,6 +143,7 @@ MOST = [
     *("cross_entropy others", "cross_entropy soft", "cross_entropy stats"),
     *("entropy base", "log_prob_and_entropy", "kl_div temperature", "js_div"),
     *("skew_kl_div reverse", "alpha_div", "renyi_div", "js_div pointwise", "topk_kl_div"),
+    "topk_js_div",
     *("linear_cross_entropy label_smoothing", "linear_cross_entropy rows"),
     *("linear_log_prob_and_entropy", "linear_kl_div", "linear_js_div"),
 ]

@@ -71,12 +71,24 @@ CALLS: dict[str, Call] = {
     "topk_kl_div": lambda x, t, y: fastdiv.topk_kl_div(
         x, *t.topk(3), values_type="logits", missing="uniform"
     ),
+    "topk_reverse_kl_div": lambda x, t, y: fastdiv.topk_reverse_kl_div(
+        x, *t.log_softmax(-1).topk(3), values_type="log_probs", missing="tail", reduction="mean"
+    ),
+    "topk_js_div": lambda x, t, y: fastdiv.topk_js_div(
+        x, *t.log_softmax(-1).topk(3), values_type="log_probs", missing="tail", reduction="none"
+    ),
     "linear_cross_entropy": lambda x, t, y: fastdiv.linear_cross_entropy(x, WEIGHT, y),
     "linear_cross_entropy none": lambda x, t, y: fastdiv.linear_cross_entropy(
         x, WEIGHT, y, reduction="none"
     ),
+    "linear_log_prob": lambda x, t, y: fastdiv.linear_log_prob(
+        x, WEIGHT, torch.stack([y, y.clamp(min=-1)], -1).clamp(min=-1)
+    ),
     "linear_log_prob_and_entropy": lambda x, t, y: stacked(
         fastdiv.linear_log_prob_and_entropy(x, WEIGHT, y)
+    ),
+    "linear_topk_kl_div": lambda x, t, y: fastdiv.linear_topk_kl_div(
+        x, WEIGHT, *F.linear(t, WEIGHT).topk(3), values_type="logits", missing="tail"
     ),
     "linear_kl_div": lambda x, t, y: fastdiv.linear_kl_div(
         x, WEIGHT, F.linear(t, WEIGHT), target_type="logits"
@@ -113,6 +125,7 @@ def check(function: Call, backend: str = "aot_eager") -> None:
 # The others differ in the formula only.
 MOST = ["cross_entropy none", "cross_entropy mean", "cross_entropy soft", "cross_entropy stats"]
 MOST += ["kl_div batchmean", "kl_div pointwise", "log_prob_and_entropy", "topk_kl_div"]
+MOST += ["topk_reverse_kl_div", "topk_js_div"]
 MOST += ["linear_cross_entropy", "linear_cross_entropy none", "linear_kl_div", "DistillationLoss"]
 
 

@@ -98,6 +98,8 @@ SUITE = [
     "determinism",
     "ops",
     "terms",
+    "log_prob",
+    "token_weight",
 ]
 ELSEWHERE = "not scalar_reductions and not test_threads and not split_columns and not reference"
 

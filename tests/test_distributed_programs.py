@@ -36,6 +36,12 @@ def test_linear_logits_are_never_held_whole(ranks: Ranks) -> None:
 
 
 @ON_CPU
+@pytest.mark.parametrize("size", [2, 4])
+def test_linear_float_logits(ranks: Ranks, size: int) -> None:
+    ranks.run(size, shard_linear.float_logits)
+
+
+@ON_CPU
 def test_linear_flops(ranks: Ranks) -> None:
     """Each layer's logits in the forward and in the backward, and the weight's gradient."""
     for found in ranks.run(2, shard_linear.linear_flops):

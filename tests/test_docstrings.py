@@ -44,18 +44,41 @@ MISSING_SECTIONS = {
 OWN_TEXTS = {
     ("fastdiv", "target"): {"cross_entropy"},
     ("fastdiv", "dim"): {"cross_entropy"},
-    ("fastdiv", "reduction"): {"cross_entropy", "entropy", "renyi_div", "topk_kl_div"},
+    ("fastdiv", "missing"): {"topk_kl_div"},
+    ("fastdiv", "reduction"): {
+        "cross_entropy",
+        "entropy",
+        "renyi_div",
+        "topk_js_div",
+        "topk_kl_div",
+        "topk_reverse_kl_div",
+    },
     ("fastdiv", "temperature"): {
         "cross_entropy",
         "entropy",
         "log_prob",
         "log_prob_and_entropy",
+        "topk_js_div",
         "topk_kl_div",
+        "topk_reverse_kl_div",
     },
+    ("fastdiv", "token_weight"): {"cross_entropy"},
+    ("fastdiv", "index"): {"log_prob"},
+    ("fastdiv", "class_mask"): {"topk_js_div", "topk_kl_div", "topk_reverse_kl_div"},
     ("fastdiv", "alpha"): {"renyi_div"},
     ("fastdiv, linear", "target"): {"linear_cross_entropy"},
     ("fastdiv, linear", "reduction"): {"linear_cross_entropy"},
-    ("fastdiv, linear", "temperature"): {"linear_cross_entropy", "linear_log_prob_and_entropy"},
+    ("fastdiv, linear", "temperature"): {
+        "linear_cross_entropy",
+        "linear_log_prob",
+        "linear_log_prob_and_entropy",
+        "linear_topk_kl_div",
+        "linear_topk_reverse_kl_div",
+    },
+    ("fastdiv, linear", "token_weight"): {"linear_cross_entropy"},
+    ("fastdiv, linear", "class_mask"): {"linear_topk_kl_div", "linear_topk_reverse_kl_div"},
+    ("fastdiv, linear", "index"): {"linear_log_prob"},
+    ("fastdiv, linear", "missing"): {"linear_topk_kl_div"},
     ("fastdiv.nn", "dim"): {"CrossEntropyLoss"},
     ("fastdiv.nn", "smoothing"): {"LabelSmoothingLoss"},
     ("fastdiv.nn", "reduction"): {
@@ -63,18 +86,30 @@ OWN_TEXTS = {
         "DistillationLoss",
         "EntropyLoss",
         "RenyiDivLoss",
+        "TopKJSDivLoss",
         "TopKKLDivLoss",
+        "TopKReverseKLDivLoss",
     },
     ("fastdiv.nn", "temperature"): {
         "CrossEntropyLoss",
         "DistillationLoss",
         "EntropyLoss",
+        "TopKJSDivLoss",
         "TopKKLDivLoss",
+        "TopKReverseKLDivLoss",
     },
+    ("fastdiv.nn", "missing"): {"TopKKLDivLoss"},
     ("fastdiv.nn", "scale_by_temperature"): {"DistillationLoss"},
     ("fastdiv.nn", "alpha"): {"DistillationLoss", "RenyiDivLoss"},
     ("fastdiv.nn, linear", "reduction"): {"LinearCrossEntropyLoss"},
-    ("fastdiv.nn, linear", "temperature"): {"LinearCrossEntropyLoss", "LinearLogProbAndEntropy"},
+    ("fastdiv.nn, linear", "temperature"): {
+        "LinearCrossEntropyLoss",
+        "LinearLogProb",
+        "LinearLogProbAndEntropy",
+        "LinearTopKKLDivLoss",
+        "LinearTopKReverseKLDivLoss",
+    },
+    ("fastdiv.nn, linear", "missing"): {"LinearTopKKLDivLoss"},
     ("fastdiv.stats", "qk"): {"entropy"},
     ("fastdiv.distributed", "target"): {"cross_entropy"},
     ("fastdiv.distributed", "dim"): {"cross_entropy"},
@@ -193,7 +228,7 @@ def test_words(path: str) -> None:
 
 def test_lists_of_words() -> None:
     assert tuple(base.FUNCTIONS) == get_args(choices.Divergence)
-    assert tuple(topk.TOPK.values()) == get_args(choices.Missing)
+    assert {topk.rest_of(word, "probs") for word in get_args(choices.KLMissing)} == set(topk.NAMED)
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if ".Linear" in p])

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastdiv
 from helpers.cases import LOSSES, PUBLIC_LOSSES, Case, make_inputs, module_of
-from helpers.linear_cases import TARGETS, LinearCase, make_case
+from helpers.linear_cases import OF_CLASSES, TARGETS, LinearCase, make_case
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference"])
 ROWS, CLASSES, HIDDEN = 4, 12, 8
@@ -61,7 +61,7 @@ def test_every_loss(case: Case, backend: str) -> None:
 
 
 def linear_case(name: str, target: str, **options: Any) -> LinearCase:
-    if name == "log_prob_and_entropy":
+    if name in OF_CLASSES:
         options.pop("reduction", None)
     return make_case(name, (ROWS,), HIDDEN, CLASSES, target=target, **options)
 
@@ -127,14 +127,26 @@ MODULES: dict[str, tuple[tuple[Any, ...], dict[str, Any], Call]] = {
     },
     "CrossEntropyLoss": ((torch.ones(CLASSES),), {"return_stats": True}, of_labels),
     "EntropyLoss": ((), {}, lambda m, v: m(v["x"])),
-    "TopKKLDivLoss": (
-        (),
-        {"values_type": "logits"},
-        lambda m, v: m(v["x"], v["values"], v["indices"]),
-    ),
+    **{
+        f"TopK{name}Loss": (
+            (),
+            {"values_type": "logits"},
+            lambda m, v: m(v["x"], v["values"], v["indices"]),
+        )
+        for name in ("JSDiv", "KLDiv", "ReverseKLDiv")
+    },
+    **{
+        f"LinearTopK{name}Loss": (
+            LINEAR,
+            {"values_type": "logits"},
+            lambda m, v: m(v["h"], v["values"], v["indices"]),
+        )
+        for name in ("KLDiv", "ReverseKLDiv")
+    },
     "LabelSmoothingLoss": ((CLASSES, -1, 0.1), {}, lambda m, v: m(v["x"][None], v["y"][None])),
     "DistillationLoss": ((), {}, lambda m, v: m(v["x"], v["t"], v["y"])),
     "LinearCrossEntropyLoss": (LINEAR, {}, lambda m, v: m(v["h"], v["y"])),
+    "LinearLogProb": (LINEAR, {}, lambda m, v: m(v["h"], v["y"])),
     "LinearLogProbAndEntropy": (LINEAR, {}, lambda m, v: m(v["h"], v["y"])),
     **{
         f"Linear{name}Loss": (LINEAR, {"target_type": "logits"}, of_hidden)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from helpers.bits import backward_call, bits, evaluate, inputs, moved, statistics
-from helpers.cases import LOSSES, Case
+from helpers.cases import LOSSES, Case, TopKCase
 
 pytestmark = pytest.mark.beside_cpu
 
@@ -43,7 +43,9 @@ def test_small(case: Case, dtype: torch.dtype) -> None:
         torch.ops.fastdiv._row_backward_(upstream, over, *rest[:-2], False)
         assert torch.equal(bits(over), bits(dx)), f"in place, {classes} classes"
 
-        rows, options, need_t = rest[:4], rest[6:-2], t is not None and t.is_floating_point()
+        if case.name == "log_prob" or isinstance(case, TopKCase):
+            continue  # without a forward that writes the gradient
+        rows, options, need_t = rest[:6], rest[8:-2], t is not None and t.is_floating_point()
         over = moved(x, 2)
         _, dt = torch.ops.fastdiv._row_forward_grad(upstream, over, *rows, *options, need_t)
         assert torch.equal(bits(over), bits(dx)), f"forward_grad, {classes} classes"

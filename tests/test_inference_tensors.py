@@ -131,8 +131,7 @@ def test_linear(name: str, target: str, reduction: str, where: str, backend: str
 def _of(function: Loss, case: LinearCase) -> Loss:
     def call(leaves: dict[str, Tensor]) -> Any:
         given = dict(leaves)
-        second = case.label if case.label is not None else given.pop("target")
-        first = given.pop("input"), given.pop("linear_weight"), second
+        first = given.pop("input"), given.pop("linear_weight"), *case.second_of(given)
         return function(*first, **given, **case.options)
 
     return call
@@ -141,15 +140,17 @@ def _of(function: Loss, case: LinearCase) -> Loss:
 def _in_a_module(name: str, case: LinearCase) -> Loss:
     kinds = {"kl_div": "KLDivLoss", "reverse_kl_div": "ReverseKLDivLoss", "js_div": "JSDivLoss"}
     kinds |= {"cross_entropy": "CrossEntropyLoss", "log_prob_and_entropy": "LogProbAndEntropy"}
+    kinds |= {"topk_kl_div": "TopKKLDivLoss", "topk_reverse_kl_div": "TopKReverseKLDivLoss"}
+    kinds |= {"log_prob": "LogProb"}
     kind = getattr(fastdiv.nn, f"Linear{kinds[name]}")
 
-    def call(h: Tensor, w: Tensor, t: Tensor, **given: Any) -> Any:
+    def call(h: Tensor, w: Tensor, *t: Tensor, **given: Any) -> Any:
         of_call = ("token_weight", "target_linear_weight", "target_linear_bias")
         forward = {k: given.pop(k) for k in of_call if k in given}
         module = kind(5, 11, **given)
         del module.linear.weight
         module.linear.weight = w  # not a parameter: a leaf of the test's
-        return module(h, t, **forward)
+        return module(h, *t, **forward)
 
     return call
 

@@ -66,7 +66,7 @@ def batch_of(case: Case, *shape: int) -> tuple[Tensor, ...]:
 def caller(case: Case, **options: Any) -> Callable[..., Tensor]:
     if isinstance(case, TopKCase):
         options = {**case.options, **options, "values_type": case.target}
-        return partial(fastdiv.topk_kl_div, **options)
+        return partial(getattr(fastdiv, case.name), **options)
     return lambda x, t=None: case.call(x, t, **options)
 
 

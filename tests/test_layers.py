@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import fastdiv
-from helpers import shard_layers
+from helpers import shard_layers, zero3
 from helpers.ranks import Ranks
 from helpers.recorder import Recorder
 
@@ -42,6 +42,7 @@ LOSSES = [
     Loss("LinearKLDivLoss", fastdiv.kl_div, "logits", target_type="logits", temperature=2.0),
     Loss("LinearReverseKLDivLoss", fastdiv.reverse_kl_div, "logits", target_type="logits"),
     Loss("LinearJSDivLoss", fastdiv.js_div, "logits", target_type="logits", beta=0.3),
+    Loss("LinearLogProb", fastdiv.log_prob, "labels", chunk_size=4),
     Loss("LinearLogProbAndEntropy", fastdiv.log_prob_and_entropy, "labels", chunk_size=4),
 ]
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.kind}-{loss.options}")
@@ -213,6 +214,45 @@ def test_hooks_of_parallelize_module_beside_others() -> None:
     pruned(module.linear)
     with pytest.raises(RuntimeError, match="parallelize_module"):
         module(hidden, second)
+
+
+@EVERY_LOSS
+def test_partitioned_layer(loss: Loss) -> None:
+    """ZeRO-3 fills the weight while the layer runs, so the loss is computed there."""
+    module, hidden, second = loss.make()
+    hidden = hidden.clone()  # no leaf, as ZeRO-3 empties the weight when its gradient is known
+    expected = gradients(total(module(hidden, second)), hidden, module)
+    held = zero3.partition(module.linear)
+    value, fused = recorded(module, hidden, second)
+    assert fused and all(parameter.numel() == 0 for parameter in held)
+    found = gradients(value, hidden, module)
+    torch.testing.assert_close(found, expected)
+    assert all(parameter.numel() == 0 for parameter in held)
+
+
+def test_statistics_of_a_partitioned_layer() -> None:
+    loss = Loss("LinearCrossEntropyLoss", fastdiv.cross_entropy, "labels", return_stats=True)
+    module, hidden, second = loss.make()
+    expected = module(hidden, second)
+    zero3.partition(module.linear)
+    value, stats = module(hidden, second)
+    assert torch.equal(value, expected[0]) and torch.equal(stats.argmax, expected[1].argmax)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "target_linear_weight"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_partitioned_weight_outside_of_its_layer(name: str, autocast: bool) -> None:
+    layer, hidden = nn.Linear(WIDTH, CLASSES), torch.randn(ROWS, WIDTH)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    zero3.partition(layer)
+    empty = pytest.raises(RuntimeError, match=r"ZeRO-3 of DeepSpeed.* call a module of fastdiv.nn")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), empty:
+        if name == "target_linear_weight":
+            fastdiv.linear_kl_div(hidden, weight, hidden, target_linear_weight=layer.weight)
+        else:
+            of_layer = (layer.weight, bias) if name == "weight" else (weight, layer.bias)
+            labels = torch.zeros(ROWS, dtype=torch.int64)
+            fastdiv.linear_cross_entropy(hidden, of_layer[0], labels, linear_bias=of_layer[1])
 
 
 @pytest.mark.cpu_only("the ranks of these tests are processes of the CPU")

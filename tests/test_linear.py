@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastdiv
 from helpers.cases import DTYPES, rand, randn
-from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
+from helpers.linear_cases import OF_CLASSES, TARGETS, LinearCase, make_case, named_gradients
 
 TOLERANCE = {  # of values, and of gradients in units of the largest
     torch.float64: (1e-12, 1e-11),
@@ -58,7 +58,7 @@ def assert_agree(case: LinearCase, upstream: Tensor | None = None) -> None:
 @EVERY_DTYPE
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_loss(name: str, target: str, dtype: torch.dtype, reduction: str) -> None:
-    options = {} if name == "log_prob_and_entropy" else {"reduction": reduction}
+    options = {} if name in OF_CLASSES else {"reduction": reduction}
     assert_agree(make_case(name, dtype=dtype, target=target, chunk_size=10, **options))
 
 
@@ -109,7 +109,7 @@ def problems(draw: st.DrawFn) -> LinearCase:
     options["chunk_size"] = draw(st.one_of(st.none(), st.integers(1, 40)))
     if draw(st.booleans()):
         options["temperature"] = draw(st.floats(0.3, 4))
-    if name != "log_prob_and_entropy":
+    if name not in OF_CLASSES:
         options["reduction"] = draw(st.sampled_from(["none", "sum", "mean", "batchmean"]))
         if draw(st.booleans()):
             weights = rand(rows, generator=generator)
@@ -148,7 +148,7 @@ def test_options_in_combination(case: LinearCase) -> None:
 @EVERY_TARGET
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_chunk_sizes_do_not_matter(name: str, target: str, reduction: str) -> None:
-    options = {} if name == "log_prob_and_entropy" else {"reduction": reduction}
+    options = {} if name in OF_CLASSES else {"reduction": reduction}
     case = make_case(name, (50,), target=target, dtype=torch.float64, **options)
     expected = named_gradients(case.call, case.leaves)
     for size in (1, 7, 49, 50, 51, 1000):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
-from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
+from helpers.linear_cases import OF_CLASSES, TARGETS, LinearCase, make_case, named_gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,7 +21,7 @@ REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "none"])
 
 
 def small_case(name: str, target: str, reduction: str, **options: Any) -> LinearCase:
-    if name != "log_prob_and_entropy":
+    if name not in OF_CLASSES:
         options["reduction"] = reduction
     options = {"chunk_size": 2, "dtype": torch.float64, **options}
     return make_case(name, (3,), 2, 5, target=target, teacher_hidden=3, **options)
@@ -174,8 +174,9 @@ def test_no_gradient_no_graph() -> None:
 @REDUCTIONS
 def test_torch_func(name: str, target: str, reduction: str) -> None:
     case = small_case(name, target, reduction)
-    value, expected = named_gradients(case.call, case.leaves)
+    value = case.call()
     upstream = torch.linspace(1, 2, value.numel(), dtype=torch.float64).view_as(value)
+    _, expected = named_gradients(case.call, case.leaves, upstream)
     got = torch.func.grad(lambda v: (case.call(v) * upstream).sum())(case.leaves)
     torch.testing.assert_close(got, expected)
     tangents = {k: torch.ones_like(v) for k, v in case.leaves.items()}
@@ -203,7 +204,7 @@ def test_vmap_over_hidden_states() -> None:
 )
 def test_compile(name: str, target: str, reduction: str, dynamic: bool) -> None:
     torch._dynamo.reset()
-    options = {} if name == "log_prob_and_entropy" else {"reduction": reduction}
+    options = {} if name in OF_CLASSES else {"reduction": reduction}
     cases = [make_case(name, (rows,), target=target, **options) for rows in (37, 41)]
 
     @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -254,15 +255,15 @@ def test_opcheck() -> None:
 
     h, w = torch.randn(4, 3), torch.randn(7, 3)
     y = torch.randint(7, (4,))
-    tensors = (h, w, None, None, None, None, y, None, None)
+    tensors = (h, w, *[None] * 4, torch.rand(4), y, None, None, torch.rand(4, 7) < 0.9)
     options = packed(Spec("cross_entropy", reduction="mean"))
-    needed = [True, True, False, False, False, False]
+    needed = [True, True, *[False] * 4, True]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for need in (needed, [False] * 6):
-        arguments = (*tensors, *options, True, 0, need)
+    for need in (needed, [False] * 7):
+        arguments = (*tensors, *options, True, 0, None, need)
         torch.library.opcheck(torch.ops.fastdiv._linear_forward, arguments, test_utils=tests)
-    value, divisor, record, *_ = ops.forward(*tensors, *options, True, 0, [False] * 6)
-    arguments = (torch.ones_like(value), divisor, record, *tensors, *options, 0, needed)
+    value, divisor, record, *_ = ops.forward(*tensors, *options, True, 0, None, [False] * 7)
+    arguments = (torch.ones_like(value), divisor, record, *tensors, *options, 0, None, needed)
     torch.library.opcheck(torch.ops.fastdiv._linear_backward, arguments, test_utils=tests)
 
 

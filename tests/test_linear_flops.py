@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiv
 from fastdiv._linear import tiles
-from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
+from helpers.linear_cases import OF_CLASSES, TARGETS, TOPK, LinearCase, make_case, named_gradients
 
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
 ROWS, HIDDEN, CLASSES, TEACHER = 6, 8, 30, 5
@@ -22,7 +22,7 @@ TEACHER_PRODUCT = 2 * ROWS * TEACHER * CLASSES
 
 
 def small_case(name: str, target: str, **options: Any) -> LinearCase:
-    if name == "log_prob_and_entropy":
+    if name in OF_CLASSES:
         options.pop("reduction", None)
     return make_case(name, (ROWS,), HIDDEN, CLASSES, target=target, teacher_hidden=TEACHER,
                      **options)  # fmt: skip
@@ -43,7 +43,7 @@ def test_as_the_loss_of_the_whole_logits(name: str, target: str, reduction: str)
         plain = count(case.unfused, case.leaves)
     once = STUDENT_PRODUCT + (TEACHER_PRODUCT if target == "hidden" else 0)
     assert plain == 3 * once
-    twice = reduction == "none" or name == "log_prob_and_entropy"
+    twice = reduction == "none" or name in (*OF_CLASSES, *TOPK)
     assert count(case.call, case.leaves) == plain + (once if twice else 0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastdiv
 from fastdiv._linear.tiles import product_dtype
-from helpers.linear_cases import TARGETS, LinearCase, make_case, named_gradients
+from helpers.linear_cases import OF_CLASSES, TARGETS, LinearCase, make_case, named_gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY_TARGET = pytest.mark.parametrize(("name", "target"), TARGETS)
@@ -25,7 +25,7 @@ def products_of_halves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def half_case(name: str, target: str, reduction: str, *rows: int, **options: Any) -> LinearCase:
-    if name != "log_prob_and_entropy":
+    if name not in OF_CLASSES:
         options["reduction"] = reduction
     return make_case(name, rows, target=target, dtype=torch.bfloat16, **options)
 
@@ -35,7 +35,7 @@ def test_products_of_halves() -> None:
     """Where the processor has them, as a GPU does, logits are rounded to halves, as eager's are."""
     for name, target in TARGETS:
         for reduction in ("mean", "none"):
-            options = {} if name == "log_prob_and_entropy" else {"reduction": reduction}
+            options = {} if name in OF_CLASSES else {"reduction": reduction}
             case = make_case(
                 name, (33,), target=target, dtype=torch.bfloat16, chunk_size=8, **options
             )
@@ -62,12 +62,12 @@ def gradients_rounded_once(case: LinearCase) -> dict[str, Tensor]:
     if "target_linear_weight" in v:
         layers.append(("target", "target_linear_weight", "target_linear_bias"))
     logits = [rounded(F.linear(*(v[k] for k in layer))).requires_grad_() for layer in layers]
-    second = case.label if "target" not in v else v["target"] if len(layers) == 1 else logits[1]
+    second = case.second_of(dict(v)) if len(layers) == 1 else [logits[1]]
     options = dict(case.options)
     if len(layers) == 2:
         options["target_type"] = "logits"
     with fastdiv.backend("reference"):
-        value = getattr(fastdiv, case.name)(logits[0], second, **options)
+        value = getattr(fastdiv, case.name)(logits[0], *second, **options)
     value = torch.stack(value) if isinstance(value, tuple) else value
     upstream = torch.linspace(1, 2, value.numel()).view_as(value)
     found = {}
@@ -89,7 +89,7 @@ def test_a_gradient_is_rounded_once(name: str, target: str, reduction: str) -> N
     one rounding to a half, in whatever order a processor adds.
     """
     case = half_case(name, target, reduction, 300, hidden=16, classes=600, teacher_hidden=9)
-    layers = [k for k in case.leaves if k != "target" or target == "hidden"]
+    layers = [k for k in case.leaves if k not in ("target", "values") or target == "hidden"]
     for k in layers:
         case.leaves[k] = (case.leaves[k].clamp(-2, 2) * 2).round() / 2
     _, gradients = named_gradients(case.call, case.leaves)

@@ -22,7 +22,7 @@ OF_TORCH = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("error", "words", "changes"),
     [
-        (TypeError, "input must be a Tensor", {"input": [1.0]}),
+        (TypeError, "input must be a Tensor", {"input": 1.0}),
         (TypeError, "linear_weight must be of dtype", {"linear_weight": W.long()}),
         (TypeError, "linear_weight must have the dtype of input", {"linear_weight": W.double()}),
         (TypeError, "linear_bias must have the dtype", {"linear_bias": torch.ones(7).half()}),

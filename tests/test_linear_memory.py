@@ -24,6 +24,7 @@ LOSSES = {
     **losses(),
     "weight": partial(fastdiv.linear_cross_entropy, accumulate="weight"),
     "rows": partial(fastdiv.linear_cross_entropy, accumulate="rows"),
+    "float32 logits": partial(fastdiv.linear_cross_entropy, logits_dtype=torch.float32),
 }
 
 
@@ -87,6 +88,9 @@ MEMORY = pytest.mark.parametrize(
         ("fused", "bf16", (4096, 64, 8000), 0.07 + 4 * 64 / (2 * 4096) + 4 * 64 / (2 * 8000)),
         # Twelve hundredths are a tile and the sum of the hidden states' gradient:
         ("weight", "bf16", (4096, 128, 8000), 0.12 + 4 * 128 / (2 * 4096)),
+        # Of logits of twice the size; a block of their gradient and of the weight is converted:
+        ("float32 logits", "bf16", (1024, 128, 16000), 2 * 0.28),
+        ("float32 logits", "bf16", (4096, 128, 8000), 2 * 0.1 + 4 * 128 / (2 * 4096)),
     ],
 )
 
@@ -146,3 +150,14 @@ def test_rows_of_a_chunk(
     student = Gradients(p.student, (False, False, False))
     chunk = next(ranges(slice(0, rows), p.rows_of_chunk([student])))
     assert chunk.stop == expected
+
+
+@pytest.mark.cpu_only("a GPU has limits of its own")
+def test_rows_of_a_chunk_of_float32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as those of a float32 layer: a twelfth of float32 logits."""
+    monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: True)
+    x = torch.zeros((), dtype=torch.bfloat16)  # takes no memory
+    tensors = (x.expand(4096, 64), x.expand(32000, 64), *[None] * 7)
+    p = problem(tensors, Spec("cross_entropy"), 0, torch.float32)
+    student = Gradients(p.student, (False, False, False))
+    assert next(ranges(slice(0, 4096), p.rows_of_chunk([student]))).stop == 320

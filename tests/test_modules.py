@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastdiv
-from helpers.cases import LOSSES, Case, make_inputs, module_of
+from helpers.cases import LOSSES, Case, TopKCase, make_inputs, module_of
 from helpers.ranks import Ranks
 
 EVERY_CASE = pytest.mark.parametrize("case", LOSSES, ids=str)
@@ -23,7 +23,7 @@ WITH_TARGET = [c for c in LOSSES if c.target not in ("labels", "none")]
 close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
 
 
-OF_ROWS = [c for c in REDUCIBLE if c.name != "topk_kl_div"]
+OF_ROWS = [c for c in REDUCIBLE if not isinstance(c, TopKCase)]
 
 
 @pytest.mark.parametrize("case", OF_ROWS, ids=str)
@@ -49,6 +49,29 @@ def test_modules(case: Case, reduction: str) -> None:
         weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
         weighted = case.call(*args, reduction=reduction, token_weight=weight)
         close(module(*args, token_weight=weight), weighted)
+
+
+@pytest.mark.parametrize("name", ["KLDiv", "ReverseKLDiv", "JSDiv"])
+def test_masks_and_temperatures_of_a_top_k_teacher(name: str) -> None:
+    """A mask of the call, and a temperature that is learnt."""
+    x, (values, indices) = torch.randn(4, 9), torch.randn(4, 9).log_softmax(-1).topk(3)
+    temperature = torch.nn.Parameter(torch.tensor(1.5))
+    module = getattr(fastdiv.nn, f"TopK{name}Loss")(
+        values_type="log_probs", missing="tail", temperature=temperature
+    )
+    assert list(module.parameters()) == [temperature]
+    mask = (torch.arange(9) < 4).expand(4, 9).scatter(-1, indices, True)
+    function = {
+        "KLDiv": fastdiv.topk_kl_div,
+        "ReverseKLDiv": fastdiv.topk_reverse_kl_div,
+        "JSDiv": fastdiv.topk_js_div,
+    }[name]
+    options = {"values_type": "log_probs", "missing": "tail", "temperature": temperature}
+    masked, plain = (function(x, values, indices, class_mask=m, **options) for m in (mask, None))
+    assert masked != plain
+    close(module(x, values, indices, class_mask=mask), masked, rtol=0, atol=0)
+    module(x, values, indices, class_mask=mask).backward()
+    assert temperature.grad is not None and temperature.grad != 0
 
 
 def test_state_of_cross_entropy_module() -> None:

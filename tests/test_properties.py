@@ -52,7 +52,7 @@ NUMBERS = {
     "skew": st.sampled_from([0.0, 0.02, 0.1, 0.5, 0.97, 1.0]),
     "reverse": st.booleans(),
     "alpha": st.sampled_from([0.02, 0.3, 0.5, 0.97, 1.0]),  # others overflow where rows differ
-    "missing": st.sampled_from(["ignore", "renormalize", "uniform"]),
+    "missing": st.sampled_from(["ignore", "renormalize", "tail", "uniform"]),
 }
 REQUIRES = {"alpha_div": ["alpha"], "renyi_div": ["alpha"]}
 ACCEPTS = {
@@ -61,7 +61,9 @@ ACCEPTS = {
     "log_prob": ["temperature"],
     "log_prob_and_entropy": ["temperature"],
     "skew_kl_div": ["temperature", "skew", "reverse"],
+    "topk_js_div": ["temperature", "beta", "missing"],
     "topk_kl_div": ["temperature", "missing"],
+    "topk_reverse_kl_div": ["temperature", "missing"],
 }
 
 
@@ -94,6 +96,8 @@ def problems(draw: st.DrawFn) -> tuple[Case, Tensor, Tensor | None, dict[str, An
     names = ACCEPTS.get(case.name, ["temperature"])
     chosen = [*sorted(draw(st.sets(st.sampled_from(names)))), *REQUIRES.get(case.name, [])]
     options = {n: draw(NUMBERS[n]) for n in chosen}
+    if options.get("missing") == "uniform" and case.name != "topk_kl_div":
+        options["missing"] = "tail"
     if case.target == "labels" and case.name == "cross_entropy":
         if t.numel() and draw(st.booleans()):
             t = t.contiguous()

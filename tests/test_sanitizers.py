@@ -11,7 +11,8 @@ from helpers.checkout import ROOT
 from helpers.programs import FEW_LOSSES, build, run
 
 SOURCES = [ROOT / "tests/sanitize_rows/main.cpp"]
-SOURCES += [ROOT / "csrc/cpu" / name for name in ("rows_baseline.cpp", "memory.cpp")]
+KERNELS = ("rows_baseline.cpp", "memory.cpp", "named_indices.cpp")
+SOURCES += [ROOT / "csrc/cpu" / name for name in KERNELS]
 
 pytestmark = pytest.mark.cpu_only("its kernels are the CPU's")
 

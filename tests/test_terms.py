@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiv._engine import ops
-from fastdiv.reference import Spec
+from fastdiv.reference import Rows, Spec
 from helpers.cases import Case, make_inputs
 
 SHIFT = {"kl_div": 1.0, "reverse_kl_div": -1.0}  # shift() of a policy
@@ -26,9 +26,9 @@ def test_parts_add_up(loss: str, target_type: str, dtype: torch.dtype, isa: str)
         x, logits = make_inputs((5, classes), dtype)
         t = Case(loss, target_type, lambda x, t: x).make_target(x, logits)
         options = ops.options(spec)
-        value, record, _ = ops.forward(x, t, None, None, None, *options)
+        value, record, _ = ops.forward(*Rows(x, t), *options)
         parts = [
-            ops.terms(a, b, None, None, None, record, *options)
+            ops.terms(*Rows(a, b), record, *options)
             for a, b in zip(x.split(sizes, 1), t.split(sizes, 1), strict=True)
         ]
         f, u, v, q, p = torch.stack(parts).sum(0).unbind(1)
@@ -46,9 +46,9 @@ def test_rows_of_no_weight_are_not_read(isa: str) -> None:
     x, t = make_inputs((4, 300), torch.float32)
     x[1], x[3] = math.nan, math.inf
     options = ops.options(Spec("js_div", "logits", param=0.5))
-    record = ops.forward(x, t, None, None, None, *options)[1]
+    record = ops.forward(*Rows(x, t), *options)[1]
     weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    sums = ops.terms(x, t, None, None, weight, record, *options)
+    sums = ops.terms(*Rows(x, t, row_weight=weight), record, *options)
     assert sums.isfinite().all() and not sums[1::2].any() and sums[::2].all(1).all()
 
 
@@ -57,14 +57,14 @@ def test_losses_without_terms_are_refused() -> None:
     for spec in (Spec("alpha_div", "logits", param=0.5), Spec("entropy")):
         target = t if spec.target_type == "logits" else None
         options = ops.options(spec)
-        record = ops.forward(x, target, None, None, None, *options)[1]
+        record = ops.forward(*Rows(x, target), *options)[1]
         with pytest.raises(ValueError, match="has no terms"):
-            ops.terms(x, target, None, None, None, record, *options)
+            ops.terms(*Rows(x, target), record, *options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, t = make_inputs((4, 5), dtype)
     options = ops.options(Spec("js_div", "logits", param=0.5))
-    record = ops.forward(x, t, None, None, None, *options)[1]
-    torch.library.opcheck(ops.terms, (x, t, None, None, None, record, *options))
+    record = ops.forward(*Rows(x, t), *options)[1]
+    torch.library.opcheck(ops.terms, (*Rows(x, t), record, *options))

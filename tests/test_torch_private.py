@@ -304,6 +304,44 @@ def test_hooks_of():
     assert torch_private.hooks_of(layer) is None
 
 
+def test_fully_sharded(lack, gloo):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    other = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    assert torch_private.fully_sharded(other) is None
+    layer = torch.nn.Linear(2, 3)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(layer, mesh=mesh, mp_policy=policy)
+    known = torch_private.fully_sharded(layer.weight)
+    assert known.parameter is layer.weight and known.shape == (3, 2) and known.dim == 0
+    assert (known.param_dtype, known.reduce_dtype) == (torch.bfloat16, None)
+    assert known.cast_inputs and known.divisor == 1 and known.mesh == mesh
+    assert torch_private.fully_sharded(layer.bias).shape == (3,)
+    of_mesh = (mesh.get_group().group_name,)
+    assert torch_private.may_be_fully_sharded((3, 2), of_mesh)
+    assert not torch_private.may_be_fully_sharded((4, 2), of_mesh)
+    assert not torch_private.may_be_fully_sharded((3, 2), ("another",))
+    blind = lack("torch.distributed._composable_state._module_state_mapping")
+    for module, weight in ((torch_private, other), (blind, layer.weight)):
+        assert module.fully_sharded(weight) is None
+    assert not blind.may_be_fully_sharded((3, 2), of_mesh)
+
+
+@pytest.mark.parametrize("record", ["fsdp_params", "mp_policy"])
+def test_fully_sharded_with_other_records(record, gloo, monkeypatch):
+    """A torch that keeps something else of its parameters: the weight counts as unknown."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layer = fully_shard(torch.nn.Linear(2, 3), mesh=init_device_mesh("cpu", (1,)))
+    ((group, _), *_) = [r for r in torch_private._records() if r[1].sharded_param is layer.weight]
+    monkeypatch.delattr(group, record)
+    assert torch_private.fully_sharded(layer.weight) is None
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_multiplies(lack, half):
     name = "_is_amx_fp16_supported" if half == torch.float16 else "_is_avx512_bf16_supported"
@@ -394,6 +432,8 @@ def test_the_package_without_any_of_them():
         "torch.utils._device.DeviceContext",
         "torch.utils._pytree.tree_map_only",
         "torch._C._nn._parse_to",
+        "torch.distributed._composable_state._module_state_mapping",
+        "torch._compile._disable_dynamo",
     )
     command = [sys.executable, "-c", PROGRAM.format(names=names)]
     output = subprocess.run(command, capture_output=True, text=True)

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from transformers import LlamaForCausalLM
 
 import fastdiv
-from fastdiv.integrations.transformers import apply
+from fastdiv.integrations.transformers import TransformersPatch, apply
 from fastdiv.integrations.transformers import forward as model_forward
 from fastdiv.integrations.transformers import logits as logits_module
 from helpers.transformers_models import CLASSES, KINDS, WIDTH, Sizes, agree, step
@@ -320,3 +320,50 @@ def test_every_operation_is_one_of_torchs() -> None:
     """A name that torch does not have would never be met."""
     for name in {*logits_module.OPERATIONS, *logits_module.WITH_OPTIONS, *logits_module.METADATA}:
         assert hasattr(Tensor, name) or hasattr(torch, name) or hasattr(F, name), name
+
+
+@pytest.mark.parametrize("products", [True, False], ids=["halves", "floats"])
+@pytest.mark.parametrize("how", ["deferred", "held", "evaluated", "smoothed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_float32_logits(
+    name: str, dtype: torch.dtype, how: str, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a layer in half precision, also scaled and capped; the loss is near that of float64."""
+    monkeypatch.setattr("fastdiv._linear.tiles.multiplies", lambda half: products)
+    kind = KINDS[name]
+    model, batch = kind.make().to(dtype), kind.batch()
+    model.train(how != "evaluated")
+    found = []
+
+    def note(_: nn.Module, given: tuple[Tensor]) -> None:
+        found.append(given[0].detach())
+
+    model.get_output_embeddings().register_forward_pre_hook(note)
+    options = {"logits_dtype": torch.float32, "linear": how != "held"}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
+        with apply(**options):
+            output = model(**batch)
+            loss, logits = output.loss, output.logits
+            if how == "smoothed":  # by a cross entropy of the user's
+                loss = F.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(),
+                    label_smoothing=0.1,
+                )  # fmt: skip
+            assert logits.dtype == torch.float32
+    exact = kind.make().bfloat16().double().eval()
+    head = exact.get_output_embeddings()
+    head.register_forward_pre_hook(lambda *_: (found[0].bfloat16().double(),))
+    truth = exact(**batch)
+    expected = truth.loss
+    if how == "smoothed":
+        x, y = truth.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        expected = F.cross_entropy(x, y, label_smoothing=0.1)
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(logits.double(), truth.logits.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_dtype_of_logits_is_checked() -> None:
+    with pytest.raises(ValueError, match="logits_dtype must be None or torch.float32, got"):
+        apply(logits_dtype=torch.float16)
+    assert not TransformersPatch.standing

@@ -11,7 +11,7 @@ class FirstPass {
   static constexpr bool kTarget = P::kTarget != Target::kNone;
 
  public:
-  FirstPass(const RowSource<P>& source, int64_t r) : source(source), r(r) {}
+  FirstPass(const RowSource<P>& source, int64_t r) : source(source), r(r), scale(source.scale(r)) {}
 
   // Add columns [i, i + n).
   void push(int64_t i, int n) {
@@ -40,6 +40,7 @@ class FirstPass {
 
   const RowSource<P>& source;
   const int64_t r;
+  const real scale;
   State state;  // the maxima; their sums are in `total`
   Totals total;
   bool empty = true;
@@ -51,7 +52,7 @@ class FirstPass {
       state.x.max = x_max, state.t.max = t_max;
       return;
     }
-    const Shifts<real> shift = state.rebase(source.loss, x_max, t_max, source.scale);
+    const Shifts<real> shift = state.rebase(source.loss, x_max, t_max, scale);
     auto& lane = total.lane;
     for (int j = 0; j < kLanes; ++j) {
       Sums<real> sums{lane[kA][j], lane[kB][j], lane[kC][j], lane[kD][j]};
@@ -67,7 +68,7 @@ class FirstPass {
                                      const real* w) {
     // The compiler can keep copies in registers.
     const P loss = source.loss;
-    const real x_max = state.x.max, t_max = state.target_max(), scale = source.scale;
+    const real x_max = state.x.max, t_max = state.target_max(), scale = this->scale;
     // While this tile is computed, the next one comes into the cache.
     const int64_t size = size_of(source.a.dtype);
     const char* const next_x = source.columns(source.a.x, r, i + kTile);
@@ -97,7 +98,7 @@ class FirstPass {
 
   void add_tilted(int n, const real* x, const real* t) {
     const P loss = source.loss;
-    const real x_max = state.x.max, t_max = state.target_max(), scale = source.scale;
+    const real x_max = state.x.max, t_max = state.target_max(), scale = this->scale;
     real* const logs = tilted.data;
     real infinite = 0;
     FD_SIMD(reduction(+ : infinite))
@@ -127,7 +128,7 @@ RowState<P> first_pass_of(const RowSource<P>& source, int64_t r) {
         return pass.result();
       },
       [&](RowState<P>& total, const RowState<P>& part) {
-        total.merge(source.loss, part, source.scale);
+        total.merge(source.loss, part, source.scale(r));
       });
 }
 template <class P>

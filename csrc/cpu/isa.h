@@ -4,6 +4,8 @@
 // function compiled inside for code that runs on a machine without these instructions.
 #pragma once
 
+#include <string.h>
+
 #include <type_traits>
 
 #if defined(__x86_64__)

@@ -11,10 +11,12 @@ using RowKernel = void (*)(const RowArgs& args, int64_t begin, int64_t end);
 // The kernels of a loss, each over rows [begin, end).
 struct RowKernels {
   RowKernel forward;  // value and record
-  // Both are null for a loss with statistics, whose gradients are those of the loss without.
-  RowKernel backward;      // gradients from the record
-  RowKernel forward_grad;  // value and gradients, while the row is in the cache
-  RowKernel terms;         // sums of a divergence's terms from a given record, for a part of a row
+  // Null for a loss with statistics, whose gradients are those of the loss without.
+  RowKernel backward;  // gradients from the record
+  // Value and gradients, while the row is in the cache.  Null for named classes, too, whose
+  // upstream gradients are never known in advance.
+  RowKernel forward_grad;
+  RowKernel terms;  // sums of a divergence's terms from a given record, for a part of a row
   LossTraits traits;
 };
 

@@ -9,7 +9,6 @@ struct RowSource {
 
   const RowArgs& a;
   const P loss;
-  const real scale;
   const Converters<real> convert;
   const Exponentials<real> kept;  // empty unless the loss keeps them
 
@@ -17,7 +16,6 @@ struct RowSource {
   explicit RowSource(const RowArgs& args, bool keep = false)
       : a(args),
         loss(args.params),
-        scale(real(args.scale)),
         convert(converters(args.dtype, real())),
         kept(keep && keeps_exponentials<P>() && args.classes <= kMostKept
                  ? Exponentials<real>::of_thread(args.classes)
@@ -26,14 +24,17 @@ struct RowSource {
       for (int i = 0; i < kTile && i < a.classes; ++i) ones.data[i] = real(1);
   }
 
+  real scale(int64_t r) const { return a.scale_of<real>(r); }
+
   RowReader<real> input(int64_t r) const {
     const real cap = real(P::kSoftcap ? a.softcap : 0);
-    return {row_of(a.x, r), convert.load, {cap}, -Limits<real>::infinity};
+    return {row_of(a.x, r), convert.load, {cap}, -Limits<real>::infinity, mask(r)};
   }
   RowReader<real> target(int64_t r) const {
     const real nothing = kTarget == Target::kProbs ? real(0) : -Limits<real>::infinity;
-    return {row_of(a.t, r), convert.load, {real(0)}, nothing};
+    return {row_of(a.t, r), convert.load, {real(0)}, nothing, mask(r)};
   }
+  RowMask mask(int64_t r) const { return {a.mask.row(r), a.mask.bits}; }
   RowWriter<real> output(const Matrix& m, int64_t r, bool direct) const {
     return {row_of(m, r), convert, direct && convert.same};
   }
@@ -54,8 +55,8 @@ struct RowSource {
 
   // Call body(i, n) for every tile of columns [begin, end).
   template <class Body>
-  void for_tiles(int64_t begin, int64_t end, Body body) const {
-    for (int64_t i = begin; i < end; i += kTile) body(i, int(end - i < kTile ? end - i : kTile));
+  void for_tiles(int64_t begin, int64_t end, Body body, int tile = kTile) const {
+    for (int64_t i = begin; i < end; i += tile) body(i, int(end - i < tile ? end - i : tile));
   }
 
   // Call body(s, begin, end) for every column segment, in order or on several threads.

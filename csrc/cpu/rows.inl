@@ -9,7 +9,7 @@ namespace FD_ISA {
 #include "cpu/exponentials.inl"
 #include "cpu/row_source.inl"
 #include "cpu/first_pass.inl"
-#include "cpu/topk.inl"
+#include "cpu/named.inl"
 
 // --- forward ----------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ TermSums<real> sum_terms_of(const RowSource<P>& source, const L& loss, int64_t r
           // The compiler can keep copies in registers.
           const PairRecord<real> k = row;
           const L policy = loss;
-          const real scale = source.scale;
+          const real scale = source.scale(r);
           real q_factor = 1, p_factor = 1;
           const Exponentials<real> kept = kKept ? source.kept.at(i) : source.kept;
           if constexpr (kKept) {
@@ -99,27 +99,36 @@ int64_t first_maximum(const RowSource<P>& source, int64_t r, real max) {
 template <class P>
 void forward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
-  const RowIO<P> row = source.row(r);
-  if (row.weight() == real(0) && !P::kStats) return row.store({});
-  const RowState<P> s = first_pass(source, r);
-  const auto finish = [&](const auto& second_pass) {
-    return row.finish(source.loss, s, source.label_logit(r), source.scale, second_pass);
-  };
-  typename RowIO<P>::Result result;
-  if constexpr (P::kTopK)
-    result = finish(TopKClasses<P>(source, r));
-  else
-    result = finish(
+  if constexpr (P::kNamed) {
+    forward_named(source, r);
+  } else {
+    const RowIO<P> row = source.row(r);
+    if (row.weight() == real(0) && !P::kStats) return row.store({});
+    const RowState<P> s = first_pass(source, r);
+    const real scale = source.scale(r);
+    const auto result = row.finish(
+        source.loss, s, source.label_logit(r), scale,
         [&](const auto& loss, const auto& record) { return sum_terms(source, loss, r, record); });
-  row.store(result);
-  if constexpr (P::kStats)
-    row.store_stats(result, s, source.scale, first_maximum(source, r, s.x.max));
+    row.store(result);
+    if constexpr (P::kStats) row.store_stats(result, s, scale, first_maximum(source, r, s.x.max));
+  }
 }
 
 // --- backward ---------------------------------------------------------------------------------
 
-template <class PairOf, class P, class real>
-void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<real> g, real* dx) {
+// Set the gradient of the classes that take no part to 0, if it is anything else.  Not inlined,
+// because few calls have a mask.
+template <class P, class real>
+__attribute__((noinline)) void mask_gradient(const RowSource<P>& source, int64_t r, int64_t i,
+                                             int n, Outputs<real> g, bool capped, real* d) {
+  if (masks_gradient<P>(source.row(r).record(), g, capped))
+    source.mask(r).select(d, i, n, real(0), d);
+}
+
+// add(i, n, dx, g): adds what single classes get.
+template <class PairOf, class P, class real, class Add>
+void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<real> g, real* dx,
+            const Add& add) {
   Buffer<real> bx, bt;
   const real* x = source.input(r).tile(i, n, bx);
   const real* t = source.kTeacher ? source.target(r).tile(i, n, bt) : nullptr;
@@ -127,22 +136,20 @@ void grad_x(const RowSource<P>& source, int64_t r, int64_t i, int n, Outputs<rea
   // The compiler can keep copies in registers.
   const typename P::Record row = source.row(r).record();
   const P loss = source.loss;
-  const real scale = source.scale;
+  const real scale = source.scale(r);
   const Outputs<real> gx{g.value * scale, g.entropy * scale};
   FD_SIMD()
   for (int j = 0; j < n; ++j)
     dx[j] = grad_of_input<PairOf, ExactMath>(loss, x[j], source.kTeacher ? t[j] : real(0),
                                              P::kWeights ? w[j] : real(1), row, gx, scale);
-  if constexpr (P::kReadsLabel) {
-    const int64_t at = source.a.labels[r] - i;
-    if (at >= 0 && at < n) dx[at] += loss.grad_label(row, gx);
-  }
+  add(i, n, dx, gx);
   if (P::kSoftcap && source.a.softcap != 0) {
     const Softcap<real> cap = source.input(r).softcap;
     const real* raw = source.input(r).raw(i, n, bx);
     FD_SIMD()
     for (int j = 0; j < n; ++j) dx[j] *= cap.slope(raw[j]);
   }
+  if (source.mask(r).data) mask_gradient(source, r, i, n, gx, source.a.softcap != 0, dx);
 }
 
 template <class PairOf, class P, class real>
@@ -152,20 +159,22 @@ void grad_t(const RowSource<P>& source, int64_t r, int64_t i, int n, real g, rea
   const real* w = P::kWeights ? source.weights(i) : nullptr;
   const typename P::Record row = source.row(r).record();
   const P loss = source.loss;
-  const real scale = source.scale;
+  const real scale = source.scale(r);
   FD_SIMD()
   for (int j = 0; j < n; ++j)
     dt[j] = grad_of_target<PairOf>(loss, x[j], t[j], P::kWeights ? w[j] : real(1), row, g, scale);
+  if (source.mask(r).data) mask_gradient(source, r, i, n, Outputs<real>{g, real(0)}, false, dt);
 }
 
-// Write the gradients of a row.  They are 0 if the row is ignored or its upstream gradient is 0,
-// whatever the row holds.
-template <class PairOf, class P>
-void backward_row_of(const RowSource<P>& source, int64_t r) {
-  using real = typename P::real;
+// A masked tile is read before it is computed, so memory waits for it.  While few columns are
+// computed, those that follow come into the cache.
+constexpr int kMaskedTile = 256;
+
+// Write the gradients of a row.  zero: they are 0, whatever the row holds.
+template <class PairOf, class P, class real, class Add>
+void backward_row_of(const RowSource<P>& source, int64_t r, Outputs<real> g, bool zero,
+                     const Add& add) {
   const RowArgs& a = source.a;
-  const Outputs<real> g = source.row(r).upstream();
-  const bool zero = g.value == real(0) && g.entropy == real(0);
   const auto write = [&](const RowWriter<real>& out, int64_t i, int n, auto gradient) {
     Buffer<real> b;
     real* d = out.begin(i, b);
@@ -175,28 +184,42 @@ void backward_row_of(const RowSource<P>& source, int64_t r) {
       gradient(d);
     out.end(i, n, d);
   };
-  source.for_segments([&](int64_t, int64_t begin, int64_t end) {
-    source.for_tiles(begin, end, [&](int64_t i, int n) {
-      // The target comes first, because the gradient of the input may overwrite the input.
-      if constexpr (P::kTarget != Target::kNone)
-        if (a.dt.data)
-          write(source.output(a.dt, r, true), i, n,
-                [&](real* dt) { grad_t<PairOf>(source, r, i, n, g.value, dt); });
-      if (a.dx.data)
-        write(source.output(a.dx, r, a.softcap == 0), i, n,
-              [&](real* dx) { grad_x<PairOf>(source, r, i, n, g, dx); });
-    });
-  });
+  const auto tile = [&](int64_t i, int n) {
+    // The target comes first, because the gradient of the input may overwrite the input.
+    if constexpr (P::kTarget != Target::kNone)
+      if (a.dt.data)
+        write(source.output(a.dt, r, true), i, n,
+              [&](real* dt) { grad_t<PairOf>(source, r, i, n, g.value, dt); });
+    if (a.dx.data)
+      write(source.output(a.dx, r, a.softcap == 0), i, n,
+            [&](real* dx) { grad_x<PairOf>(source, r, i, n, g, dx, add); });
+  };
+  const int columns = a.mask.data ? kMaskedTile : kTile;
+  source.for_segments(
+      [&](int64_t, int64_t begin, int64_t end) { source.for_tiles(begin, end, tile, columns); });
 }
 template <class P>
 void backward_row(const RowSource<P>& source, int64_t r) {
   using real = typename P::real;
-  if constexpr (P::kTopK)
-    return backward_topk(source, r, [&] { backward_row_of<StablePair<real>>(source, r); });
-  if constexpr (P::kDirectTerms)
-    if (source.row(r).record().use_direct != real(0))
-      return backward_row_of<DirectPair<real, ExactMath>>(source, r);
-  backward_row_of<StablePair<real>>(source, r);
+  if constexpr (P::kNamed) {
+    backward_named(source, r, [&](Outputs<real> g, bool zero, const auto& add) {
+      backward_row_of<StablePair<real>>(source, r, g, zero, add);
+    });
+  } else {
+    const Outputs<real> g = source.row(r).upstream();
+    const bool zero = g.value == real(0) && g.entropy == real(0);
+    const auto add = [&](int64_t i, int n, real* dx, Outputs<real> gx) {
+      if constexpr (P::kReadsLabel) {
+        const int64_t y = source.a.labels[r], at = y - i;
+        const bool here = at >= 0 && at < n && (!source.mask(r).data || source.mask(r).has(y));
+        if (here) dx[at] += source.loss.grad_label(source.row(r).record(), gx);
+      }
+    };
+    if constexpr (P::kDirectTerms)
+      if (source.row(r).record().use_direct != real(0))
+        return backward_row_of<DirectPair<real, ExactMath>>(source, r, g, zero, add);
+    backward_row_of<StablePair<real>>(source, r, g, zero, add);
+  }
 }
 
 // --- kernels ----------------------------------------------------------------------------------
@@ -239,7 +262,8 @@ struct Kernels {
   template <class P>
   static constexpr RowKernels make() {
     RowKernels k{forward_rows<P>, nullptr, nullptr, nullptr, traits_of<P>()};
-    if constexpr (!P::kStats) k.backward = backward_rows<P>, k.forward_grad = forward_grad_rows<P>;
+    if constexpr (!P::kStats) k.backward = backward_rows<P>;
+    if constexpr (!P::kStats && !P::kNamed) k.forward_grad = forward_grad_rows<P>;
     if constexpr (has_terms<P>()) k.terms = terms_rows<P>;
     return k;
   }

@@ -162,21 +162,110 @@ const real* fill_up(const real* x, int n, real nothing, Buffer<real>& b) {
   return b.data;
 }
 
-// Reads one row of a matrix in tiles, softcapped if there is a cap.
+// Write the numbers whose mask is set, and `nothing` elsewhere; return how many, whole vectors.
+template <class real>
+int select_by_bytes(const real* x, const uint8_t* mask, int n, real nothing, real* to) {
+  FD_SIMD()
+  for (int j = 0; j < n; ++j) {
+    const real v = x[j];
+    to[j] = mask[j] != 0 ? v : nothing;
+  }
+  return n;
+}
+template <class real>
+int select_by_bits(const real* x, const uint8_t* mask, int n, real nothing, real* to) {
+  int j = 0;
+  for (; j + 8 <= n; j += 8) {
+    const int byte = mask[j / 8];
+    FD_SIMD()
+    for (int l = 0; l < 8; ++l) {
+      const real v = x[j + l];
+      to[j + l] = byte & (1 << l) ? v : nothing;
+    }
+  }
+  return j;
+}
+#if FD_LANES == 16
+inline int select_by_bytes(const float* x, const uint8_t* mask, int n, float nothing, float* to) {
+  int j = 0;
+  for (; j + 16 <= n; j += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + j));
+    const __mmask16 some = _mm_test_epi8_mask(bytes, bytes);
+    _mm512_storeu_ps(to + j, _mm512_mask_loadu_ps(_mm512_set1_ps(nothing), some, x + j));
+  }
+  return j;
+}
+inline int select_by_bits(const float* x, const uint8_t* mask, int n, float nothing, float* to) {
+  int j = 0;
+  for (; j + 16 <= n; j += 16) {
+    uint16_t some;
+    memcpy(&some, mask + j / 8, 2);
+    _mm512_storeu_ps(to + j, _mm512_mask_loadu_ps(_mm512_set1_ps(nothing), some, x + j));
+  }
+  return j;
+}
+#elif defined(FD_F16C)
+inline int select_by_bytes(const float* x, const uint8_t* mask, int n, float nothing, float* to) {
+  int j = 0;
+  for (; j + 8 <= n; j += 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask + j));
+    const __m256i none = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256());
+    _mm256_storeu_ps(to + j, _mm256_blendv_ps(_mm256_loadu_ps(x + j), _mm256_set1_ps(nothing),
+                                              _mm256_castsi256_ps(none)));
+  }
+  return j;
+}
+inline int select_by_bits(const float* x, const uint8_t* mask, int n, float nothing, float* to) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  int j = 0;
+  for (; j + 8 <= n; j += 8) {
+    const __m256i own = _mm256_and_si256(_mm256_set1_epi32(mask[j / 8]), bit);
+    const __m256i some = _mm256_cmpeq_epi32(own, bit);
+    _mm256_storeu_ps(to + j, _mm256_blendv_ps(_mm256_set1_ps(nothing), _mm256_loadu_ps(x + j),
+                                              _mm256_castsi256_ps(some)));
+  }
+  return j;
+}
+#endif
+
+// Which classes of a row take part; all, without data.
+struct RowMask {
+  const uint8_t* data;
+  bool bits;
+
+  bool has(int64_t i) const { return bits ? data[i / 8] >> (i % 8) & 1 : data[i] != 0; }
+  // Write numbers [i, i + n) of a row, and `nothing` for classes that take no part.
+  template <class real>
+  void select(const real* x, int64_t i, int n, real nothing, real* to) const {
+    int j = 0;
+    if (!bits)
+      j = select_by_bytes(x, data + i, n, nothing, to);
+    else if (i % 8 == 0)
+      j = select_by_bits(x, data + i / 8, n, nothing, to);
+    for (; j < n; ++j) to[j] = has(i + j) ? x[j] : nothing;
+  }
+};
+
+// Reads one row of a matrix in tiles, softcapped if there is a cap, then masked if there is a mask.
 template <class real>
 struct RowReader {
   const void* row;
   LoadTile<real> load;
   Softcap<real> softcap;
   real nothing;  // the value of a column without mass
+  RowMask mask;
 
   const real* raw(int64_t i, int n, Buffer<real>& b) const { return load(row, i, n, b.data); }
   const real* tile(int64_t i, int n, Buffer<real>& b) const {
     const real* x = raw(i, n, b);
-    if (softcap.cap == real(0)) return x;
-    const Softcap<real> cap = softcap;
-    FD_SIMD()
-    for (int j = 0; j < n; ++j) b.data[j] = cap.value(x[j]);
+    if (softcap.cap != real(0)) {
+      const Softcap<real> cap = softcap;
+      FD_SIMD()
+      for (int j = 0; j < n; ++j) b.data[j] = cap.value(x[j]);
+      x = b.data;
+    }
+    if (!mask.data) return x;
+    mask.select(x, i, n, nothing, b.data);
     return b.data;
   }
   const real* whole_tile(int64_t i, int n, Buffer<real>& b) const {

@@ -126,11 +126,11 @@ struct Gradients {
   }
 };
 
-// Compute and store the gradients of a thread's packs.
+// Compute and store the gradients of a thread's packs.  masked: columns that take no part get 0.
 template <class PairOf, class Reader>
 __device__ __forceinline__ void write_packs(
     const Reader& reader, const Gradients<Reader>& to, const typename Reader::Record& row,
-    Outputs<typename Reader::real> g, int label, int i, int step,
+    Outputs<typename Reader::real> g, int label, bool masked, int i, int step,
     const Pack<typename Reader::Element> (&px)[Gradients<Reader>::kPacks],
     const Pack<typename Reader::Element> (&pt)[Gradients<Reader>::kPacks]) {
   using P = typename Reader::Policy;
@@ -157,6 +157,9 @@ __device__ __forceinline__ void write_packs(
                                                          weight(c), row, g.value, scale)));
         if (kBoth) d[c] = grad_x(c);
       });
+      if (masked)
+        reader.template each_masked<kPacks>(
+            i, step, [&](int c) { out[c / kSize].set(c % kSize, narrowed<T>(real(0))); });
       to.store_dt(i, step, out);
     }
   if (!to.dx.row) return;
@@ -173,6 +176,7 @@ __device__ __forceinline__ void write_packs(
   }
   if constexpr (Reader::kIsCapped)
     tile.for_columns([&](int c, int u, int k) { d[c] *= reader.cap.slope(widen(px[u].get(k))); });
+  if (masked) reader.template each_masked<kPacks>(i, step, [&](int c) { d[c] = real(0); });
   tile.for_columns([&](int c, int u, int k) { out[u].set(k, narrowed<T>(d[c])); });
   to.store_dx(i, step, out);
 }
@@ -183,7 +187,7 @@ __device__ __forceinline__ void write_columns(const Reader& reader, const Packs&
                                               const Gradients<Reader>& to,
                                               const typename Reader::Record& row,
                                               Outputs<typename Reader::real> g, int label,
-                                              const Threads& threads) {
+                                              bool masked, const Threads& threads) {
   using T = typename Reader::Element;
   constexpr int kPacks = Gradients<Reader>::kPacks, kSize = Reader::kSize;
   const int step = threads.count * kSize, end = reader.end;
@@ -196,7 +200,7 @@ __device__ __forceinline__ void write_columns(const Reader& reader, const Packs&
       Pack<T> next_x[kPacks], next_t[kPacks];
       if (next < end) packs.load(next, next_x, next_t);
       if (next != i)
-        write_packs<PairOf>(reader, to, row, g, label, next - kPacks * step, step, px, pt);
+        write_packs<PairOf>(reader, to, row, g, label, masked, next - kPacks * step, step, px, pt);
       if (next >= end) return;
       FD_UNROLL
       for (int u = 0; u < kPacks; ++u) px[u] = next_x[u], pt[u] = next_t[u];
@@ -204,22 +208,23 @@ __device__ __forceinline__ void write_columns(const Reader& reader, const Packs&
   } else {
     for (; i < end; i += kPacks * step) {
       packs.load(i, px, pt);
-      write_packs<PairOf>(reader, to, row, g, label, i, step, px, pt);
+      write_packs<PairOf>(reader, to, row, g, label, masked, i, step, px, pt);
     }
   }
 }
 
+// g is the upstream gradient of the row.
 template <bool kAhead, class Packs, class Reader>
 __device__ __forceinline__ void write_dense_gradients(const Reader& reader, const Packs& packs,
                                                       const Gradients<Reader>& to,
                                                       const RowIO<typename Reader::Policy>& self,
                                                       const typename Reader::Record& row,
+                                                      Outputs<typename Reader::real> g,
                                                       const Threads& threads) {
   using P = typename Reader::Policy;
   using T = typename Reader::Element;
   using real = typename Reader::real;
   constexpr int kPacks = Gradients<Reader>::kPacks;
-  const Outputs<real> g = self.upstream();
   if (g.value == real(0) && g.entropy == real(0)) {
     const Pack<T> zeros[kPacks] = {};
     const int step = threads.count * Reader::kSize;
@@ -229,12 +234,17 @@ __device__ __forceinline__ void write_dense_gradients(const Reader& reader, cons
     }
     return;
   }
-  const int label = P::kReadsLabel ? int(self.own.label) : -1;
+  const int64_t y = self.own.label;
+  const bool labelled =
+      P::kReadsLabel &&
+      (!reader.mask || (self.own.has_class(reader.a) && reader.a.mask.has(reader.mask, y)));
+  const int label = labelled ? int(y) : -1;
+  const bool masked = reader.mask && masks_gradient<P>(row, g, Reader::kIsCapped);
   if constexpr (P::kDirectTerms)
     if (row.use_direct != real(0))
       return write_columns<DirectPair<real, MathOf<T>>, kAhead>(reader, packs, to, row, g, label,
-                                                                threads);
-  write_columns<StablePair<real>, kAhead>(reader, packs, to, row, g, label, threads);
+                                                                masked, threads);
+  write_columns<StablePair<real>, kAhead>(reader, packs, to, row, g, label, masked, threads);
 }
 
 }  // namespace fastdiv

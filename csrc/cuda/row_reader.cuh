@@ -1,6 +1,7 @@
 // What the kernels read of a row: its arguments, and packs unpacked into numbers.
 #pragma once
 
+#include "cuda/mask.cuh"
 #include "cuda/pack.cuh"
 #include "losses/gradient.h"
 #include "losses/row.h"
@@ -31,15 +32,17 @@ struct RowReader {
   const real scale;
   const Softcap<real> cap;
   T *const x, *const t;
-  const int begin, end;  // the columns that are read
+  const uint8_t* const mask;  // of the row, or null
+  const int begin, end;       // the columns that are read
 
   __device__ __forceinline__ RowReader(const RowArgs& args, int64_t r, int begin, int end)
       : a(args),
         loss(args.params),
-        scale(pin_in_register(real(args.scale))),
+        scale(pin_in_register(args.scale_of<real>(r))),
         cap{real(args.softcap)},
         x(pin_in_register(row_of<T>(args.x, r))),
         t(kTeacher ? pin_in_register(row_of<T>(args.t, r)) : nullptr),
+        mask(args.mask.row(r)),
         begin(pin_in_register(begin)),
         end(pin_in_register(end)) {}
 
@@ -88,13 +91,33 @@ struct RowReader {
         tile.weights[c] = outside(u, k) ? real(0) : weights ? weights[i + u * step + k] : real(1);
       });
     }
+    if (mask) {
+      const real nothing = widen(no_target());
+      each_masked<kPacks>(i, step, [&](int c) {
+        tile.x[c] = -Limits<real>::infinity;
+        if constexpr (kTeacher) tile.t[c] = nothing;
+      });
+    }
     return tile;
   }
 
-  // Return the logit of a class, softcapped.
+  // Call body(c) for every column of a tile that takes no part.
+  template <int kPacks, class Body>
+  __device__ __forceinline__ void each_masked(int i, int step, Body body) const {
+    FD_UNROLL
+    for (int u = 0; u < kPacks; ++u) {
+      const unsigned which = taking_part<kSize>(a.mask, mask, i + u * step, begin, end);
+      FD_UNROLL
+      for (int k = 0; k < kSize; ++k)
+        if (!(which >> k & 1)) body(u * kSize + k);
+    }
+  }
+
+  __device__ __forceinline__ real raw_logit(int64_t i) const { return widen(x[i]); }
+  // Return the logit of a class, softcapped and masked.
   __device__ __forceinline__ real logit(int64_t i) const {
-    const real v = widen(x[i]);
-    return kCapped ? cap.value(v) : v;
+    if (mask && !a.mask.has(mask, i)) return -Limits<real>::infinity;
+    return kCapped ? cap.value(raw_logit(i)) : raw_logit(i);
   }
 };
 

@@ -3,7 +3,7 @@
 
 #include "cuda/gradients.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/topk.cuh"
+#include "cuda/named.cuh"
 #include "losses/find_kernels.h"
 
 namespace fastdiv {
@@ -17,12 +17,19 @@ constexpr bool has_moment() {
   return true;
 }
 
+template <class P>
+constexpr bool has_rest() {
+  if constexpr (P::kNamed) return P::kRest;
+  return false;
+}
+
 // How many blocks of a forward share the 65536 registers of a multiprocessor, at least:
 //   blocks      3    4    6    per multiprocessor
 //   registers  168  128   80   per thread
 // More would not fit its shared memory: a block takes 32 KiB for every row of its slices.
 template <class P, bool kCapped>
 constexpr int kForwardBlocks = (P::kTarget != Target::kNone                             ? 3
+                                : has_rest<P>()                                         ? 4
                                 : sizeof(typename P::real) == 8 || kCapped || P::kStats ? 4
                                                                                         : 6) *
                                128 / kForwardThreads;
@@ -30,12 +37,14 @@ constexpr int kForwardBlocks = (P::kTarget != Target::kNone                     
 // The same of a backward, whose blocks have twice as many threads and no shared memory:
 //   blocks      4    3    2    1
 //   registers  64   80  128  255
-template <class P, bool kCapped>
-constexpr int kBackwardBlocks = sizeof(typename P::real) == 8   ? 1
-                                : kCapped || P::kTilted         ? 2
-                                : !has_moment<P>()              ? 2
-                                : P::kDivergence || P::kWeights ? 3
-                                                                : 4;
+// Two rows in single precision are twice as many packs as in half precision.
+template <class P, class T, bool kCapped>
+constexpr int kBackwardBlocks = sizeof(T) == 8                         ? 1
+                                : kCapped || P::kTilted || P::kWeights ? 2
+                                : !has_moment<P>()                     ? 2
+                                : P::kDivergence && sizeof(T) == 4     ? 2
+                                : P::kDivergence || P::kNamed          ? 3
+                                                                       : 4;
 
 // --- forward ------------------------------------------------------------------------------------
 
@@ -134,8 +143,11 @@ __global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, kCapped>))
   const RowIO<P> self(a, r);
   const int begin = team.block * shape.slice, end = begin + shape.slice;
   const Reader reader(a, r, begin, end < int(a.classes) ? end : int(a.classes));
-  const bool wanted = self.weight() != real(0) || P::kStats;
+  const NamedRow<real> names{a, r};
+  const bool wanted =
+      P::kNamed ? names.counts(self.weight()) : self.weight() != real(0) || P::kStats;
   auto slice = slice_of(reader, team, shape, shared);
+  const NamedClasses<Reader, decltype(slice)> named{reader, names, slice, team};
   typename RowIO<P>::Result result{};
 
   if (wanted) {
@@ -152,7 +164,7 @@ __global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, kCapped>))
     thread.rebase(reader.loss, reader.scale);
     FirstPass<P> first_pass(thread.state, x_label);
     const MergeFirstPass<P> merge{reader.loss, reader.scale};
-    if constexpr (kGradient || P::kDivergence || P::kTopK || P::kStats)
+    if constexpr (kGradient || P::kDivergence || P::kNamed || P::kStats)
       first_pass = team.all(first_pass, merge);
     else if (!team.leader(first_pass, merge))
       return;
@@ -160,9 +172,8 @@ __global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, kCapped>))
     const auto second_pass = [&](const auto& loss, const auto& row) {
       return sum_terms(reader, slice, team, loss, row);
     };
-    if constexpr (P::kTopK)
-      result = self.finish(reader.loss, state, real(0), reader.scale,
-                           TopKClasses<Reader, decltype(slice)>{{reader, r}, slice, team});
+    if constexpr (P::kNamed)
+      finish_named(reader.loss, names, state.x, reader.scale, result.row, named);
     else
       result = self.finish(reader.loss, state, first_pass.x_label(), reader.scale, second_pass);
     if constexpr (P::kStats) {
@@ -170,18 +181,17 @@ __global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, kCapped>))
       if (team.leads()) self.store_stats(result, state, reader.scale, largest.column);
     }
   }
-  if (team.leads()) self.store(result);
+  if constexpr (P::kNamed) {
+    if (!wanted) named.write_zeros();
+    if (team.leads()) self.record() = result.row;
+  } else if (team.leads()) {
+    self.store(result);
+  }
   if constexpr (kGradient) {
     // All reads of the row by other threads came before the merge.
     const Gradients<Reader> to(reader, r);
     const SlicePacks<Reader> packs(reader, slice, to.first, team.count * Reader::kSize);
-    const auto dense = [&] {
-      write_dense_gradients<false>(reader, packs, to, self, result.row, team);
-    };
-    if constexpr (P::kTopK)
-      write_topk_gradients(reader, self, result.row, team, dense);
-    else
-      dense();
+    write_dense_gradients<false>(reader, packs, to, self, result.row, self.upstream(), team);
   }
   team.leave();
 }
@@ -189,8 +199,9 @@ __global__ void __launch_bounds__(kForwardThreads, (kForwardBlocks<P, kCapped>))
 // --- backward -----------------------------------------------------------------------------------
 
 template <class P, class T, bool kCapped>
-__global__ void __launch_bounds__(kBackwardThreads, (kBackwardBlocks<P, kCapped>))
+__global__ void __launch_bounds__(kBackwardThreads, (kBackwardBlocks<P, T, kCapped>))
     backward_rows(const __grid_constant__ RowArgs a, const __grid_constant__ BackwardShape shape) {
+  using real = typename P::real;
   using Reader = RowReader<P, T, kCapped>;
   const Threads threads(shape.team);
   const bool whole = !threads.whole_block();  // each team has a row
@@ -208,11 +219,15 @@ __global__ void __launch_bounds__(kBackwardThreads, (kBackwardBlocks<P, kCapped>
   const GlobalPacks<Reader> packs(reader, to.first, threads.count * Reader::kSize);
   const RowIO<P> self(a, r);
   const auto record = self.record();
-  const auto dense = [&] { write_dense_gradients<true>(reader, packs, to, self, record, threads); };
-  if constexpr (P::kTopK)
-    write_topk_gradients(reader, self, record, threads, dense);
-  else
-    dense();
+  const auto dense = [&](Outputs<real> g) {
+    write_dense_gradients<true>(reader, packs, to, self, record, g, threads);
+  };
+  if constexpr (P::kNamed) {
+    const NamedRow<real> names{a, r};
+    write_named_gradients(reader, names, names.counts(self.weight()), record, threads, dense);
+  } else {
+    dense(self.upstream());
+  }
 }
 
 // --- terms --------------------------------------------------------------------------------------
@@ -249,7 +264,7 @@ constexpr int64_t static_bytes() {
   int64_t bytes = words(sizeof(FirstPass<P>));
   if (P::kStats) bytes += words(sizeof(ArgMax<real>));
   if (P::kDivergence) bytes += words(sizeof(TermSums<real>));
-  if (P::kTopK) bytes += words(sizeof(real)) + sizeof(TopKSums<real>) + sizeof(FiniteSum);
+  if (P::kNamed) bytes += words(sizeof(NamedSums)) + words(sizeof(LogSumExp<real>));
   return 2 * kWarp * bytes + (2 + kMaxSlots) * int64_t(sizeof(ArrivalBarrier));
 }
 
@@ -271,7 +286,9 @@ struct ForwardLaunch {
 
 template <class P, class T, bool kGradient>
 Status launch_forward(const RowArgs& a, const Gpu& gpu, void* stream) {
-  const ForwardLaunch<P, T> l(a, gpu, kGradient || !has_moment<P>());
+  const bool mean = P::kNamed && rest_of(a.params.loss) == Rest::kMean;
+  const bool reads_again = !has_moment<P>() || mean;
+  const ForwardLaunch<P, T> l(a, gpu, kGradient || reads_again);
   if constexpr (P::kSoftcap)
     if (a.softcap != 0)
       return launch(forward_rows<P, T, true, kGradient>, l.grid, stream, a, l.shape);
@@ -306,10 +323,8 @@ struct Kernels {
   template <class P>
   static RowKernels make() {
     RowKernels k{launch_forward<P, T, false>, nullptr, nullptr, nullptr, traits_of<P>()};
-    if constexpr (!P::kStats) {
-      k.backward = launch_backward<P, T>;
-      k.forward_grad = launch_forward<P, T, true>;
-    }
+    if constexpr (!P::kStats) k.backward = launch_backward<P, T>;
+    if constexpr (!P::kStats && !P::kNamed) k.forward_grad = launch_forward<P, T, true>;
     if constexpr (has_terms<P>()) k.terms = launch_terms<P, T>;
     return k;
   }

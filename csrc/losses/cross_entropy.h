@@ -15,11 +15,13 @@ struct CrossEntropyOf : Loss<real, target> {
   static constexpr int kSums = smoothed ? 2 : 0;
 
   real confidence, smoothing_per_class, z_loss;
+  bool by_probability;
   FD_FN explicit CrossEntropyOf(const LossParams& p)
       : Loss<real, target>(p),
         confidence(option<real>(p.confidence)),
         smoothing_per_class(option<real>(p.smoothing_per_class)),
-        z_loss(option<real>(p.z_loss)) {}
+        z_loss(option<real>(p.z_loss)),
+        by_probability(kReadsLabel && p.by_probability) {}
 
   // Return r_c without the part of the label, which the kernels add at its column.
   FD_FN real rate(real p, real weight) const {
@@ -40,16 +42,21 @@ struct CrossEntropyOf : Loss<real, target> {
 
   FD_FN Outputs<real> finish(const LogSumExp<real>&, const Sums<real>& s, TargetLogit<real> label,
                              real scale, Record& row) const {
-    row.label_mass = kReadsLabel ? confidence * label.weight : real(0);
-    const real mass = s.b + row.label_mass, taken = s.a + mass_times(row.label_mass, label.lx);
+    const real label_mass = kReadsLabel ? confidence * label.weight : real(0);
+    const real mass = s.b + label_mass, taken = s.a + mass_times(label_mass, label.lx);
     const real lse = row.x_logz + row.x_max * scale;
     const real omega = kReadsLabel ? label.weight : real(1);
-    row.q_factor = mass + real(2) * mass_times(z_loss * omega, lse);
-    return {mass_times(mass, row.x_logz) - taken + mass_times(z_loss * omega, lse * lse), real(0)};
+    const real own = by_probability ? exp_neg(label.lx - row.x_logz) : real(1);
+    row.own_weight = own;
+    row.label_mass = own * label_mass;
+    row.q_factor = own * (mass + real(2) * mass_times(z_loss * omega, lse));
+    const real value = mass_times(mass, row.x_logz) - taken + mass_times(z_loss * omega, lse * lse);
+    return {mass_times(own, value), real(0)};
   }
 
   FD_FN real grad_x(real, real q, real p, real weight, const Record& row, Outputs<real> g) const {
-    return g.value * (row.q_factor * q - rate(p, weight));
+    const real own = smoothed && kReadsLabel ? row.own_weight : real(1);
+    return g.value * (row.q_factor * q - own * rate(p, weight));
   }
   FD_FN real grad_label(const Record& row, Outputs<real> g) const {
     return -g.value * row.label_mass;

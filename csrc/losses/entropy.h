@@ -43,7 +43,7 @@ struct Entropy : Loss<real> {
 template <class real>
 struct LogProbAndEntropy : Entropy<real> {
   using typename Entropy<real>::Record;
-  static constexpr bool kReadsLabel = true, kTwoOutputs = true;
+  static constexpr bool kReadsLabel = true, kTwoOutputs = true, kSoftcap = true;
   using Entropy<real>::Entropy;
 
   FD_FN Outputs<real> finish(const LogSumExp<real>& x, const Sums<real>& s, TargetLogit<real> label,

@@ -5,7 +5,7 @@
 #include "losses/cross_entropy.h"
 #include "losses/divergences.h"
 #include "losses/entropy.h"
-#include "losses/topk.h"
+#include "losses/named.h"
 
 namespace fastdiv {
 

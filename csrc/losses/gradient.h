@@ -5,6 +5,17 @@
 
 namespace fastdiv {
 
+// Whether masked classes need more than their logits at -inf to get the gradient 0: those of a loss
+// with class weights, of softcapped logits, and of a row that holds NaN or nothing.
+template <class P, class real>
+FD_FN bool masks_gradient(const typename P::Record& row, Outputs<real> g, bool capped) {
+  if (P::kWeights || capped) return true;
+  const real* const numbers = reinterpret_cast<const real*>(&row);
+  real odd = (g.value - g.value) + (g.entropy - g.entropy);
+  for (int i = 0; i < kRecordSize; ++i) odd += numbers[i] - numbers[i];
+  return odd != real(0);
+}
+
 // Return dL/dx without P::grad_label, which the kernels add at the label.  g is the upstream
 // gradient times the scale.  PairOf is DirectPair where the record says so, else StablePair; Math
 // is for losses of one row.

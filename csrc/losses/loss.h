@@ -13,6 +13,7 @@ struct LossParams {
   double confidence;           // weight of the label, or factor of soft target probabilities
   double smoothing_per_class;  // what label smoothing gives each class
   double z_loss;               // factor of lse^2
+  bool by_probability;         // a row's weight is the probability of its label
   Target target;               // for policies that take several kinds
 };
 
@@ -44,7 +45,7 @@ struct Loss {
   using real = Real;
   static constexpr Target kTarget = target;
   static constexpr bool kDivergence = false;   // compares the row with a target row
-  static constexpr bool kTopK = false;         // reads k classes of a teacher, by their indices
+  static constexpr bool kNamed = false;        // has values of k classes, by their indices
   static constexpr bool kReadsLabel = false;   // reads a class index
   static constexpr bool kWeights = false;      // reads a weight for every class
   static constexpr bool kTwoOutputs = false;   // a second one, with its own upstream gradient
@@ -69,11 +70,11 @@ constexpr bool has_terms() {
 
 // What the torch side has to know about a loss.
 struct LossTraits {
-  bool reads_label, two_outputs, stats, softcap, topk;
+  bool reads_label, two_outputs, stats, softcap, named;
 };
 template <class P>
 constexpr LossTraits traits_of() {
-  return {P::kReadsLabel, P::kTwoOutputs, P::kStats, P::kSoftcap, P::kTopK};
+  return {P::kReadsLabel, P::kTwoOutputs, P::kStats, P::kSoftcap, P::kNamed};
 }
 
 }  // namespace fastdiv

@@ -10,10 +10,10 @@ constexpr int kRecordSize = 8;
 
 template <class real>
 struct CrossEntropyRecord : Row<real> {
-  real unused;
-  real q_factor;    // factor of q in the gradient: sum r + 2 z omega lse
+  real own_weight;  // the row's weight that comes from its label, 1 for other rows
+  real q_factor;    // factor of q in the gradient: own_weight (sum r + 2 z omega lse)
   real label_mass;  // what the gradient subtracts at the label
-  real unused_too;
+  real unused;
 };
 
 template <class real>
@@ -44,11 +44,11 @@ struct AlphaRecord : PairRecord<real> {
 };
 
 template <class real>
-struct TopKRecord : Row<real> {
-  real topk_mass;  // what the k probabilities are divided by
-  real mass;       // sum of p over all classes
-  real mass_per_other;
-  real common_slope;  // derivative by the mass that a larger p takes from the others
+struct NamedRecord : Row<real> {
+  real others;    // how many classes have no name
+  real log_tail;  // log of their mass, or the mean of their log q
+  real shift;     // what x_logz has too much of, so that e^(x - x_logz) is q / Q; else 0
+  real unused;
 };
 
 }  // namespace fastdiv

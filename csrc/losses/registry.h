@@ -12,9 +12,10 @@
   X(soft_cross_entropy_stats, WithStats<SoftCrossEntropy<real>>)         \
   X(entropy, Entropy<real>)                                              \
   X(log_prob_and_entropy, LogProbAndEntropy<real>)                       \
-  X(topk_kl_div, TopKKlDiv<real>)                                        \
-  X(renormalized_topk_kl_div, TopKKlDiv<real>)                           \
-  X(uniform_topk_kl_div, TopKKlDiv<real>)
+  X(log_prob, LogProbs<real>)                                            \
+  X(topk_log_prob, LogProbs<real>)                                       \
+  X(topk_log_prob_and_tail, LogProbsAndRest<real>)                       \
+  X(topk_log_prob_and_mean, LogProbsAndRest<real>)
 
 // Name, policy with template arguments <real, target>.
 #define FD_DIVERGENCES(X)                  \

@@ -4,7 +4,7 @@
 #include "losses/divergence_value.h"
 #include "losses/entropy.h"
 #include "losses/row_args.h"
-#include "losses/topk.h"
+#include "losses/named.h"
 
 namespace fastdiv {
 
@@ -61,8 +61,7 @@ struct RowIO {
     real log_prob;
   };
   // Return value and record from the sums of a row.  `x_label` is the logit of the label if it is
-  // read.  `second_pass(loss, row)` reads the row again for the terms of a divergence; with a top-k
-  // teacher it is the TopKClasses.
+  // read.  `second_pass(loss, row)` reads the row again for the terms of a divergence.
   template <class SecondPass>
   FD_FN Result finish(const P& loss, const RowState<P>& s, real x_label, real scale,
                       const SecondPass& second_pass) const {
@@ -80,10 +79,6 @@ struct RowIO {
     if (weight() != real(0)) {
       if constexpr (P::kDivergence)
         result.out.value = divergence_value(loss, s, row, second_pass, a.params);
-      else if constexpr (P::kTopK)
-        with_topk_class(loss.target, row, scale, [&](const auto& one) {
-          result.out.value = topk_value(loss, one, row, second_pass, a.classes - a.k);
-        });
       else
         result.out = loss.finish(s.x, s.sums, target, scale, row);
       if (P::kReadsLabel && !own.has_class(a)) {

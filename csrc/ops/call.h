@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "losses/divergence.h"
+#include "losses/named.h"
 #include "ops/arguments.h"
 
 namespace fastdiv {
@@ -44,7 +45,13 @@ struct RowCall {
     return make(int64_t(dims), size, stride, type);
   }
   Tensor make_number() const { return make(0, nullptr, nullptr, real); }
+  // The values of named classes, which may be in double, and a number about the rest.
+  const bool named = kernels.traits.named;
+  const ScalarType value_type = named && names_once(options.loss) ? ScalarType::Double : real;
+  const int64_t values = named ? args.k + (rest_of(options.loss) != Rest::kNone) : 1;
+
   Tensor make_rows() const {
+    if (named) return make({args.rows, values}, value_type);
     return outputs == 2 ? make({2, args.rows}, real) : make({args.rows}, real);
   }
   Tensor make_record() const { return make({args.rows, kRecordSize}, real); }
@@ -85,8 +92,9 @@ struct RowCall {
   // The upstream gradient is one number, or one per row and output.
   void set_upstream(const Tensor& grad) {
     require_same_device(grad, x);
-    require(grad.scalar_type() == real && grad.is_contiguous() &&
-                (grad.dim() == 0 ? outputs == 1 : grad.numel() == args.rows * outputs),
+    require(grad.scalar_type() == value_type && grad.is_contiguous() &&
+                (grad.dim() == 0 ? outputs == 1 && !named
+                                 : grad.numel() == args.rows * outputs * values),
             "fastdiv: the upstream gradient has the wrong size, dtype or stride");
     args.grad = grad.data_ptr();
     args.grad_entropy = second(grad.data_ptr());
@@ -96,7 +104,7 @@ struct RowCall {
   // Return the reduced value, the record, and the divisor (0 without a reduction).
   std::tuple<Tensor, Tensor, Tensor> forward() {
     const bool none = options.reduction == Reduction::kNone;
-    require(none || outputs == 1, "fastdiv: a loss of two outputs has no reduction");
+    require(none || (outputs == 1 && !named), "fastdiv: several values of a row have no reduction");
     // An empty tensor has no address, so a call without rows is not checked.
     require(args.rows == 0 || kernels.traits.stats == (args.stats != nullptr),
             "fastdiv: statistics of a loss without");
@@ -129,8 +137,9 @@ struct RowCall {
 
   // Write the gradient of x over x; return the value of each row.
   Tensor forward_grad(const Tensor& grad) {
-    require(!kernels.traits.stats && options.reduction == Reduction::kNone,
-            "fastdiv: forward_grad takes an upstream gradient for each row, and no statistics");
+    require(kernels.forward_grad != nullptr && options.reduction == Reduction::kNone,
+            "fastdiv: forward_grad takes an upstream gradient for each row, no statistics, and no "
+            "named classes");
     device.check_labels(args);
     const Tensor rows = make_rows(), record = make_record();
     set_values(rows);
@@ -204,7 +213,7 @@ void row_backward(StableIValue* stack, uint64_t n_arguments, uint64_t n_results)
   RowCall<Device> call(rows, options);
   const Tensor dx = call.make_gradient(rows.x, call.args.dx, need_x);
   const Tensor dt = call.make_gradient(rows.target_or_x(), call.args.dt, need_t);
-  call.backward(grad, record, divisor);
+  if (need_x || need_t) call.backward(grad, record, divisor);
   s.give(dx, dt);
 }
 

@@ -5,9 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/topk_indices.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "cpu/named_indices.h"
 #include "losses/row.h"
 #include "ops/call.h"
 
@@ -85,13 +85,13 @@ struct CpuDevice {
     if (!a.labels) return;
     for (int64_t r = 0; r < a.rows; ++r) {
       const int64_t y = a.labels[r];
-      // log_prob ignores nothing, and its labels are called index.
-      const bool is_index = a.ignore_index == INT64_MIN;
-      if ((y >= 0 && y < a.classes) || (y == a.ignore_index && !is_index)) continue;
+      if ((y >= 0 && y < a.classes) || y == a.ignore_index) continue;
+      const bool is_index = a.params.loss == LossId::k_log_prob_and_entropy;
       throw std::out_of_range(
           (is_index ? "index[" : "target[") + std::to_string(r) + "] is " + std::to_string(y) +
           ", out of range for " + std::to_string(a.classes) + " classes" +
-          (is_index ? "" : " (ignore_index is " + std::to_string(a.ignore_index) + ")"));
+          (is_index ? " (-1 is padding)"
+                    : " (ignore_index is " + std::to_string(a.ignore_index) + ")"));
     }
   }
 

@@ -13,14 +13,16 @@ struct Options {
   Target target;
   Reduction reduction;
   int64_t batch;  // what kBatchMean divides by
-  int64_t ignore_index;
+  int64_t ignore_index, first_class;
+  bool by_probability;
   double scale, softcap;
   LossParams params;
 
   // The order of the options, here and in the constructor.
   static constexpr const char* kSchema =
-      "int loss, int target_type, int reduction, SymInt batch, int ignore_index, float scale, "
-      "float softcap, float param, float confidence, float smoothing_per_class, float z_loss";
+      "int loss, int target_type, int reduction, SymInt batch, int ignore_index, "
+      "int first_class, bool by_probability, float scale, float softcap, float param, "
+      "float confidence, float smoothing_per_class, float z_loss";
 
   explicit Options(Stack& s)
       : loss(LossId(s.take<int64_t>())),
@@ -28,6 +30,8 @@ struct Options {
         reduction(Reduction(s.take<int64_t>())),
         batch(s.take<int64_t>()),
         ignore_index(s.take<int64_t>()),
+        first_class(s.take<int64_t>()),
+        by_probability(s.take<bool>()),
         scale(s.take<double>()),
         softcap(s.take<double>()),
         params{loss,
@@ -35,6 +39,7 @@ struct Options {
                s.take<double>(),  // confidence
                s.take<double>(),  // smoothing_per_class
                s.take<double>(),  // z_loss
+               by_probability,
                target} {}
 };
 

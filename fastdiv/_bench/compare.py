@@ -18,6 +18,7 @@ from .tables import machine_line, print_table
 from .timing import Timing
 
 FASTDIV = ("fused", "in_place", "per_row")
+NAMED = ("log_prob", "log_prob_many", "log_prob_mask", "log_prob_bits", "topk_ignore", "topk_tail")
 MEGABYTE = 1_000_000  # the noise of a process's memory
 
 What = tuple[str, str, str, str, str]  # part, loss, dtype, size, quantity
@@ -108,7 +109,7 @@ def figures(run: Measurements) -> Iterator[tuple[What, Figure]]:
         size = f"{r['rows']}×{r['hidden']}×{r['classes']}"
         where = ("linear", "linear_cross_entropy", r["dtype"], size)
         for name, time in r["ms"].items():
-            if name in FASTDIV:
+            if name in (*FASTDIV, *NAMED):
                 yield (*where, name), {"products": Interval.of(time, r["ms"]["products"])}
         yield from _memory(where, r)
 

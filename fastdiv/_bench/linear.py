@@ -3,10 +3,12 @@
 Any implementation has to compute these products: the logits, the gradient of the hidden states and
 the gradient of the weight.  Here each is one torch.mm of whole matrices.  Fastdiv's loss is timed
 beside the loss of whole logits, eager and compiled, and beside torch's own loss in chunks.
+Losses of named classes compute the logits twice, which makes four products.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch import Tensor
 import fastdiv
 
 from .._linear.tiles import product_dtype
+from ..reference.choices import KLMissing
 from .losses import DTYPES
 from .memory import measured_apart, peak_of
 from .results import Record
@@ -87,6 +90,45 @@ def losses(compiled: bool = False) -> dict[str, LinearLoss]:
     return {**found, "fused": fastdiv.linear_cross_entropy, "per_row": _per_row}
 
 
+NAMED = 64  # classes in each row of losses of many
+
+
+def of_named_classes(job: LinearJob) -> dict[str, LinearLoss]:
+    """Return losses of one or many classes in each row, with masks and a top-k teacher."""
+    generator = torch.Generator(job.device).manual_seed(1)
+    options: dict[str, Any] = {"generator": generator, "device": job.device}
+    # A random permutation would take a sort: these are different, too.
+    start = torch.randint(job.classes, (job.rows, 1), **options)
+    count = min(NAMED, job.classes)
+    many = (start + torch.arange(count, device=job.device)) % job.classes
+    log_p = torch.full((job.rows, count), -math.log(2 * count), device=job.device)
+    mask = torch.rand(job.rows, job.classes, **options) < 0.8
+    bits = torch.randint(256, (job.rows, -(-job.classes // 8)), **options).to(torch.uint8)
+
+    def log_prob(index: Tensor | None = None, class_mask: Tensor | None = None) -> LinearLoss:
+        def loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            own = y if index is None else index
+            return fastdiv.linear_log_prob(h, w, own, class_mask=class_mask).sum()
+
+        return loss
+
+    def topk(missing: KLMissing) -> LinearLoss:
+        def loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            kinds: Any = {"values_type": "log_probs", "missing": missing}
+            return fastdiv.linear_topk_kl_div(h, w, log_p, many, **kinds)
+
+        return loss
+
+    return {
+        "log_prob": log_prob(),
+        "log_prob_many": log_prob(many),
+        "log_prob_mask": log_prob(class_mask=mask),
+        "log_prob_bits": log_prob(class_mask=bits),
+        "topk_ignore": topk("ignore"),
+        "topk_tail": topk("tail"),
+    }
+
+
 def step(loss: LinearLoss, h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """Compute the gradients of hidden states and weight."""
     return torch.autograd.grad(loss(h, w, y), (h, w))
@@ -142,10 +184,14 @@ def _calls(job: LinearJob, compiled: bool) -> dict[str, Call]:
         torch.mm(logits, weight, out=dx)
         torch.mm(logits.t(), x, out=dw)
 
+    def four_products() -> None:
+        torch.mm(x, weight.t(), out=logits)
+        products()
+
     torch.compiler.reset()
     steps = {
         name: lambda loss=loss: step(loss, h, w, y)
-        for name, loss in losses(compiled).items()
+        for name, loss in {**losses(compiled), **of_named_classes(job)}.items()
         if name not in job.left_out
     }
-    return {"products": products, **steps}
+    return {"products": products, "four_products": four_products, **steps}

@@ -30,7 +30,7 @@ from torch import Tensor
 import fastdiv
 
 from .._engine import ops
-from ..reference import Spec, value_dtype
+from ..reference import Rows, Spec, value_dtype
 
 Loss = Callable[..., Tensor]  # (logits [R, C], *target) -> scalar
 
@@ -61,7 +61,7 @@ class BenchmarkedLoss:
     """A public function with options, reduced to a scalar, and its formula in eager torch."""
 
     function: str
-    target: str  # "labels", "logits", "probs", "topk" or "none"
+    target: str  # "labels", "logits", "probs", "topk", "topk_log_probs" or "none"
     eager: Loss
     options: Mapping[str, Any]
     variation: str = ""  # distinguishes it from the function without options
@@ -116,14 +116,16 @@ class BenchmarkedLoss:
             return x, torch.randint(shape[1], shape[:1], generator=generator, device=device)
         if self.target == "topk":
             return (x, *logits().topk(min(TOP_K, shape[1])))
+        if self.target == "topk_log_probs":
+            return (x, *logits().log_softmax(-1).topk(min(TOP_K, shape[1])))
         return x, logits() if self.target == "logits" else logits().softmax(-1)
 
     @property
     def spec(self) -> Spec | None:
         """Return the options of ``forward_grad``; None if the loss is not one call of its op."""
-        if self.variation or self.function not in ops.LOSSES:
+        if self.variation or self.target == "topk" or self.function not in ops.LOSSES:
             return None
-        matrix = {"topk": "logits", "labels": "none"}.get(self.target, self.target)
+        matrix = "none" if self.target == "labels" else self.target
         return Spec(self.function, target_type=matrix, param=self.param)
 
     def forward_grad(self, x: Tensor, *target: Tensor) -> Tensor:
@@ -135,7 +137,8 @@ class BenchmarkedLoss:
         upstream = x.new_full((outputs * rows,), 1 / rows, dtype=value_dtype(x.dtype))
         grad = upstream.view(outputs, rows) if outputs > 1 else upstream
         op = torch.ops.fastdiv._row_forward_grad.default
-        return op(grad, x, t[0], label[0], None, None, *ops.options(self.spec), False)[0]
+        rows_of_op = Rows(x, t[0], label=label[0])
+        return op(grad, *rows_of_op, *ops.options(self.spec), False)[0]
 
 
 LOSSES: dict[str, BenchmarkedLoss] = {}
@@ -224,10 +227,43 @@ def _hellinger_distance(x: Tensor, t: Tensor) -> Tensor:
     return (1 - _powers(x, t)).mean()
 
 
+def _named_logs(x: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.log_softmax(x, -1).gather(-1, indices), torch.log_softmax(values, -1)
+
+
 @_against("topk_kl_div", "topk", {"values_type": "logits"})
 def _topk_kl_div(x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    lp = torch.log_softmax(values, -1)
-    return (lp.exp() * (lp - torch.log_softmax(x, -1).gather(-1, indices))).sum(-1).mean()
+    lq, lp = _named_logs(x, values, indices)
+    return (lp.exp() * (lp - lq)).sum(-1).mean()
+
+
+@_against("topk_reverse_kl_div", "topk", {"values_type": "logits"})
+def _topk_reverse_kl_div(x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    lq, lp = _named_logs(x, values, indices)
+    return (lq.exp() * (lq - lp)).sum(-1).mean()
+
+
+@_against("topk_js_div", "topk", {"values_type": "logits"})
+def _topk_js_div(x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    lq, lp = _named_logs(x, values, indices)
+    (q, p), lm = (lq.exp(), lp.exp()), (0.5 * (lq.exp() + lp.exp())).log()
+    return 0.5 * (p * (lp - lm) + q * (lq - lm)).sum(-1).mean()
+
+
+@_against(
+    "topk_kl_div",
+    "topk_log_probs",
+    {"values_type": "log_probs", "missing": "tail"},
+    variation="tail",
+)
+def _topk_kl_div_tail(x: Tensor, log_probs: Tensor, indices: Tensor) -> Tensor:
+    lq, p = torch.log_softmax(x, -1).gather(-1, indices), log_probs.exp()
+    named = (p * (log_probs - lq)).sum(-1)
+    if indices.shape == x.shape:
+        return named.mean()
+    # Only a sum of the other classes is exact, but it takes another pass over a matrix.
+    left, tail = ((1 - v.sum(-1)).clamp(min=1e-6) for v in (p, lq.exp()))
+    return (named + left * (left / tail).log()).mean()
 
 
 @_against("entropy", "none", {"reduction": "mean"})

@@ -35,6 +35,13 @@ LINEAR_NAMES = {
     "chunked": "torch's chunks",
     "fused": "fastdiv",
     "per_row": "fastdiv, reduction='none'",
+    "four_products": "four products",
+    "log_prob": "linear_log_prob",
+    "log_prob_many": "linear_log_prob, 64 classes a row",
+    "log_prob_mask": "linear_log_prob, class_mask",
+    "log_prob_bits": "linear_log_prob, class_mask of bits",
+    "topk_ignore": "linear_topk_kl_div, missing='ignore'",
+    "topk_tail": "linear_topk_kl_div, missing='tail'",
 }
 README_LOSSES = ("cross_entropy", "kl_div", "js_div", "entropy")
 CAPTION = """\

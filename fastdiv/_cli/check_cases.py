@@ -16,8 +16,9 @@ import fastdiv
 from .. import reference
 from .._engine.arguments import FLOATS, TARGET_TYPES
 from .._engine.autograd import row_loss
+from ..reference.choices import KLMissing
 
-RowLoss = Callable[[Tensor, Any], Tensor]  # (logits, target), where there is a target
+RowLoss = Callable[..., Tensor]  # of logits and target, where there is a target
 
 # Less than a vector; more than a tile; more than a segment; the vocabulary of GPT-2.
 SHAPES = ((3, 7), (5, 1021), (2, 8193), (1, 50257))
@@ -63,31 +64,57 @@ def checked_losses(names: Sequence[str] = ()) -> list[CheckedLoss]:
     cross_entropy = partial(fastdiv.cross_entropy, reduction="none")
     smoothed = partial(cross_entropy, label_smoothing=0.1, z_loss=1e-3)
 
-    def topk(x: Tensor, t: Tensor, **options: Any) -> Tensor:
-        values, indices = t.topk(min(64, t.shape[-1] - 1))
-        return fastdiv.topk_kl_div(x, values, indices, reduction="none", **options)
+    def topk(name: str, kind: str, missing: KLMissing) -> CheckedLoss:
+        function = getattr(fastdiv, name)
+        options = {"values_type": kind, "missing": missing, "reduction": "none"}
 
-    uniform = partial(topk, values_type="probs", missing="uniform")
+        def best(t: Tensor) -> tuple[Tensor, Tensor]:
+            return t.topk(min(64, t.shape[-1] // 2))
+
+        def rows(x: Tensor, t: Tensor) -> Tensor:
+            return function(x, *best(t), **options)
+
+        def of_layer(hidden: Tensor, weight: Tensor, t: Tensor, **_: Any) -> Tensor:
+            return function(hidden, weight, *best(t), **options)
+
+        of_rows = _of_layer(of_layer) if name.startswith("linear") else rows
+        return CheckedLoss(name, f"{kind}, {missing}", of_rows)
 
     def log_prob_and_entropy(x: Tensor, y: Tensor) -> Tensor:
         return torch.stack(fastdiv.log_prob_and_entropy(x, y))
 
+    of_topk = ["topk_kl_div", "topk_reverse_kl_div", "topk_js_div"]
+    of_topk += ["linear_topk_kl_div", "linear_topk_reverse_kl_div"]
     losses = [
         CheckedLoss("cross_entropy", "labels", cross_entropy),
         CheckedLoss("cross_entropy", "labels, smoothed", smoothed),
+        CheckedLoss("cross_entropy", "labels, masked", _masked(cross_entropy)),
+        CheckedLoss("cross_entropy", "labels, temperatures", _by_temperatures(smoothed)),
+        CheckedLoss(
+            "cross_entropy", "labels, weighted", partial(smoothed, token_weight="probability")
+        ),
         CheckedLoss("cross_entropy", "probs", cross_entropy),
         CheckedLoss("entropy", "none", lambda x, _: fastdiv.entropy(x)),
         CheckedLoss("log_prob", "labels", fastdiv.log_prob),
+        CheckedLoss("log_prob", "labels, k", lambda x, y: fastdiv.log_prob(x, _several(y))),
         CheckedLoss("log_prob_and_entropy", "labels", log_prob_and_entropy),
         *(
             CheckedLoss(name, target_type, _divergence(name, target_type))
             for name in reference.DIVERGENCES
             for target_type in TARGET_TYPES
         ),
-        *(CheckedLoss("topk_kl_div", v, partial(topk, values_type=v)) for v in TARGET_TYPES),
-        CheckedLoss("topk_kl_div", "probs, uniform", uniform),
+        CheckedLoss("kl_div", "logits, masked", _masked(_divergence("kl_div", "logits"))),
+        CheckedLoss(
+            "js_div", "logits, temperatures", _by_temperatures(_divergence("js_div", "logits"))
+        ),
+        *(topk("topk_kl_div", v, "ignore") for v in TARGET_TYPES),
+        topk("topk_kl_div", "probs", "uniform"),
+        *(topk(name, "log_probs", "tail") for name in of_topk),
+        *(topk(name, "probs", "renormalize") for name in of_topk),
         CheckedLoss("linear_cross_entropy", "labels", _of_layer(fastdiv.linear_cross_entropy)),
         CheckedLoss("linear_cross_entropy", "probs", _of_layer(fastdiv.linear_cross_entropy)),
+        CheckedLoss("linear_log_prob", "labels", _of_layer(_linear_log_prob)),
+        CheckedLoss("linear_log_prob", "labels, k", _of_layer(_linear_log_probs)),
         CheckedLoss("linear_log_prob_and_entropy", "labels", _of_layer(_linear_policy)),
         *(
             CheckedLoss(
@@ -102,6 +129,29 @@ def checked_losses(names: Sequence[str] = ()) -> list[CheckedLoss]:
     return [loss for loss in losses if not names or loss.name in names]
 
 
+def _masked(loss: RowLoss) -> RowLoss:
+    """Mask every third class, in bits for an even number of rows."""
+
+    def rows(x: Tensor, t: Tensor) -> Tensor:
+        classes = torch.arange(x.shape[-1], device=x.device)
+        mask = classes % 3 != torch.arange(x.shape[0], device=x.device).unsqueeze(-1) % 3
+        if x.shape[0] % 2 == 0:
+            padded = torch.nn.functional.pad(mask, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
+            powers = 2 ** torch.arange(8, device=x.device)
+            mask = (padded * powers).sum(-1).to(torch.uint8)
+        return loss(x, t, class_mask=mask)
+
+    return rows
+
+
+def _by_temperatures(loss: RowLoss) -> RowLoss:
+    def rows(x: Tensor, t: Tensor) -> Tensor:
+        temperature = torch.linspace(0.5, 2, x.shape[0], device=x.device)
+        return loss(x, t, temperature=temperature)
+
+    return rows
+
+
 def _of_layer(function: Callable[..., Tensor]) -> RowLoss:
     """Turn a linear loss into one of logits: with unit vectors the weight holds the logits."""
 
@@ -111,6 +161,19 @@ def _of_layer(function: Callable[..., Tensor]) -> RowLoss:
         return function(hidden, x.t(), t, reduction="none")
 
     return rows
+
+
+def _several(y: Tensor) -> Tensor:
+    """Make three indices of each label: itself, class 0 and padding."""
+    return torch.stack([y, torch.zeros_like(y), torch.full_like(y, -1)], -1)
+
+
+def _linear_log_prob(hidden: Tensor, weight: Tensor, y: Tensor, reduction: str) -> Tensor:
+    return fastdiv.linear_log_prob(hidden, weight, y)
+
+
+def _linear_log_probs(hidden: Tensor, weight: Tensor, y: Tensor, reduction: str) -> Tensor:
+    return fastdiv.linear_log_prob(hidden, weight, _several(y))
 
 
 def _linear_policy(hidden: Tensor, weight: Tensor, y: Tensor, reduction: str) -> Tensor:
@@ -150,7 +213,8 @@ def make_inputs(combination: Combination) -> tuple[Tensor, Tensor | None]:
         y = t.argmax(-1)
         y[1:2] = 2  # at -inf
         return x, y
-    if target == "logits":
+    kind = target.partition(",")[0]
+    if kind == "logits":
         return x, t
     log_p = t.double().log_softmax(-1)
-    return x, (log_p if target == "log_probs" else log_p.exp()).to(combination.dtype)
+    return x, (log_p if kind == "log_probs" else log_p.exp()).to(combination.dtype)

@@ -16,7 +16,7 @@ from ..reference import value_dtype
 from ..reference.choices import DivergenceReduction, Reduction, TargetType, check_choice
 from .backend import use_kernel
 from .recording import of_constant_size
-from .symbolic import log, same_shape, term
+from .symbolic import is_true, log, same_shape, term
 from .torch_private import func_is_active, is_fake
 
 PLAIN = {Tensor, Parameter}  # torch's own types, which have no rules of their own
@@ -123,7 +123,58 @@ def check_positive(value: float, name: str) -> float:
 
 def scale_of(temperature: float) -> float:
     """Return the factor of logits at this temperature, after a check."""
+    if isinstance(temperature, Tensor) and temperature.numel() > 1:
+        raise ValueError(
+            f"temperature must be one number, got Tensor of shape {tuple(temperature.shape)}: only "
+            "losses of whole rows of logits take one for each row"
+        )
     return 1.0 / term(check_positive(temperature, "temperature"))
+
+
+def scales(x: Tensor, dim: int, temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """Return the factor of all logits, or 1 and one for each row of x if they are in a tensor.
+
+    The bits do not depend on which of both it is.  A temperature that is not positive and finite
+    raises on a CPU.  Elsewhere it makes its rows NaN.
+    """
+    if not isinstance(temperature, Tensor):
+        return scale_of(temperature), None
+    check_tensor(temperature, "temperature")
+    if temperature.dtype not in FLOATS:
+        raise TypeError(
+            "temperature must be a number or a Tensor of dtype float32, bfloat16, float16 or "
+            f"float64, got {temperature.dtype}"
+        )
+    rows = row_shape(x, dim)
+    if not (one := is_true(temperature.numel() == 1)):
+        if not same_shape(temperature.shape, rows):
+            raise ValueError(
+                "temperature must be one number, or have the shape of input without its class "
+                f"dimension {dim}, {rows}, got {tuple(temperature.shape)}"
+            )
+        same_device(x, temperature, "temperature")
+    if values_may_be_read(temperature):
+        check_temperatures(temperature)
+    t = temperature.to(x.device, torch.float64)
+    scale = torch.where((t > 0) & (t < math.inf), 1 / t, math.nan).to(value_dtype(x.dtype))
+    scale = scale.reshape(1).expand(row_count(x, dim)) if one else scale.reshape(-1)
+    return 1.0, scale.contiguous()
+
+
+def check_temperatures(v: Tensor) -> None:
+    """Raise ValueError for a temperature that is not positive and finite."""
+    wrong = ~((v > 0) & (v < math.inf))  # so is a NaN
+    if bool(wrong.any()):
+        place = tuple(wrong.nonzero()[0].tolist())
+        where = f" at {list(place)}" if place else ""
+        raise ValueError(
+            f"temperature must be a positive finite number, got {float(v[place])}{where}"
+        )
+
+
+def cap_of(softcap: float | None) -> float:
+    """Return the cap of a spec, which is 0 without one, after a check."""
+    return 0.0 if softcap is None else check_positive(softcap, "softcap")
 
 
 def check_finite(value: float, name: str) -> float:
@@ -200,6 +251,11 @@ def same_rows(x: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         )
     same_device(x, target, "target")
     return as_rows(x, dim), as_rows(target, dim)
+
+
+def row_count(x: Tensor, dim: int) -> int:
+    """Return the number of rows."""
+    return math.prod(row_shape(x, dim))
 
 
 def row_shape(x: Tensor, dim: int) -> tuple[int, ...]:

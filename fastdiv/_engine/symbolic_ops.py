@@ -16,13 +16,14 @@ from .. import reference
 from ..reference import Spec
 from . import ops
 from .loss_call import Forward, Tensors
+from .temperature import scale_gradient
 
 
 @dataclass
 class SymbolicCall:
     """A loss of whole rows whose float options are in a tensor."""
 
-    n_inputs: ClassVar[int] = 2
+    n_inputs: ClassVar[int] = 3
     spec: Spec
     stats: bool
 
@@ -42,28 +43,32 @@ class SymbolicCall:
     ) -> Sequence[Tensor | None]:
         """See ``LossCall``."""
         ints, _, floats = ops.packed(self.spec, symbolic)
-        return backward(grad.contiguous(), *tensors, *kept, ints, floats, *needed)
+        grad, (need_x, need_t, need_scale) = grad.contiguous(), needed
+        dx, dt = backward(grad, *tensors, *kept, ints, floats, need_x, need_t)
+        if not need_scale:
+            return dx, dt, None
+        return dx, dt, scale_gradient(self.spec, grad, *tensors, *kept, symbolic=symbolic)
 
     def differentiable_value(self, tensors: Tensors) -> Tensor:
         """See ``LossCall``."""
-        x, *others = tensors
-        assert x is not None
-        return reference.loss(self.spec, x, *others)
+        return reference.loss(self.spec, *tensors)
 
 
 @torch.library.custom_op("fastdiv::_symbolic_row_forward", mutates_args=())
 def forward(
     x: Tensor,
     t: Tensor | None,
+    scale: Tensor | None,
     label: Tensor | None,
     class_weight: Tensor | None,
     row_weight: Tensor | None,
+    mask: Tensor | None,
     ints: Sequence[int],
     floats: Tensor,
     stats: bool,
 ) -> list[Tensor]:
     """Compute value, record, divisor and, if asked for, statistics with their argmax."""
-    rows = (x, t, label, class_weight, row_weight)
+    rows = (x, t, scale, label, class_weight, row_weight, mask)
     spec = ops.unpacked(ints, (), floats)
     if stats:
         return list(ops.forward_stats(*rows, *ops.options(spec, stats)))
@@ -71,8 +76,8 @@ def forward(
 
 
 @forward.register_fake
-def _(x, t, label, class_weight, row_weight, ints, floats, stats):  # type: ignore[no-untyped-def]
-    return list(ops.fake_forward(x, ints, stats))
+def _(x, t, scale, label, class_weight, row_weight, mask, ints, floats, stats):  # type: ignore[no-untyped-def]
+    return list(ops.fake_forward(x, label, ints, stats))
 
 
 @torch.library.custom_op("fastdiv::_symbolic_row_backward", mutates_args=())
@@ -80,9 +85,11 @@ def backward(
     grad: Tensor,
     x: Tensor,
     t: Tensor | None,
+    scale: Tensor | None,
     label: Tensor | None,
     class_weight: Tensor | None,
     row_weight: Tensor | None,
+    mask: Tensor | None,
     record: Tensor,
     divisor: Tensor,
     ints: Sequence[int],
@@ -91,10 +98,11 @@ def backward(
     need_t: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of input and target."""
-    tensors = (grad, x, t, label, class_weight, row_weight, record, divisor)
-    return ops.backward(*tensors, *ints, *floats.tolist(), need_x, need_t)
+    rows = (x, t, scale, label, class_weight, row_weight, mask)
+    options = ops.options(ops.unpacked(ints, (), floats))
+    return ops.backward(grad, *rows, record, divisor, *options, need_x, need_t)
 
 
 @backward.register_fake
-def _(grad, x, t, label, cw, rw, record, divisor, ints, floats, need_x, need_t):  # type: ignore[no-untyped-def]
+def _(grad, x, t, scale, label, cw, rw, mask, record, divisor, ints, floats, need_x, need_t):  # type: ignore[no-untyped-def]
     return ops.fake_gradient(x, x, need_x), ops.fake_gradient(t, x, need_t)

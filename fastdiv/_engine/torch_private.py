@@ -7,11 +7,12 @@ name in turn, and lists the few private names that other files may use.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -228,6 +229,120 @@ def hooks_of(module: torch.nn.Module) -> list[list[Any]] | None:
         return None
     before, after, *backward = (list(kind.values()) for kind in kinds if kind is not None)
     return [before, after, [hook for kind in backward for hook in kind]]
+
+
+# --- weights sharded over data-parallel ranks --------------------------------------------------
+
+
+class FullyShardedWeight(NamedTuple):
+    """What ``fully_shard`` knows of a parameter, and what gathering it takes."""
+
+    parameter: Any  # a DTensor, the leaf whose gradient the optimizer reads
+    dim: int  # which dimension is sharded
+    shape: torch.Size  # on this rank, once it is gathered; tensor-parallel ranks have parts of it
+    device: torch.device  # where it is used; the shard may be on the CPU
+    shards: Any  # the process group over which it is sharded; None for one that is replicated
+    replicas: Any  # the process group whose ranks have the same shard, or None
+    param_dtype: torch.dtype | None  # of the gathered weight; None for its own
+    reduce_dtype: torch.dtype | None  # in which gradients are added; None for that of the gradient
+    cast_inputs: bool  # whether the module would cast what it is called with to ``param_dtype``
+    divisor: float  # of the sum of the ranks' gradients
+    mesh: Any  # the data-parallel mesh
+    transformed: bool  # whether the shard has all-gather extensions, such as fp8's
+
+
+# Modules that ``fully_shard`` was called on, with weak references to its state.  The parameter has
+# no public sign, and none that leads to the policies.
+_states = _find("torch.distributed._composable_state", "_module_state_mapping")
+
+
+def fully_sharded(weight: Tensor) -> FullyShardedWeight | None:
+    """Return what ``fully_shard`` knows of a parameter that is sharded now; None if it is not its.
+
+    Without the private names every weight counts as unknown.  The callers then take it for one of
+    a tensor-parallel layer, and compare hidden states between the ranks, which raises an error.
+    """
+    try:
+        for group, known in _records() if _states else ():
+            if _is_sharded_form(known, weight):
+                return _described(group, known, weight)
+    except AttributeError:  # a torch that keeps other records
+        return None
+    return None
+
+
+@constant
+def may_be_fully_sharded(shape: tuple[int, ...], groups: tuple[str, ...]) -> bool:
+    """Return whether ``fully_shard`` has a parameter of this shape, on a mesh of these groups.
+
+    The compiler cannot look for the parameter itself.
+
+    Args:
+        shape: The shape of the whole parameter.
+        groups: The names of the process groups of its mesh, one for each dimension.
+    """
+    try:
+        sharded = [known.sharded_param for _, known in _records()] if _states else []
+        meshes = [v.device_mesh for v in sharded if tuple(v.shape) == shape]
+    except AttributeError:
+        return False
+    return any(tuple(g.group_name for g in m.get_all_groups()) == groups for m in meshes)
+
+
+# Compiled code cannot walk weak references, not even between its graphs.
+_disable: Callable[[F], F] = _find("torch._compile", "_disable_dynamo") or (
+    lambda function: function
+)
+
+
+@_disable
+def _records() -> list[tuple[Any, Any]]:
+    """Return all parameters of ``fully_shard``, each with its group."""
+    states = {id(state): state for ref in list(_states.values()) if (state := ref()) is not None}
+    records = []
+    for state in states.values():
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # before torch 2.12 a state has one group, or none
+            groups = [group for group in [getattr(state, "_fsdp_param_group", None)] if group]
+        records += [(group, known) for group in groups for known in group.fsdp_params]
+    return records
+
+
+def _is_sharded_form(known: Any, weight: Tensor) -> bool:
+    if weight is known.sharded_param or _is_parted(known, weight):
+        return True
+    # A state dict may have put another parameter into the module since.
+    home = known._module_info
+    registered = getattr(home.module, home.param_name, None)
+    return weight is registered and weight is not getattr(known, "_unsharded_param", None)
+
+
+def _is_parted(known: Any, weight: Tensor) -> bool:
+    """Return whether this is a shard over fewer ranks, for the time from forward to backward."""
+    return weight is getattr(known, "_sharded_post_forward_param", None)
+
+
+def _described(group: Any, known: Any, weight: Tensor) -> FullyShardedWeight:
+    info, policy = known.mesh_info, group.mp_policy
+    shards = getattr(info, "shard_process_group", None)
+    replicas = getattr(info, "replicate_process_group", None)
+    ranks = math.prod(g.size() for g in (shards, replicas) if g is not None)
+    # A shard over fewer ranks is no leaf of the optimizer.
+    parameter: Any = known.sharded_param if _is_parted(known, weight) else weight
+    return FullyShardedWeight(
+        parameter=parameter,
+        dim=known.fsdp_placement.dim,
+        shape=known._orig_size,
+        device=group.device,
+        shards=shards,
+        replicas=replicas,
+        param_dtype=policy.param_dtype,
+        reduce_dtype=policy.reduce_dtype,
+        cast_inputs=policy.cast_forward_inputs and policy.param_dtype is not None,
+        divisor=group.gradient_divide_factor or ranks,
+        mesh=info.mesh,
+        transformed=hasattr(parameter._local_tensor, "fsdp_pre_all_gather"),
+    )
 
 
 # --- processors -------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._engine import arguments
@@ -25,26 +24,28 @@ from .._engine.torch_private import is_transformed
 from ..reference import Spec, Stats
 from ..reference.choices import Accumulate
 from . import flops, ops
+from .dtypes import bytes_of_logit, whole_logits
 from .loops import budget_of, device_of
-from .ops import N_HEAD_TENSORS, Tensors
+from .ops import N_HEAD_TENSORS, N_INPUTS, Tensors
 
 
 @dataclass
 class LinearCall:
     """A linear loss with all of its options that are not tensors."""
 
-    n_inputs: ClassVar[int] = N_HEAD_TENSORS
+    n_inputs: ClassVar[int] = N_INPUTS
     spec: Spec
     stats: bool = False
     chunk_size: int = 0
     accumulate: Accumulate | None = None
+    logits_dtype: torch.dtype | None = None
 
     def forward(self, tensors: Tensors, needed: Sequence[bool], symbolic: Tensor | None) -> Forward:
         """See ``LossCall``."""
         at_once = any(needed) and self._at_once(tensors, needed)
-        now = needed if at_once else (False,) * N_HEAD_TENSORS
+        now = needed if at_once else (False,) * N_INPUTS
         options = row_ops.packed(self.spec, symbolic)
-        out = ops.forward(*tensors, *options, self.stats, self.chunk_size, now)
+        out = ops.forward(*tensors, *options, self.stats, self.chunk_size, self.logits_dtype, now)
         value, divisor, record, stats, argmax, *gradients = out
         outputs, kept = (value, stats, argmax), (divisor, record)
         if not at_once:
@@ -77,7 +78,8 @@ class LinearCall:
         if given or not halves:
             return not given
         beyond = sum(4 * v.shape[0] * v.shape[1] for v in halves)
-        budget = budget_of(x.shape[0], weight.shape[0], x.element_size(), device_of(x))
+        itemsize = bytes_of_logit(x, self.logits_dtype)
+        budget = budget_of(x.shape[0], weight.shape[0], itemsize, device_of(x))
         return is_true(2 * beyond <= budget)
 
     def backward(
@@ -90,11 +92,12 @@ class LinearCall:
     ) -> Sequence[Tensor | None]:
         """See ``LossCall``."""
         options = row_ops.packed(self.spec, symbolic)
-        return ops.backward(grad.contiguous(), *kept, *tensors, *options, self.chunk_size, needed)
+        of_tiles = (self.chunk_size, self.logits_dtype)
+        return ops.backward(grad.contiguous(), *kept, *tensors, *options, *of_tiles, needed)
 
     def differentiable_value(self, tensors: Tensors) -> Tensor:
         """See ``LossCall``."""
-        return _of_whole_logits(LinearCall(self.spec), tensors)[0]
+        return _of_whole_logits(LinearCall(self.spec, logits_dtype=self.logits_dtype), tensors)[0]
 
 
 def linear_loss(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stats | None]:
@@ -110,14 +113,14 @@ def linear_loss(call: LinearCall, *tensors: Tensor | None) -> tuple[Tensor, Stat
 
 
 def _of_whole_logits(call: LinearCall, tensors: Tensors) -> tuple[Tensor, Stats | None]:
-    x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight = tensors
+    x, weight, bias, t, t_weight, t_bias, scale, label, class_weight, row_weight, mask = tensors
     assert x is not None and weight is not None
-    x = F.linear(x, weight, bias)
+    x = whole_logits(x, weight, bias, call.logits_dtype)
     if t is not None:
-        t = t if t_weight is None else F.linear(t, t_weight, t_bias)
+        t = t if t_weight is None else whole_logits(t, t_weight, t_bias, call.logits_dtype)
         dtype = torch.promote_types(x.dtype, t.dtype)
         x, t = x.to(dtype), arguments.as_rows(t.to(dtype), 1)
     rows = (arguments.as_rows(x, 1), t, label, class_weight, row_weight)
     if call.stats:
-        return row_loss_and_stats(call.spec, *rows)
-    return row_loss(call.spec, *rows), None
+        return row_loss_and_stats(call.spec, *rows, scale=scale, mask=mask)
+    return row_loss(call.spec, *rows, scale=scale, mask=mask), None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._engine import arguments
 from .._engine.dtensor import dispatch_dtensor
+from .._engine.masks import mask_rows
 from .._losses.divergence import js_loss
 from ..reference import Spec
 from ..reference.choices import Accumulate, Reduction, TargetType
@@ -18,10 +20,12 @@ def _linear_divergence(
     teacher: tuple[Tensor, str | None, Tensor | None, Tensor | None],
     *,
     reduction: str,
-    temperature: float,
+    temperature: float | Tensor,
     token_weight: Tensor | None,
+    class_mask: Tensor | None,
     chunk_size: int | None,
     accumulate: Accumulate | None,
+    logits_dtype: torch.dtype | None,
     param: float = 0.0,
 ) -> Tensor:
     """Compute a loss of layers ``(input, weight, bias)`` and ``(target, type, weight, bias)``."""
@@ -29,17 +33,26 @@ def _linear_divergence(
     logits = head.logits
     arguments.check_reduction(reduction)
     target_type, target = check_teacher(logits, *teacher)
+    dim = logits.dim() - 1
+    number, scale = arguments.scales(logits, dim, temperature)
     spec = Spec(
         loss=loss,
         target_type=target_type,
         reduction=reduction,
         batch=logits.shape[0],
-        scale=arguments.scale_of(temperature),
+        scale=number,
         param=param,
     )
-    row_weight = arguments.token_weights(logits, logits.dim() - 1, token_weight)
     value, _ = loss_of_head(
-        spec, head, target, row_weight=row_weight, chunk_size=chunk_size, accumulate=accumulate
+        spec,
+        head,
+        target,
+        row_weight=arguments.token_weights(logits, dim, token_weight),
+        scale=scale,
+        mask=mask_rows(logits, dim, class_mask),
+        chunk_size=chunk_size,
+        accumulate=accumulate,
+        logits_dtype=logits_dtype,
     )
     return value
 
@@ -79,10 +92,12 @@ def linear_kl_div(
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
     reduction: Reduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     chunk_size: int | None = None,
     accumulate: Accumulate | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Compute the KL divergence of the logits of a linear layer, a tile at a time.
 
@@ -107,9 +122,14 @@ def linear_kl_div(
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
             the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
             logits are not computed.
+        class_mask: True for the classes that take part: bool, broadcastable to ``(..., C)``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))``, where class :math:`c` is bit ``c % 8``
+            of byte ``c // 8``.
         chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
             of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
@@ -118,6 +138,9 @@ def linear_kl_div(
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
             where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
             on a GPU); else ``"rows"``.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are.  Their gradient is rounded only for the products that follow.  None
+            rounds logits to the dtype of the layer, where the device multiplies in it.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -148,8 +171,10 @@ def linear_kl_div(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         chunk_size=chunk_size,
         accumulate=accumulate,
+        logits_dtype=logits_dtype,
     )
 
 
@@ -164,10 +189,12 @@ def linear_reverse_kl_div(
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
     reduction: Reduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     chunk_size: int | None = None,
     accumulate: Accumulate | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Compute the reverse KL divergence of the logits of a linear layer, a tile at a time.
 
@@ -192,9 +219,14 @@ def linear_reverse_kl_div(
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
             the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
             logits are not computed.
+        class_mask: True for the classes that take part: bool, broadcastable to ``(..., C)``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))``, where class :math:`c` is bit ``c % 8``
+            of byte ``c // 8``.
         chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
             of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
@@ -203,6 +235,9 @@ def linear_reverse_kl_div(
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
             where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
             on a GPU); else ``"rows"``.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are.  Their gradient is rounded only for the products that follow.  None
+            rounds logits to the dtype of the layer, where the device multiplies in it.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -233,8 +268,10 @@ def linear_reverse_kl_div(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         chunk_size=chunk_size,
         accumulate=accumulate,
+        logits_dtype=logits_dtype,
     )
 
 
@@ -250,10 +287,12 @@ def linear_js_div(
     target_linear_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
     reduction: Reduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     chunk_size: int | None = None,
     accumulate: Accumulate | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Compute the Jensen-Shannon divergence of the logits of a linear layer, a tile at a time.
 
@@ -280,9 +319,14 @@ def linear_js_div(
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, shape ``(...)``.  They multiply the loss and, in a mean,
             the denominator.  Rows of weight 0 do not count, whatever they hold.  On a CPU their
             logits are not computed.
+        class_mask: True for the classes that take part: bool, broadcastable to ``(..., C)``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))``, where class :math:`c` is bit ``c % 8``
+            of byte ``c // 8``.
         chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
             of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
@@ -291,6 +335,9 @@ def linear_js_div(
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
             where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
             on a GPU); else ``"rows"``.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are.  Their gradient is rounded only for the products that follow.  None
+            rounds logits to the dtype of the layer, where the device multiplies in it.
 
     Returns:
         The divergence in nats, float32 (float64 if input or target is).  Hidden states, weights of
@@ -322,7 +369,9 @@ def linear_js_div(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         chunk_size=chunk_size,
         accumulate=accumulate,
+        logits_dtype=logits_dtype,
         param=beta,
     )

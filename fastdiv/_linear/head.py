@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .._engine import arguments
 from .._engine.symbolic import same_shape
-from ..reference import Spec, Stats
+from ..reference import OF_CLASSES, Spec, Stats
 from ..reference.choices import Accumulate, check_choice
 from .autograd import LinearCall, linear_loss
+from .dtypes import as_autocast, check_logits_dtype
 from .ops import dtype_of_value
 
 
@@ -44,14 +45,17 @@ def checked_head(
     arguments.check_logits(weight, names[0])
     if bias is not None:
         arguments.check_logits(bias, names[1])
+    given = weight, bias
     input, weight = as_autocast(input), as_autocast(weight)
     bias = None if bias is None else as_autocast(bias)
     if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or weight.shape[0] == 0:
+        _check_not_partitioned(given[0], names[0])
         raise ValueError(
             f"{prefix}linear_weight must have shape (classes, {input.shape[-1]}) for {name} of "
             f"shape {tuple(input.shape)}, got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
+        _check_not_partitioned(given[1], names[1])
         raise ValueError(
             f"{prefix}linear_bias must have shape ({weight.shape[0]},), one for each class, got "
             f"{tuple(bias.shape)}"
@@ -64,24 +68,14 @@ def checked_head(
     return LinearHead(input, weight, bias)
 
 
-# Which devices have autocast.  The call is made here: the compiler of torch 2.11 cannot trace it.
-_HAS_AUTOCAST = {
-    device: torch.amp.is_autocast_available(device)
-    for device in ("cpu", "cuda", "hpu", "maia", "meta", "mps", "mtia", "xla", "xpu")
-}
-
-
-def _has_autocast(device: str) -> bool:
-    known = _HAS_AUTOCAST.get(device)
-    return torch.amp.is_autocast_available(device) if known is None else known
-
-
-def as_autocast(v: Tensor) -> Tensor:
-    """Cast a tensor as autocast does on its device."""
-    device = v.device.type
-    if v.dtype == torch.float64 or not _has_autocast(device):
-        return v
-    return v.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else v
+def _check_not_partitioned(v: Tensor | None, name: str) -> None:
+    """Raise RuntimeError for a parameter that is empty until DeepSpeed gathers it."""
+    if v is not None and hasattr(v, "ds_id") and v.numel() == 0:
+        raise RuntimeError(
+            f"{name} is a parameter that ZeRO-3 of DeepSpeed has partitioned, and is empty outside "
+            "of the forward of its module: compute the loss in that forward, or let the model hold "
+            "and call a module of fastdiv.nn, whose layer has the weight"
+        )
 
 
 def as_rows(v: Tensor) -> Tensor:
@@ -89,15 +83,15 @@ def as_rows(v: Tensor) -> Tensor:
     return arguments.as_rows(v, v.dim() - 1)
 
 
-def check_target(logits: Tensor, target: Tensor) -> None:
+def check_target(logits: Tensor, target: Tensor, name: str = "target") -> None:
     """Check that the target has the shape and device of the logits."""
-    arguments.check_logits(target, "target")
+    arguments.check_logits(target, name)
     if not same_shape(target.shape, logits.shape):
         raise ValueError(
-            f"target must have the shape of the logits, {tuple(logits.shape)}, got "
+            f"{name} must have the shape of the logits, {tuple(logits.shape)}, got "
             f"{tuple(target.shape)}"
         )
-    arguments.same_device(logits, target, "target")
+    arguments.same_device(logits, target, name)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
@@ -125,22 +119,33 @@ def loss_of_head(
     label: Tensor | None = None,
     class_weight: Tensor | None = None,
     row_weight: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    mask: Tensor | None = None,
     stats: bool = False,
     chunk_size: int | None = None,
     accumulate: Accumulate | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Stats | None]:
-    """Compute the loss, reduced or in the shape of the rows, and statistics if ``stats``."""
+    """Compute the loss, reduced or in the shape of the rows, and statistics if ``stats``.
+
+    The value of a loss of named classes is a matrix ``[R, k]``.
+    """
     check_chunk_size(chunk_size)
     check_accumulate(accumulate, spec.reduction)
+    check_logits_dtype(logits_dtype)
     logits, t = student.logits, teacher[0]
     dtype = dtype_of_value(logits, t)
-    weights = (None if w is None else w.to(dtype) for w in (class_weight, row_weight))
-    call = LinearCall(spec, stats, chunk_size or 0, accumulate)
-    value, found = linear_loss(call, *student.tensors, *teacher, label, *weights)
+    class_weight, row_weight, scale = (
+        None if v is None else v.to(dtype) for v in (class_weight, row_weight, scale)
+    )
+    rows = (scale, label, class_weight, row_weight, mask)
+    call = LinearCall(spec, stats, chunk_size or 0, accumulate, logits_dtype)
+    value, found = linear_loss(call, *student.tensors, *teacher, *rows)
 
     def as_input(v: Tensor) -> Tensor:
         return v.reshape((*v.shape[:-1], *logits.shape[:-1]))
 
-    if spec.reduction == "none":
+    if spec.reduction == "none" and spec.loss not in OF_CLASSES:
         value = as_input(value)
     return value, None if found is None else Stats(*map(as_input, found))

@@ -26,7 +26,10 @@ from torch import Tensor
 
 from .. import reference
 from .._engine import arguments, ops
-from ..reference import Spec, value_dtype
+from .._engine.temperature import scale_gradient
+from ..reference import OF_CLASSES, Rows, Spec, value_dtype
+from ..reference.masks import unpacked
+from ..reference.topk import are_classes
 from .tiles import CONVERTED, Gradients, RowRange, TiledLogits, ranges
 
 # Unless chunk_size is given, a tile takes at most 1 / MIN_TILES of the memory of all logits, and at
@@ -58,9 +61,11 @@ class Problem:
 
     student: TiledLogits
     teacher: TiledLogits | None
+    scale: Tensor | None  # of the rows
     label: Tensor | None
     class_weight: Tensor | None
     row_weight: Tensor | None
+    mask: Tensor | None
     spec: Spec
     chunk_size: int  # rows whose logits are held at a time; 0 chooses by ``budget``
 
@@ -76,16 +81,19 @@ class Problem:
         # class, so one of them could equal ignore_index.
         ignored = self.spec.ignore_index
         weight = reference.row_weights(ignored, x.input, self.label, self.row_weight)
+        self.names_classes = self.spec.loss in OF_CLASSES
+        if self.names_classes:
+            assert self.label is not None
+            weight = torch.where(are_classes(self.label).any(-1), weight, 0.0)
         self.weight = weight.to(value_dtype(self.dtype))
-        if self.label is not None:
+        if self.label is not None and not self.names_classes:
             self.label = torch.where(self.weight == 0, 0, self.label)
         self.spec = self.spec._replace(reduction="none", ignore_index=arguments.NO_LABEL_IGNORED)
         self.options = ops.options(self.spec)
 
     def budget(self) -> int:
         """Return how many bytes a tile of the student's logits may take."""
-        itemsize = self.student.input.element_size()
-        return budget_of(self.rows, self.classes, itemsize, self.device)
+        return budget_of(self.rows, self.classes, self.student.bytes_of_logit, self.device)
 
     def rows_of_chunk(self, gradients: Sequence[Gradients] = ()) -> int:
         """Return how many rows ``by_rows`` takes at a time."""
@@ -110,6 +118,8 @@ class Problem:
         if not self.rows:
             return self.weight.new_ones(())
         largest = self.spec.scale * _largest(self.weight)
+        if self.scale is not None:
+            largest = largest * _largest(self.scale)
         if self.class_weight is not None:
             largest = largest * _largest(self.class_weight)
         return torch.exp2((8 - largest.log2().ceil()).clamp(-100, 100))
@@ -138,15 +148,48 @@ class Problem:
                 return [counting[piece] for piece in ranges(slice(0, len(counting)), most)]
         return list(ranges(slice(0, self.rows), most))
 
-    def tiles(self, rows: RowRange, classes: slice) -> tuple[Any, ...]:
+    def tiles(self, rows: RowRange, classes: slice) -> Rows:
         """Compute a tile; return the tensors that the row ops take before their options."""
-        return (
+        label = None if self.label is None else self.label[rows]
+        if label is not None and not self.names_classes:
+            label = label - classes.start
+        return Rows(
             self.student.tile(rows, classes, self.dtype),
             None if self.teacher is None else self.teacher.tile(rows, classes, self.dtype),
-            None if self.label is None else self.label[rows] - classes.start,
+            None if self.scale is None else self.scale[rows],
+            label,
             None if self.class_weight is None else self.class_weight[classes],
             self.weight[rows],
+            None if self.mask is None else self._mask_of(rows, classes),
         )
+
+    def _mask_of(self, rows: RowRange, classes: slice) -> Tensor:
+        """Return the mask of a tile; bits are unpacked only if the block begins within a byte."""
+        assert self.mask is not None
+        if self.mask.dtype is torch.bool:
+            return self.mask[:, classes][rows]
+        first = classes.start // 8
+        bits = self.mask[:, first : -(-classes.stop // 8)][rows]
+        if classes.start % 8 == 0:
+            return bits
+        return unpacked(bits, classes.stop - 8 * first)[:, classes.start - 8 * first :]
+
+    def options_of(self, classes: slice) -> tuple[Any, ...]:
+        """Return the options of the row ops for a tile of these classes."""
+        if not self.names_classes:
+            return self.options
+        return ops.options(self.spec._replace(first_class=classes.start))
+
+    def of_rows(self, values: Tensor, rows: RowRange) -> Tensor:
+        """Return what values, or their upstream gradients, have of some rows."""
+        return values[rows] if self.names_classes else values[..., rows]
+
+    def put(self, to: Tensor, rows: RowRange, values: Tensor) -> None:
+        """Write the values of some rows."""
+        if self.names_classes:
+            to[rows] = values
+        else:
+            to[..., rows] = values
 
 
 def _largest(weight: Tensor) -> Tensor:
@@ -163,7 +206,7 @@ class Results:
     argmax: Tensor
 
 
-Look = Callable[[RowRange, tuple[Any, ...], Tensor, Tensor], None]  # rows, tiles, values, records
+Look = Callable[[RowRange, Rows, Tensor, Tensor], None]  # rows, tiles, values, records
 
 
 def by_rows(
@@ -172,14 +215,18 @@ def by_rows(
     grad: Tensor | None,
     gradients: list[Gradients],
     look: Look | None = None,
+    d_scale: Tensor | None = None,
 ) -> Results:
     """Compute values and, if asked for, statistics of the rows, and add to the gradients.
 
     Without an upstream gradient, ``look`` is called for every chunk while its logits are held.
+    ``d_scale`` gets the gradient of the scales.
     """
     both = len(gradients) > 1
     out = Results(
-        p.weight.new_zeros(ops.value_shape(p.spec, p.rows)),
+        p.weight.new_zeros(
+            ops.value_shape(p.spec, p.rows, p.label), dtype=ops.value_dtype_of(p.spec, p.weight)
+        ),
         p.weight.new_zeros(0 if gradients else p.rows, ops.RECORD_SIZE),
         p.weight.new_zeros(3, p.rows if stats else 0),
         torch.zeros_like(p.weight[: p.rows if stats else 0], dtype=torch.int64),
@@ -189,13 +236,14 @@ def by_rows(
 
     def chunk(rows: RowRange) -> None:  # a function frees the tensors of a chunk at its end
         tiles = p.tiles(rows, whole)
-        upstream = None if grad is None else grad[..., rows].contiguous()
-        if upstream is not None and not stats:
-            out.value[..., rows], dt = ops.forward_grad(upstream, *tiles, *p.options, both)
+        upstream = None if grad is None else p.of_rows(grad, rows).contiguous()
+        if upstream is not None and not stats and d_scale is None:
+            value, dt = ops.forward_grad(upstream, *tiles, *p.options, both)
+            p.put(out.value, rows, value)
         else:
             op = ops.forward_stats if stats else ops.forward
             value, record, divisor, *of_rows = op(*tiles, *options)
-            out.value[..., rows] = value
+            p.put(out.value, rows, value)
             if stats:
                 out.stats[:, rows], out.argmax[rows] = of_rows
             if upstream is None:
@@ -203,6 +251,8 @@ def by_rows(
                 if look is not None:
                     look(rows, tiles, value, record)
                 return
+            if d_scale is not None:
+                d_scale[rows] = scale_gradient(p.spec, upstream, *tiles, record, divisor)
             dt = ops.backward_in_place(upstream, *tiles, record, divisor, *p.options, both)
         for g, d in zip(gradients, (tiles[0], dt), strict=False):
             g.add(d, rows, whole)
@@ -216,16 +266,25 @@ def by_rows(
     return out
 
 
-def by_classes(p: Problem, grad: Tensor, record: Tensor, gradients: list[Gradients]) -> None:
+def by_classes(
+    p: Problem,
+    grad: Tensor,
+    record: Tensor,
+    gradients: list[Gradients],
+    d_scale: Tensor | None = None,
+) -> None:
     """Add to the gradients, from an upstream gradient and the forward's record of every row."""
     most_rows, most_classes = p.tile_of_block()
     pieces, both = p.pieces(most_rows), len(gradients) > 1
     one = p.weight.new_ones(())
 
     def tile(rows: RowRange, classes: slice) -> None:
-        tiles = p.tiles(rows, classes)
-        upstream = grad[..., rows].contiguous()
-        dt = ops.backward_in_place(upstream, *tiles, record[rows], one, *p.options, both)
+        tiles, of_rows = p.tiles(rows, classes), record[rows]
+        upstream, options = p.of_rows(grad, rows).contiguous(), p.options_of(classes)
+        if d_scale is not None:
+            spec = p.spec._replace(first_class=classes.start)
+            d_scale[rows] += scale_gradient(spec, upstream, *tiles, of_rows, one)
+        dt = ops.backward_in_place(upstream, *tiles, of_rows, one, *options, both)
         for g, d in zip(gradients, (tiles[0], dt), strict=False):
             g.add(d, rows, classes)
 

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from .._engine.torch_private import multiplies, onednn_linear
 from ..reference import value_dtype
+from .dtypes import bytes_of_logit, widens
 
 RowRange = slice | Tensor  # a range of rows, or the indices of some
 
 CONVERTED = 256  # classes whose weights are converted at a time
+# Classes whose gradients of float32 logits are rounded at a time, by whether it is on a CPU.
+NARROWED = {True: 2048, False: 1 << 14}
 ROUNDED = 512  # classes whose gradients are held in half precision at a time, before their sum
 
 
@@ -42,30 +45,51 @@ def rounds_products(x: Tensor) -> bool:
 
 
 class TiledLogits:
-    """Logits that are computed tile by tile from a linear layer or, without a weight, are given."""
+    """Logits that are computed tile by tile from a linear layer or, without a weight, are given.
 
-    def __init__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    The logits have ``dtype``.  The products that give the gradients have ``of_products``.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        logits_dtype: torch.dtype | None = None,
+    ) -> None:
         self.input, self.weight, self.bias = input, weight, bias
-        self.dtype = product_dtype(input)
-        self.converts = self.dtype != input.dtype
+        self.bytes_of_logit = bytes_of_logit(input, logits_dtype)
+        self.dtype = self.of_products = product_dtype(input)
+        if weight is not None and widens(input, logits_dtype):
+            assert logits_dtype is not None
+            self.dtype = logits_dtype
+        self.converts = input.is_cpu and self.dtype != input.dtype
 
     def tile(self, rows: RowRange, classes: slice, dtype: torch.dtype) -> Tensor:
         """Compute the logits of some rows and classes; given logits are a view."""
         if self.weight is None:
             return self.input[rows][:, classes].to(dtype)
-        x = self.input[rows].to(self.dtype)
+        x = self.input[rows]
         bias = None if self.bias is None else self.bias[classes].to(self.dtype)
-        if not self.converts:
+        if self.dtype == x.dtype:
             return multiply(x, self.weight[classes], bias).to(dtype)
-        tile = x.new_empty(x.shape[0], classes.stop - classes.start)
-        for block in self.blocks(classes):
-            weight = self.weight[block].to(self.dtype)
-            torch.mm(x, weight.t(), out=tile[:, within(block, classes)])
+        if self.converts:
+            x = x.to(self.dtype)
+            tile = x.new_empty(x.shape[0], classes.stop - classes.start)
+            for block in ranges(classes, CONVERTED):
+                weight = self.weight[block].to(self.dtype)
+                torch.mm(x, weight.t(), out=tile[:, within(block, classes)])
+        else:
+            tile = torch.mm(x, self.weight[classes].t(), out_dtype=self.dtype)
         return (tile if bias is None else tile.add_(bias)).to(dtype)
 
     def blocks(self, classes: slice) -> Iterator[slice]:
-        """Split classes into blocks whose weights are converted at a time."""
-        return ranges(classes, CONVERTED) if self.converts else iter([classes])
+        """Split classes into blocks whose weights, or gradients, are converted at a time."""
+        if self.of_products != self.input.dtype:
+            return ranges(classes, CONVERTED)
+        if self.dtype != self.of_products:
+            return ranges(classes, NARROWED[self.input.is_cpu])
+        return iter([classes])
 
 
 class Gradients:
@@ -115,16 +139,18 @@ class Gradients:
             return
         if self.of_bias is not None:
             self.of_bias += d.sum(0, dtype=self.of_bias.dtype)
-        d, x = d.to(logits.dtype), logits.input[rows].to(logits.dtype)
+        dtype = logits.of_products
+        x = logits.input[rows].to(dtype)
         for block in logits.blocks(classes):
             inside = within(block, classes)
+            of_block = d[:, inside].to(dtype)
             if self.of_input is not None:
-                weight = logits.weight[block].to(logits.dtype)
-                _add_product(self.of_input, rows, d[:, inside], weight)
+                weight = logits.weight[block].to(dtype)
+                _add_product(self.of_input, rows, of_block, weight)
             if self.of_weight is not None:
                 parts = ranges(inside, ROUNDED) if rounds_products(x) else [inside]
                 for part in parts:
-                    _add_product(self.of_weight, part, d[:, part].t(), x)
+                    _add_product(self.of_weight, part, of_block[:, within(part, inside)].t(), x)
 
     def results(self) -> list[Tensor]:
         """Return the gradients of input, weight and bias, empty where they are not needed."""

@@ -31,8 +31,9 @@ def alpha_div(
     alpha: float,
     dim: int = -1,
     reduction: DivergenceReduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""Compute the alpha divergence of the input's distribution from the target's.
@@ -66,9 +67,14 @@ def alpha_div(
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
+        class_mask: True for the classes that take part: bool, broadcastable to ``input``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))`` for classes on the last dimension, where
+            class :math:`c` is bit ``c % 8`` of byte ``c // 8``.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
@@ -107,6 +113,7 @@ def alpha_div(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         inplace_backward=inplace_backward,
         param=alpha,
     )
@@ -122,8 +129,9 @@ def renyi_div(
     alpha: float,
     dim: int = -1,
     reduction: Reduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""Compute the Rényi divergence of the target's distribution from the input's.
@@ -153,9 +161,14 @@ def renyi_div(
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
+        class_mask: True for the classes that take part: bool, broadcastable to ``input``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))`` for classes on the last dimension, where
+            class :math:`c` is bit ``c % 8`` of byte ``c // 8``.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
@@ -199,6 +212,7 @@ def renyi_div(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         inplace_backward=inplace_backward,
         param=alpha,
     )

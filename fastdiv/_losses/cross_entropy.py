@@ -10,13 +10,14 @@ from .._engine import arguments
 from .._engine.autograd import row_loss, row_loss_and_stats
 from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
+from .._engine.masks import mask_rows
 from .._engine.recording import size_of
 from .._engine.remember import remember_checks
 from .._engine.symbolic import term
 from ..reference import Spec, Stats
-from ..reference.choices import Reduction, Smoothing, check_choice
+from ..reference.choices import Reduction, Smoothing, TokenWeight, check_choice
 
-SMOOTHINGS = get_args(Smoothing)
+SMOOTHINGS, TOKEN_WEIGHTS = get_args(Smoothing), get_args(TokenWeight)
 
 
 def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tuple[float, float]:
@@ -38,6 +39,18 @@ def smoothing_rates(label_smoothing: float, smoothing: str, classes: int) -> tup
     return 1.0 - epsilon - smoothing_per_class, smoothing_per_class
 
 
+def is_by_probability(token_weight: object, soft: bool) -> bool:
+    """Return whether the probability of its label is the weight of a row, after a check."""
+    if not isinstance(token_weight, str):
+        return False
+    check_choice(token_weight, TOKEN_WEIGHTS, "token_weight, if it is a word,")
+    if soft:
+        raise ValueError(
+            "token_weight='probability' needs class indices as target, got probabilities"
+        )
+    return True
+
+
 def cross_entropy_spec(
     target: Tensor,
     classes: int,
@@ -47,7 +60,7 @@ def cross_entropy_spec(
     ignore_index: int,
     label_smoothing: float,
     smoothing: str,
-    temperature: float,
+    temperature: float = 1.0,
     softcap: float | None,
     z_loss: float,
     inplace: bool = False,
@@ -65,7 +78,7 @@ def cross_entropy_spec(
         batch=batch,
         ignore_index=ignore_index,
         scale=arguments.scale_of(temperature),
-        softcap=0.0 if softcap is None else arguments.check_positive(softcap, "softcap"),
+        softcap=arguments.cap_of(softcap),
         confidence=confidence,
         smoothing_per_class=smoothing_per_class,
         z_loss=arguments.check_finite(z_loss, "z_loss"),
@@ -84,10 +97,11 @@ def cross_entropy(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     smoothing: Smoothing = "all",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
-    token_weight: Tensor | None = None,
+    token_weight: Tensor | TokenWeight | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: Literal[False] = False,
 ) -> Tensor: ...
@@ -104,10 +118,11 @@ def cross_entropy(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     smoothing: Smoothing = "all",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
-    token_weight: Tensor | None = None,
+    token_weight: Tensor | TokenWeight | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: Literal[True],
 ) -> tuple[Tensor, Stats]: ...
@@ -125,10 +140,11 @@ def cross_entropy(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     smoothing: Smoothing = "all",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
-    token_weight: Tensor | None = None,
+    token_weight: Tensor | TokenWeight | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
@@ -149,6 +165,10 @@ def cross_entropy(
     * ``smoothing="others"``, as in WeNet and ESPnet: :math:`\lambda = 1 - \varepsilon - \mu`,
       :math:`\mu = \varepsilon / (C - 1)`.
 
+    With ``class_mask``, a label that is masked out has the loss :math:`+\infty` and a finite
+    gradient.  Smoothing gives mass to the masked classes, too, which makes the loss
+    :math:`+\infty`, unless ``weight`` is 0 for them.
+
     Args:
         input: Logits of any shape and strides, with the :math:`C` classes on ``dim``; float32,
             bfloat16, float16 or float64.
@@ -165,13 +185,19 @@ def cross_entropy(
         label_smoothing: :math:`\varepsilon` in [0, 1].
         smoothing: ``"all"`` spreads :math:`\varepsilon` over all classes, ``"others"`` over all but
             the label.
-        temperature: :math:`T`, which divides the logits.
+        temperature: :math:`T`, which divides the logits.  A tensor holds one number, or one for
+            each row, and gets a gradient if it requires one.
         softcap: Replace the logits by ``softcap * tanh(x / softcap)`` first; None for no cap.
         z_loss: :math:`z`, the factor of the squared log-sum-exp.  :math:`\omega` is the class
             weight of the label, and 1 for probabilities.
         token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
-            hold.
+            hold.  ``"probability"`` multiplies the loss of a row by the probability of its label,
+            without a gradient through it; a mean still divides by the rows that count.
+        class_mask: True for the classes that take part: bool, broadcastable to ``input``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))`` for classes on the last dimension, where
+            class :math:`c` is bit ``c % 8`` of byte ``c // 8``.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
@@ -204,7 +230,8 @@ def cross_entropy(
 
     Source: :func:`torch.nn.functional.cross_entropy`; label smoothing: Szegedy et al., *Rethinking
     the Inception Architecture* (2016); z-loss: Chowdhery et al., *PaLM* (2022); soft capping:
-    *Gemma 2* (2024).
+    *Gemma 2* (2024); ``token_weight="probability"``: Wu et al., *On the Generalization of SFT: a
+    Reinforcement Learning Perspective with Reward Rectification* (DFT, 2025).
     """
     arguments.check_logits(input)
     dim = arguments.class_dim(input, (1 if input.dim() > 1 else 0) if dim is None else dim)
@@ -219,17 +246,21 @@ def cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         smoothing=smoothing,
-        temperature=temperature,
         softcap=softcap,
         z_loss=z_loss,
         inplace=inplace_backward,
     )
     given, soft = (input, target), target.is_floating_point()
+    by_probability = is_by_probability(token_weight, soft)
+    row_values = None if isinstance(token_weight, str) else token_weight
     if soft:
         arguments.check_logits(target, "target")
         input, target = arguments.same_dtype(input, target)
     class_weight = arguments.class_weights(input, classes, weight)
-    row_weight = arguments.token_weights(input, dim, token_weight)
+    row_weight = arguments.token_weights(input, dim, row_values)
+    mask = mask_rows(input, dim, class_mask)
+    number, scale = arguments.scales(input, dim, temperature)
+    spec = spec._replace(scale=number, by_probability=by_probability)
     t = y = None
     if soft:
         x, t = arguments.same_rows(input, target, dim)
@@ -239,10 +270,18 @@ def cross_entropy(
             arguments.labels(input, dim, target, "target", ignore_index),
         )
     if inplace_backward:
-        check_in_place(given[0], target=given[1], weight=weight, token_weight=token_weight)
+        check_in_place(
+            given[0],
+            target=given[1],
+            weight=weight,
+            token_weight=row_values,
+            class_mask=class_mask,
+            temperature=temperature if isinstance(temperature, Tensor) else None,
+        )
+    rows = (spec, x, t, y, class_weight, row_weight)
     if return_stats:
-        value, stats = row_loss_and_stats(spec, x, t, y, class_weight, row_weight)
+        value, stats = row_loss_and_stats(*rows, scale=scale, mask=mask)
         stats = Stats(*(arguments.as_input(s, input, dim) for s in stats))
         return (arguments.as_input(value, input, dim) if reduction == "none" else value), stats
-    value = row_loss(spec, x, t, y, class_weight, row_weight)
+    value = row_loss(*rows, scale=scale, mask=mask)
     return arguments.as_input(value, input, dim) if reduction == "none" else value

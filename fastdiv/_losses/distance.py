@@ -19,8 +19,9 @@ def tv_distance(
     target_type: TargetType,
     dim: int = -1,
     reduction: DivergenceReduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""Compute the total variation distance of input and target.
@@ -44,9 +45,14 @@ def tv_distance(
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
+        class_mask: True for the classes that take part: bool, broadcastable to ``input``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))`` for classes on the last dimension, where
+            class :math:`c` is bit ``c % 8`` of byte ``c // 8``.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
@@ -81,6 +87,7 @@ def tv_distance(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         inplace_backward=inplace_backward,
     )
 
@@ -94,8 +101,9 @@ def hellinger_distance(
     target_type: TargetType,
     dim: int = -1,
     reduction: DivergenceReduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""Compute the squared Hellinger distance of input and target.
@@ -120,9 +128,14 @@ def hellinger_distance(
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
+        class_mask: True for the classes that take part: bool, broadcastable to ``input``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))`` for classes on the last dimension, where
+            class :math:`c` is bit ``c % 8`` of byte ``c // 8``.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
@@ -157,5 +170,6 @@ def hellinger_distance(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         inplace_backward=inplace_backward,
     )

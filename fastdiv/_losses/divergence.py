@@ -12,6 +12,7 @@ from .._engine import arguments
 from .._engine.autograd import row_loss
 from .._engine.dtensor import dispatch_dtensor
 from .._engine.in_place import check_in_place
+from .._engine.masks import mask_rows
 from .._engine.remember import remember_checks
 from ..reference import Spec
 from ..reference.choices import DivergenceReduction, TargetType
@@ -25,8 +26,9 @@ def divergence_of_rows(
     target_type: str,
     dim: int,
     reduction: str,
-    temperature: float,
+    temperature: float | Tensor,
     token_weight: Tensor | None,
+    class_mask: Tensor | None,
     inplace_backward: bool,
     param: float = 0.0,
 ) -> Tensor:
@@ -40,18 +42,26 @@ def divergence_of_rows(
     input, target = arguments.same_dtype(input, target)
     row_weight = None if token_weight is None else arguments.token_weights(input, dim, token_weight)
     x, t = arguments.same_rows(input, target, dim)
+    mask = mask_rows(input, dim, class_mask)
+    number, scale = arguments.scales(input, dim, temperature)
     if inplace_backward:
-        check_in_place(given[0], target=given[1], token_weight=token_weight)
+        check_in_place(
+            given[0],
+            target=given[1],
+            token_weight=token_weight,
+            class_mask=class_mask,
+            temperature=temperature if isinstance(temperature, Tensor) else None,
+        )
     spec = Spec(
         loss=loss,
         target_type=target_type,
         reduction=reduction,
         batch=input.shape[0],
-        scale=arguments.scale_of(temperature),
+        scale=number,
         param=param,
         inplace=inplace_backward,
     )
-    value = row_loss(spec, x, t, row_weight=row_weight)
+    value = row_loss(spec, x, t, row_weight=row_weight, scale=scale, mask=mask)
     if reduction == "pointwise":
         moved = input.movedim(dim, -1)
         return value.reshape(moved.shape).movedim(-1, dim)
@@ -74,8 +84,9 @@ def kl_div(
     target_type: TargetType,
     dim: int = -1,
     reduction: DivergenceReduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""Compute the Kullback-Leibler divergence of the input's distribution from the target's.
@@ -101,9 +112,14 @@ def kl_div(
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
+        class_mask: True for the classes that take part: bool, broadcastable to ``input``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))`` for classes on the last dimension, where
+            class :math:`c` is bit ``c % 8`` of byte ``c // 8``.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
@@ -140,6 +156,7 @@ def kl_div(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         inplace_backward=inplace_backward,
     )
 
@@ -153,8 +170,9 @@ def reverse_kl_div(
     target_type: TargetType,
     dim: int = -1,
     reduction: DivergenceReduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""Compute the Kullback-Leibler divergence of the target's distribution from the input's.
@@ -177,9 +195,14 @@ def reverse_kl_div(
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
+        class_mask: True for the classes that take part: bool, broadcastable to ``input``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))`` for classes on the last dimension, where
+            class :math:`c` is bit ``c % 8`` of byte ``c // 8``.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
@@ -213,6 +236,7 @@ def reverse_kl_div(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         inplace_backward=inplace_backward,
     )
 
@@ -227,8 +251,9 @@ def js_div(
     beta: float = 0.5,
     dim: int = -1,
     reduction: DivergenceReduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""Compute the generalised Jensen-Shannon divergence of input and target.
@@ -255,9 +280,14 @@ def js_div(
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
+        class_mask: True for the classes that take part: bool, broadcastable to ``input``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))`` for classes on the last dimension, where
+            class :math:`c` is bit ``c % 8`` of byte ``c // 8``.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
@@ -293,6 +323,7 @@ def js_div(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         inplace_backward=inplace_backward,
         param=beta,
     )
@@ -309,8 +340,9 @@ def skew_kl_div(
     reverse: bool = False,
     dim: int = -1,
     reduction: DivergenceReduction = "batchmean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""Compute the Kullback-Leibler divergence from a mixture of both distributions.
@@ -338,9 +370,14 @@ def skew_kl_div(
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
         temperature: :math:`T`, which divides all logits, also those of the target.  The value is
             not multiplied by :math:`T^2`; the modules of :mod:`fastdiv.nn` have a flag for that.
+            A tensor holds one number, or one for each row, and gets a gradient if it requires one.
         token_weight: Weights of the rows, of the shape of ``input`` without ``dim``.  They multiply
             the loss and, in a mean, the denominator.  Rows of weight 0 do not count, whatever they
             hold.
+        class_mask: True for the classes that take part: bool, broadcastable to ``input``, or of
+            shape ``(C,)``.  The others are as if at :math:`-\infty`, without mass in a target.  Or
+            its bits: uint8 of shape ``(..., ceil(C / 8))`` for classes on the last dimension, where
+            class :math:`c` is bit ``c % 8`` of byte ``c // 8``.
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
             another backward still needs them.  They must be neither a leaf of autograd's graph
             nor a view of one, and must not share memory with other arguments.  Under
@@ -379,6 +416,7 @@ def skew_kl_div(
         reduction=reduction,
         temperature=temperature,
         token_weight=token_weight,
+        class_mask=class_mask,
         inplace_backward=inplace_backward,
         param=skew,
     )

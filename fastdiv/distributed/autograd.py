@@ -23,7 +23,7 @@ from .._engine.inference import savable
 from .._engine.loss_call import Forward, Tensors, overwritten, run
 from .._engine.symbolic_ops import SymbolicCall
 from .._engine.torch_private import is_transformed
-from ..reference import Spec, Stats
+from ..reference import Rows, Spec, Stats
 from . import shard
 from .whole import gathered
 from .world import Shards
@@ -68,11 +68,19 @@ class ShardCall:
             x = tensors[0]
             assert x is not None
             options = ops.options(spec)
-            dt = ops.backward_in_place(grad, *tensors, *kept, *options, needed[1])
+            dt = ops.backward_in_place(grad, *self._rows(tensors), *kept, *options, needed[1])
             return overwritten(x), dt
+        rows = self._rows(tensors)
         if symbolic is None:
-            return ops.backward(grad, *tensors, *kept, *ops.options(spec), *needed)
-        return SymbolicCall(spec, False).backward(grad, tensors, kept, needed, symbolic)
+            return ops.backward(grad, *rows, *kept, *ops.options(spec), *needed)
+        needed = (*needed, False)
+        return SymbolicCall(spec, False).backward(grad, rows, kept, needed, symbolic)[:2]
+
+    @staticmethod
+    def _rows(tensors: Tensors) -> Rows:
+        x, t, label, class_weight, row_weight = tensors
+        assert x is not None
+        return Rows(x, t, None, label, class_weight, row_weight)
 
     def of_sum(self, grad: Tensor, divisor: Tensor) -> Tensor:
         """Return the upstream gradient of the sum over the rows, or of each row."""

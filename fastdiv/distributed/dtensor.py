@@ -23,6 +23,7 @@ from .._engine import arguments
 from .._engine.in_place import check_no_leaf
 from ..reference import Stats, value_dtype
 from . import plain
+from .data_parallel import gather_weights
 from .parts import local_part, placed_as
 from .world import sum_over
 
@@ -68,12 +69,33 @@ def call(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
+    gather_weights(given)
     first = next((v for v in given.values() if isinstance(v, DTensor)), None)
     if first is None:
-        return function(*args, **kwargs)
+        return function(**given)
+    _check_supported(function.__name__, given)
     if "linear_weight" in given:
         return _of_layer(function, given, first.device_mesh)
     return _of_logits(function, given)
+
+
+def _check_supported(name: str, given: dict[str, Any]) -> None:
+    """Raise for arguments that only plain tensors may have beside them."""
+    for argument in ("class_mask", "temperature"):
+        if isinstance(given.get(argument), Tensor):
+            other = "" if argument == "class_mask" else " or pass a number"
+            raise TypeError(
+                f"{name} does not support a Tensor as {argument} with DTensors: call it with "
+                f"to_local() of whole rows{other}"
+            )
+    index, x = given.get("index"), given["input"]
+    if "linear_weight" in given or not (isinstance(index, Tensor) and isinstance(x, Tensor)):
+        return
+    if index.dim() == x.dim():
+        raise TypeError(
+            f"{name} does not support several classes in each row with DTensors: call it with "
+            "to_local() of whole rows"
+        )
 
 
 def _of_logits(function: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -155,6 +177,13 @@ def _call(
         options["group"] = layout.mesh.get_group(layout.axis)
     guard = plain.check_alike(layout.mesh, given)
     local = dict(given)
+    if layout.axis is not None:
+        for name in local.keys() - inspect.signature(function).parameters.keys():
+            if local.pop(name) is not None:
+                raise TypeError(
+                    f"{function.__name__} of sharded classes has no {name}: call it with "
+                    "to_local() of whole rows"
+                )
     for name, placed in placements.items():
         of_gradient = of_gradients.get(name, placed)
         local[name] = local_part(given[name], layout.mesh, placed, of_gradient, name)
@@ -212,7 +241,7 @@ def _count(given: Any, local: dict[str, Any], layout: Layout, classes: int) -> T
             class_weight = local_part(class_weight, layout.mesh, everywhere, everywhere, "weight")
     rows = x.numel() // max(1, x.shape[layout.dim])
     weight = local.get("token_weight")
-    weight = None if weight is None else weight.reshape(-1).to(dtype)
+    weight = weight.reshape(-1).to(dtype) if isinstance(weight, Tensor) else None
     ignored = local.get("ignore_index")
     count = reference.mean_weights(
         -100 if ignored is None else ignored,

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._engine import arguments
 from .._linear.divergence import check_teacher
+from .._linear.dtypes import check_logits_dtype
 from .._linear.head import LinearHead, as_rows, check_chunk_size, check_target, checked_head
 from .._linear.ops import dtype_of_value
 from .._losses.cross_entropy import cross_entropy_spec
@@ -27,9 +29,11 @@ class LinearArguments(Arguments):
     head: LinearHead
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     chunk_size: int | None = None
+    logits_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_chunk_size(self.chunk_size)
+        check_logits_dtype(self.logits_dtype)
 
 
 def _loss_of(
@@ -45,6 +49,7 @@ def _loss_of(
     more = {
         "mean over": size_of(mean_group),
         "of another layer": t_weight is not None,
+        "dtype of logits": a.logits_dtype,
         # Which gradients are summed over the ranks.
         "gradients of hidden states": [v is not None and v.requires_grad for v in (x, t)],
     }
@@ -54,7 +59,7 @@ def _loss_of(
     dtype = dtype_of_value(x, t)
     weights = (None if w is None else w.to(dtype) for w in (a.class_weight, a.row_weight))
     value, divisor, stats = shard_linear_loss(
-        ShardLinearCall(call.spec, shards, a.stats, a.chunk_size or 0),
+        ShardLinearCall(call.spec, shards, a.stats, a.chunk_size or 0, a.logits_dtype),
         *(x, weight, bias, t, t_weight, t_bias, a.label, *weights),
     )
     value = mean_of(a, value, divisor, mean_group)
@@ -81,6 +86,7 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     return_stats: bool = False,
     chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     group: Group = None,
     mean_group: Group = None,
     num_classes: int | None = None,
@@ -119,6 +125,9 @@ def linear_cross_entropy(
             ``argmax`` is a global index.
         chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
             of the memory of all logits if those are more.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are.  Their gradient is rounded only for the products that follow.  None
+            rounds logits to the dtype of the layer, where the device multiplies in it.
         group: The ranks that share the vocabulary; None for all processes.
         mean_group: Data-parallel ranks whose rows ``reduction="mean"`` averages over together, as
             :func:`token_mean` does; None for the rows of this rank only.
@@ -185,6 +194,7 @@ def linear_cross_entropy(
             head=head,
             teacher=(t, None, None),
             chunk_size=chunk_size,
+            logits_dtype=logits_dtype,
         )
 
     value, stats = _loss_of(prepare, group, mean_group, num_classes)
@@ -204,6 +214,7 @@ def linear_kl_div(
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     group: Group = None,
     mean_group: Group = None,
     num_classes: int | None = None,
@@ -236,6 +247,9 @@ def linear_kl_div(
             hold.
         chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
             of the memory of all logits if those are more.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are.  Their gradient is rounded only for the products that follow.  None
+            rounds logits to the dtype of the layer, where the device multiplies in it.
         group: The ranks that share the vocabulary; None for all processes.
         mean_group: Data-parallel ranks whose rows ``reduction="mean"`` averages over together, as
             :func:`token_mean` does; None for the rows of this rank only.
@@ -282,7 +296,12 @@ def linear_kl_div(
         )
         weight = arguments.token_weights(logits, logits.dim() - 1, token_weight)
         return LinearArguments(
-            spec, row_weight=weight, head=head, teacher=tensors, chunk_size=chunk_size
+            spec,
+            row_weight=weight,
+            head=head,
+            teacher=tensors,
+            chunk_size=chunk_size,
+            logits_dtype=logits_dtype,
         )
 
     return _loss_of(prepare, group, mean_group, num_classes)[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._engine import arguments, ops
-from ..reference import Spec
+from ..reference import Rows, Spec
 from .infinite_rows import TERMS, Odd, ShardForward, finite_part, odd_rows
 from .record import unpacked_record
 
@@ -49,7 +49,7 @@ class Dense:
         odd: Odd | None = None,
     ) -> ShardForward:
         """See ``Kernels``."""
-        rows = (self.x, self.t, label, class_weight, weight)
+        rows = Rows(self.x, self.t, None, label, class_weight, weight)
         if stats:
             value, record, _, of_rows, argmax = ops.forward_stats(
                 *rows, *ops.options(spec, stats=True)
@@ -62,7 +62,8 @@ class Dense:
 
     def terms(self, spec: Spec, record: Tensor, weight: Tensor) -> Tensor:
         """See ``Kernels``."""
-        return ops.terms(self.x, self.t, None, None, weight, record, *ops.options(spec))
+        rows = Rows(self.x, self.t, row_weight=weight)
+        return ops.terms(*rows, record, *ops.options(spec))
 
 
 @dataclass

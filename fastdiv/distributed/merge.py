@@ -116,6 +116,7 @@ def cross_entropy(spec: Spec, parts: Parts, owner: Tensor | None) -> Whole:
     value = value + masked_product(z, lse * lse)
     q_factor = mass + taken + 2 * masked_product(z, lse)
     record = {"x_max": x.max, "x_logz": x.logz, "q_factor": q_factor, "label_mass": taken}
+    record["own_weight"] = torch.ones_like(x.max)
     whole = Whole(value, record, omega)
     if "entropy" in parts:
         whole.stats = [lse, entropy_of(x, parts["entropy"]), *_log_prob_and_argmax(x, parts, owner)]

@@ -1,7 +1,8 @@
 """Plain tensors beside DTensors must be the same on all ranks, and are compared.
 
 A sharded weight has two readings.  In tensor parallelism the ranks have the same rows, and each has
-some classes.  In FSDP2 the weight is sharded to save memory, and each rank has its own rows.
+some classes.  In FSDP2 the weight is sharded to save memory, and each rank has its own rows.  The
+parameters of ``fully_shard`` are known and gathered before; what is computed from them is not.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ DIFFERS = """{name} must be the same on every rank, as it is a plain tensor besi
 differs between {ranks}.
   If the ranks have the same rows and shard the classes (tensor parallelism), pass the same tensor
   on all of them; a dropout before must draw the same numbers on all ranks.
-  If each rank has its own rows (data parallelism, FSDP2), call the module that holds the weight,
-  or pass input=DTensor.from_local(input, mesh, [Shard(0)]), and likewise all other tensors of
-  rows; the loss is then that of all rows, and the weight is gathered."""
+  If each rank has its own rows (data parallelism, FSDP2), pass the parameter of fully_shard itself,
+  not a tensor that is computed from it, or call the module that holds it.  Or pass
+  input=DTensor.from_local(input, mesh, [Shard(0)]), and likewise all other tensors of rows; the
+  loss is then that of all rows, and the weight is gathered."""
 
 
 def check_alike(mesh: DeviceMesh, given: dict[str, Any]) -> Tensor | None:

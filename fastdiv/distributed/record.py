@@ -13,6 +13,7 @@ SLOTS = {
     "t_max": 2,
     "t_logz": 3,
     "log_z_ratio": 4,
+    "own_weight": 4,
     # The others depend on the loss: a cross entropy, an entropy, a divergence.
     "q_factor": 5,
     "label_mass": 6,

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -24,9 +23,10 @@ from .._engine.torch_private import is_transformed
 from .._linear import flops
 from .._linear import ops as linear_ops
 from .._linear.autograd import LinearCall, linear_loss
+from .._linear.dtypes import whole_logits
 from .._linear.loops import Problem, by_classes, by_rows
-from .._linear.ops import N_HEAD_TENSORS
-from ..reference import Spec, Stats
+from .._linear.ops import N_HEAD_TENSORS, LayerRows
+from ..reference import Rows, Spec, Stats
 from . import shard
 from .autograd import ShardCall, whole_loss
 from .infinite_rows import Odd, ShardForward
@@ -35,16 +35,25 @@ from .whole import shared
 from .world import Shards, World, sum_over
 
 
+def layer_rows(tensors: Tensors) -> LayerRows:
+    """Return the tensors of a sharded loss as those of a linear loss."""
+    x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight = tensors
+    assert x is not None and weight is not None
+    rows = (label, class_weight, row_weight)
+    return LayerRows(x, weight, bias, t, t_weight, t_bias, None, *rows)
+
+
 @dataclass
 class Tiles:
     """The logits of a shard, and of a teacher, computed tile by tile; see ``Kernels``."""
 
     tensors: Tensors
     chunk_size: int
+    logits_dtype: torch.dtype | None
 
     def _problem(self, spec: Spec, label: Any, class_weight: Any, weight: Any) -> Problem:
-        heads = self.tensors[:N_HEAD_TENSORS]
-        return linear_ops.problem((*heads, label, class_weight, weight), spec, self.chunk_size)
+        tensors = layer_rows((*self.tensors[:N_HEAD_TENSORS], label, class_weight, weight))
+        return linear_ops.problem(tensors, spec, self.chunk_size, self.logits_dtype)
 
     def forward(
         self,
@@ -59,14 +68,15 @@ class Tiles:
         p = self._problem(spec, label, class_weight, weight)
         sums: Tensor | None = None
 
-        def look(rows: Any, tiles: Any, value: Tensor, record: Tensor) -> None:
+        def look(rows: Any, tiles: Rows, value: Tensor, record: Tensor) -> None:
             nonlocal sums
-            found = None if odd is None else odd(value, record, tiles[-1])
+            found = None if odd is None else odd(value, record, tiles.row_weight)
             if found is not None:
                 if sums is None:
                     sums = record.new_zeros(p.rows, ops.TERM_SUMS)
                 of_rows, which = found
-                sums[rows] = ops.terms(*tiles[:-1], which, of_rows, *p.options)
+                of_tile = tiles._replace(row_weight=which)
+                sums[rows] = ops.terms(*of_tile, of_rows, *p.options)
 
         out = by_rows(p, stats, None, [], look)
         of_rows, argmax = (out.stats, out.argmax) if stats else (None, None)
@@ -88,10 +98,12 @@ class ShardLinearCall(ShardCall):
 
     n_inputs: ClassVar[int] = N_HEAD_TENSORS
     chunk_size: int = 0
+    logits_dtype: torch.dtype | None = None
 
     def forward(self, tensors: Tensors, needed: Sequence[bool], symbolic: Tensor | None) -> Forward:
         """See ``LossCall``."""
-        out = forward(*tensors, *self.options(symbolic), any(needed[3:]), self.chunk_size)
+        of_tiles = (self.chunk_size, self.logits_dtype)
+        out = forward(*tensors, *self.options(symbolic), any(needed[3:]), *of_tiles)
         return Forward(out, out[1:3])
 
     def backward(
@@ -106,11 +118,12 @@ class ShardLinearCall(ShardCall):
         record, divisor = kept
         grad, options = self.of_sum(grad, divisor).contiguous(), self.options(symbolic)
         group = self.shards.world.name
-        return backward(grad, record, *tensors, *options[:3], group, self.chunk_size, needed)
+        of_tiles = (self.chunk_size, self.logits_dtype)
+        return backward(grad, record, *tensors, *options[:3], group, *of_tiles, needed)
 
     def differentiable_value(self, tensors: Tensors) -> Tensor:
         """See ``LossCall``."""
-        call = ShardCall(self.spec, self.shards)
+        call = ShardLinearCall(self.spec, self.shards, logits_dtype=self.logits_dtype)
         return _of_whole_logits(call, self.with_global_label(tensors, N_HEAD_TENSORS))[0]
 
 
@@ -122,7 +135,8 @@ def shard_linear_loss(
     x, weight, *_ = tensors
     assert x is not None and weight is not None
     if call.shards.world.size == 1:
-        value, stats = linear_loss(LinearCall(call.spec, call.stats, call.chunk_size), *tensors)
+        of_one = LinearCall(call.spec, call.stats, call.chunk_size, logits_dtype=call.logits_dtype)
+        value, stats = linear_loss(of_one, *layer_rows(tensors))
         logits = x.new_empty(()).expand(len(x), len(weight))  # for its shape
         ignored, of_rows = call.spec.ignore_index, tensors[N_HEAD_TENSORS:]
         divisor = reference.mean_weights(ignored, logits, *of_rows).sum()
@@ -139,15 +153,19 @@ def shard_linear_loss(
     return value, divisor, ops.stats_of(found, argmax) if call.stats else None
 
 
-def _of_whole_logits(call: ShardCall, tensors: Tensors) -> tuple[Tensor, Tensor, Stats | None]:
+def _of_whole_logits(
+    call: ShardLinearCall, tensors: Tensors
+) -> tuple[Tensor, Tensor, Stats | None]:
     """Compute the same from logits that are gathered."""
     x, weight, bias, t, t_weight, t_bias, *rest = tensors
     assert x is not None and weight is not None
-    x = F.linear(shared(call.shards, x), weight, bias)
+    dtype = call.logits_dtype
+    x = whole_logits(shared(call.shards, x), weight, bias, dtype)
     if t is not None:
-        t = t if t_weight is None else F.linear(shared(call.shards, t), t_weight, t_bias)
-        dtype = torch.promote_types(x.dtype, t.dtype)
-        x, t = x.to(dtype), t.to(dtype)
+        if t_weight is not None:
+            t = whole_logits(shared(call.shards, t), t_weight, t_bias, dtype)
+        both = torch.promote_types(x.dtype, t.dtype)
+        x, t = x.to(both), t.to(both)
     return whole_loss(call, x, t, *rest)
 
 
@@ -174,6 +192,7 @@ def forward(
     stats: bool,
     need_t: bool,
     chunk_size: int,
+    logits_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Compute value, record, divisor, statistics and argmax of whole rows."""
     shards = Shards(World(group, rank, len(sizes)), tuple(sizes))
@@ -182,8 +201,9 @@ def forward(
     rows = ShardedRows(spec, shards, label, class_weight, row_weight, stats, need_t)
     if stats and t is not None:
         rows = replace(rows, mass=t.sum(-1, dtype=dtype))
+    tiles = Tiles(tensors, chunk_size, logits_dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return shard.results(rows, rows.whole(Tiles(tensors, chunk_size), dtype), dtype)
+        return shard.results(rows, rows.whole(tiles, dtype), dtype)
 
 
 @forward.register_fake
@@ -209,11 +229,13 @@ def backward(
     symbolic: Tensor | None,
     group: str,
     chunk_size: int,
+    logits_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Compute the gradients that are needed; sum those of hidden states over the ranks."""
     tensors = (x, weight, bias, t, t_weight, t_bias, label, class_weight, row_weight)
-    p = linear_ops.problem(tensors, ops.unpacked(ints, floats, symbolic), chunk_size)
+    spec = ops.unpacked(ints, floats, symbolic)
+    p = linear_ops.problem(layer_rows(tensors), spec, chunk_size, logits_dtype)
     if grad.dim() == 0:
         grad = grad.expand(p.rows)
     with torch.autocast(x.device.type, enabled=False):
@@ -222,12 +244,12 @@ def backward(
         for g in gradients:
             if g.of_input is not None and g.logits.weight is not None:
                 g.of_input.copy_(sum_over(group, g.of_input))
-    return linear_ops.results_of(x, gradients)
+    return linear_ops.results_of(x, gradients)[:N_HEAD_TENSORS]
 
 
 @backward.register_fake
-def _(grad, record, x, w, b, t, tw, tb, label, cw, rw, ints, floats, symbolic, group, n, needed):  # type: ignore[no-untyped-def]
-    return linear_ops.fake_results((x, w, b, t, tw, tb), needed)
+def _(grad, record, x, w, b, t, tw, tb, label, cw, rw, ints, floats, symbolic, group, *others):  # type: ignore[no-untyped-def]
+    return linear_ops.fake_results((x, w, b, t, tw, tb), others[-1])
 
 
 def _forward_flops(*args: Any, out_val: Any = None) -> int:

@@ -209,3 +209,11 @@ def sum_over(name: str, v: Tensor) -> Tensor:
     """Return the sum of this tensor over all ranks of a group, as a new tensor."""
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.all_reduce(v.contiguous(), "sum", name))
+
+
+def scatter_sum(world: World, mine: Tensor) -> Tensor:
+    """Return this rank's part of the sum of ``[W, ...]`` over all ranks, as a new tensor."""
+    ops = torch.ops._c10d_functional
+    flat = mine.contiguous().view(-1)
+    part = ops.reduce_scatter_tensor(flat, "sum", world.size, world.name)
+    return ops.wait_tensor(part).view(mine.shape[1:])

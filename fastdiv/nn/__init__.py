@@ -8,9 +8,11 @@ from .distillation import DistillationLoss
 from .divergence import JSDivLoss, KLDivLoss, ReverseKLDivLoss, SkewKLDivLoss
 from .entropy import EntropyLoss
 from .label_smoothing import LabelSmoothingLoss
-from .linear import LinearCrossEntropyLoss, LinearLogProbAndEntropy
+from .linear import LinearCrossEntropyLoss
 from .linear_divergence import LinearJSDivLoss, LinearKLDivLoss, LinearReverseKLDivLoss
-from .topk import TopKKLDivLoss
+from .linear_log_prob import LinearLogProb, LinearLogProbAndEntropy
+from .linear_topk import LinearTopKKLDivLoss, LinearTopKReverseKLDivLoss
+from .topk import TopKJSDivLoss, TopKKLDivLoss, TopKReverseKLDivLoss
 
 __all__ = [
     "AlphaDivLoss",
@@ -24,13 +26,18 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearJSDivLoss",
     "LinearKLDivLoss",
+    "LinearLogProb",
     "LinearLogProbAndEntropy",
     "LinearReverseKLDivLoss",
+    "LinearTopKKLDivLoss",
+    "LinearTopKReverseKLDivLoss",
     "RenyiDivLoss",
     "ReverseKLDivLoss",
     "SkewKLDivLoss",
     "TVDistanceLoss",
+    "TopKJSDivLoss",
     "TopKKLDivLoss",
+    "TopKReverseKLDivLoss",
 ]
 
 _set_home(__name__, __all__, globals())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..reference.choices import DivergenceReduction, Reduction, TargetType
 from .base import DivergenceModule
 
@@ -19,7 +21,9 @@ class AlphaDivLoss(DivergenceModule):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.  With
+            ``scale_by_temperature``, one for each row needs ``reduction="none"``.
         scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
             gradient about the same for all temperatures (Hinton et al., 2015).
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
@@ -33,6 +37,7 @@ class AlphaDivLoss(DivergenceModule):
         * ``target``: the teacher's rows, of the shape of ``input`` and any of its dtypes.
         * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
           optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``, or with ``"pointwise"`` one per term, of the shape of
           ``input``.
@@ -56,7 +61,7 @@ class AlphaDivLoss(DivergenceModule):
         alpha: float,
         dim: int = -1,
         reduction: DivergenceReduction = "batchmean",
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         scale_by_temperature: bool = False,
         inplace_backward: bool = False,
     ) -> None:
@@ -83,7 +88,9 @@ class RenyiDivLoss(DivergenceModule):
         dim: Dimension of the classes.
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.  With
+            ``scale_by_temperature``, one for each row needs ``reduction="none"``.
         scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
             gradient about the same for all temperatures (Hinton et al., 2015).
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
@@ -97,6 +104,7 @@ class RenyiDivLoss(DivergenceModule):
         * ``target``: the teacher's rows, of the shape of ``input`` and any of its dtypes.
         * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
           optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``.
 
@@ -119,7 +127,7 @@ class RenyiDivLoss(DivergenceModule):
         alpha: float,
         dim: int = -1,
         reduction: Reduction = "batchmean",
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         scale_by_temperature: bool = False,
         inplace_backward: bool = False,
     ) -> None:

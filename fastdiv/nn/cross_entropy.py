@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from .._losses.cross_entropy import cross_entropy
 from ..reference import Stats
-from ..reference.choices import Reduction, Smoothing
+from ..reference.choices import Reduction, Smoothing, TokenWeight
+from .base import as_text
 
 
 class CrossEntropyLoss(nn.Module):
@@ -27,7 +28,8 @@ class CrossEntropyLoss(nn.Module):
             dimension.
         smoothing: ``"all"`` spreads :math:`\varepsilon` over all classes, ``"others"`` over all but
             the label.
-        temperature: :math:`T`, which divides the logits.
+        temperature: :math:`T`, which divides the logits.  A tensor holds one number, or one for
+            each row; it is learnt if it is a ``Parameter``.
         softcap: Replace the logits by ``softcap * tanh(x / softcap)`` first; None for no cap.
         z_loss: :math:`z`, the factor of the squared log-sum-exp.  :math:`\omega` is the class
             weight of the label, and 1 for probabilities.
@@ -38,14 +40,17 @@ class CrossEntropyLoss(nn.Module):
         return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
             ``log_prob`` of every row, without gradient.  ``log_prob`` is that of the label (0 where
             the row does not count), or :math:`\sum_c p_c \log q_c` for probabilities.
+        token_weight: ``"probability"`` weights a row by the probability of its label, where a call
+            gives no weights.
 
     Shape:
         * ``input``: logits of any shape and strides, with the :math:`C` classes on ``dim``;
           float32, bfloat16, float16 or float64.
         * ``target``: class indices (int64, int32, uint8) of the shape of ``input`` without ``dim``,
           or probabilities (floating) of the shape of ``input``.
-        * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
-          optional.
+        * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``, or
+          ``"probability"``; optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row; with ``return_stats`` a
           pair of it and the statistics.
 
@@ -70,11 +75,12 @@ class CrossEntropyLoss(nn.Module):
         *,
         dim: int | None = None,
         smoothing: Smoothing = "all",
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
         inplace_backward: bool = False,
         return_stats: bool = False,
+        token_weight: TokenWeight | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
@@ -88,9 +94,14 @@ class CrossEntropyLoss(nn.Module):
         self.z_loss = z_loss
         self.inplace_backward = inplace_backward
         self.return_stats = return_stats
+        self.token_weight = token_weight
 
     def forward(
-        self, input: Tensor, target: Tensor, token_weight: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        token_weight: Tensor | TokenWeight | None = None,
+        class_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Stats]:
         """Compute the loss of these logits."""
         return cross_entropy(  # type: ignore[misc]  # of so many words, mypy tries no unions
@@ -105,7 +116,8 @@ class CrossEntropyLoss(nn.Module):
             temperature=self.temperature,
             softcap=self.softcap,
             z_loss=self.z_loss,
-            token_weight=token_weight,
+            token_weight=self.token_weight if token_weight is None else token_weight,
+            class_mask=class_mask,
             inplace_backward=self.inplace_backward,
             return_stats=self.return_stats,  # type: ignore[call-overload]
         )
@@ -115,7 +127,8 @@ class CrossEntropyLoss(nn.Module):
         return (
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing}, dim={self.dim}, "
-            f"smoothing={self.smoothing!r}, temperature={self.temperature}, "
+            f"smoothing={self.smoothing!r}, temperature={as_text(self.temperature)}, "
             f"softcap={self.softcap}, z_loss={self.z_loss}, "
-            f"inplace_backward={self.inplace_backward}, return_stats={self.return_stats}"
+            f"inplace_backward={self.inplace_backward}, return_stats={self.return_stats}, "
+            f"token_weight={self.token_weight!r}"
         )

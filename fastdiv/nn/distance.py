@@ -17,7 +17,9 @@ class TVDistanceLoss(DivergenceModule):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.  With
+            ``scale_by_temperature``, one for each row needs ``reduction="none"``.
         scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
             gradient about the same for all temperatures (Hinton et al., 2015).
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
@@ -31,6 +33,7 @@ class TVDistanceLoss(DivergenceModule):
         * ``target``: the teacher's rows, of the shape of ``input`` and any of its dtypes.
         * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
           optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``, or with ``"pointwise"`` one per term, of the shape of
           ``input``.
@@ -59,7 +62,9 @@ class HellingerDistanceLoss(DivergenceModule):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.  With
+            ``scale_by_temperature``, one for each row needs ``reduction="none"``.
         scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
             gradient about the same for all temperatures (Hinton et al., 2015).
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
@@ -73,6 +78,7 @@ class HellingerDistanceLoss(DivergenceModule):
         * ``target``: the teacher's rows, of the shape of ``input`` and any of its dtypes.
         * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
           optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``, or with ``"pointwise"`` one per term, of the shape of
           ``input``.

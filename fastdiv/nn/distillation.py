@@ -13,7 +13,7 @@ from .._engine.recording import recordable
 from .._engine.symbolic import term, times
 from .._losses.cross_entropy import cross_entropy
 from ..reference.choices import Divergence, Reduction, TargetType, check_choice
-from .base import FUNCTIONS
+from .base import FUNCTIONS, as_text, squared
 
 DIVERGENCES = get_args(Divergence)
 
@@ -35,9 +35,11 @@ class DistillationLoss(nn.Module):
             ``"js_div"``, ``"skew_kl_div"``, ``"alpha_div"``, ``"renyi_div"``, ``"tv_distance"`` or
             ``"hellinger_distance"``.
         alpha: :math:`\alpha` in [0, 1], the weight of the divergence.
-        temperature: :math:`T` of student and teacher in the divergence.
+        temperature: :math:`T` of student and teacher in the divergence.  A tensor holds one number,
+            or one for each row; it is learnt if it is a ``Parameter``.
         scale_by_temperature: Multiply the divergence by :math:`T^2`, which keeps the size of its
-            gradient about the same for all temperatures.
+            gradient about the same for all temperatures.  A temperature for each row needs
+            ``reduction="none"``.
         target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``.
             Probabilities are used as they are, normalised or not.
         ignore_index: Rows with this label do not count: their loss and gradient are 0, whatever
@@ -56,6 +58,7 @@ class DistillationLoss(nn.Module):
         * ``labels``: class indices (int64, int32, uint8) of the shape of ``input`` without ``dim``.
         * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
           optional.
+        * ``class_mask``: the classes that take part, as in the functions; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``.
 
@@ -77,7 +80,7 @@ class DistillationLoss(nn.Module):
         divergence: Divergence = "kl_div",
         *,
         alpha: float = 0.5,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         scale_by_temperature: bool = False,
         target_type: TargetType = "logits",
         ignore_index: int = -100,
@@ -91,7 +94,9 @@ class DistillationLoss(nn.Module):
         arguments.check_reduction(reduction)
         self.divergence = divergence
         self.alpha = arguments.check_share(alpha, "alpha")
-        self.temperature = arguments.check_positive(temperature, "temperature")
+        if not isinstance(temperature, Tensor):  # each call checks one
+            temperature = arguments.check_positive(temperature, "temperature")
+        self.temperature = temperature
         self.scale_by_temperature = scale_by_temperature
         self.target_type = target_type
         self.ignore_index = arguments.check_ignored(ignore_index)
@@ -101,7 +106,12 @@ class DistillationLoss(nn.Module):
 
     @recordable
     def forward(
-        self, input: Tensor, target: Tensor, labels: Tensor, token_weight: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        labels: Tensor,
+        token_weight: Tensor | None = None,
+        class_mask: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss of these logits."""
         arguments.check_logits(input)
@@ -116,6 +126,7 @@ class DistillationLoss(nn.Module):
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
                 token_weight=token_weight,
+                class_mask=class_mask,
             )
             parts.append(times(hard, 1 - term(self.alpha)))
         elif arguments.values_may_be_read(y):  # without a cross entropy, no kernel checks them
@@ -132,11 +143,12 @@ class DistillationLoss(nn.Module):
                 token_weight=counts
                 if token_weight is None
                 else torch.where(counts, token_weight, 0),
+                class_mask=class_mask,
                 **self.divergence_options,
             )
             weight = term(self.alpha)
             if self.scale_by_temperature:
-                weight = weight * term(self.temperature) ** 2
+                weight = weight * squared(self.temperature, soft, self.reduction)
             parts.append(times(soft, weight))
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
@@ -144,7 +156,7 @@ class DistillationLoss(nn.Module):
         """Return the options as text."""
         options = "".join(f", {name}={v!r}" for name, v in self.divergence_options.items())
         return (
-            f"{self.divergence!r}, alpha={self.alpha}, temperature={self.temperature}, "
+            f"{self.divergence!r}, alpha={self.alpha}, temperature={as_text(self.temperature)}, "
             f"scale_by_temperature={self.scale_by_temperature}, target_type={self.target_type!r}, "
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, dim={self.dim}"
         ) + options

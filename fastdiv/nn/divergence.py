@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..reference.choices import DivergenceReduction, TargetType
 from .base import DivergenceModule
 
@@ -18,7 +20,9 @@ class KLDivLoss(DivergenceModule):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.  With
+            ``scale_by_temperature``, one for each row needs ``reduction="none"``.
         scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
             gradient about the same for all temperatures (Hinton et al., 2015).
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
@@ -32,6 +36,7 @@ class KLDivLoss(DivergenceModule):
         * ``target``: the teacher's rows, of the shape of ``input`` and any of its dtypes.
         * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
           optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``, or with ``"pointwise"`` one per term, of the shape of
           ``input``.
@@ -60,7 +65,9 @@ class ReverseKLDivLoss(DivergenceModule):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.  With
+            ``scale_by_temperature``, one for each row needs ``reduction="none"``.
         scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
             gradient about the same for all temperatures (Hinton et al., 2015).
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
@@ -74,6 +81,7 @@ class ReverseKLDivLoss(DivergenceModule):
         * ``target``: the teacher's rows, of the shape of ``input`` and any of its dtypes.
         * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
           optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``, or with ``"pointwise"`` one per term, of the shape of
           ``input``.
@@ -103,7 +111,9 @@ class JSDivLoss(DivergenceModule):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.  With
+            ``scale_by_temperature``, one for each row needs ``reduction="none"``.
         scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
             gradient about the same for all temperatures (Hinton et al., 2015).
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
@@ -117,6 +127,7 @@ class JSDivLoss(DivergenceModule):
         * ``target``: the teacher's rows, of the shape of ``input`` and any of its dtypes.
         * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
           optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``, or with ``"pointwise"`` one per term, of the shape of
           ``input``.
@@ -140,7 +151,7 @@ class JSDivLoss(DivergenceModule):
         beta: float = 0.5,
         dim: int = -1,
         reduction: DivergenceReduction = "batchmean",
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         scale_by_temperature: bool = False,
         inplace_backward: bool = False,
     ) -> None:
@@ -169,7 +180,9 @@ class SkewKLDivLoss(DivergenceModule):
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``), ``"batchmean"`` (sum / ``input.size(0)``) or
             ``"pointwise"`` (every term, of the shape of ``input``, as torch's ``"none"``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.  With
+            ``scale_by_temperature``, one for each row needs ``reduction="none"``.
         scale_by_temperature: Multiply the value by :math:`T^2`, which keeps the size of its
             gradient about the same for all temperatures (Hinton et al., 2015).
         inplace_backward: Write the gradient over the memory of the logits.  Autograd raises if
@@ -183,6 +196,7 @@ class SkewKLDivLoss(DivergenceModule):
         * ``target``: the teacher's rows, of the shape of ``input`` and any of its dtypes.
         * ``token_weight``: weights of the rows, of the shape of ``input`` without ``dim``;
           optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``, or with ``"pointwise"`` one per term, of the shape of
           ``input``.
@@ -207,7 +221,7 @@ class SkewKLDivLoss(DivergenceModule):
         reverse: bool = False,
         dim: int = -1,
         reduction: DivergenceReduction = "batchmean",
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         scale_by_temperature: bool = False,
         inplace_backward: bool = False,
     ) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .._losses.entropy import entropy
 from ..reference.choices import Reduction
+from .base import as_text
 
 
 class EntropyLoss(nn.Module):
@@ -15,7 +16,8 @@ class EntropyLoss(nn.Module):
 
     Args:
         dim: Dimension of the classes.
-        temperature: :math:`T`, which divides the logits.
+        temperature: :math:`T`, which divides the logits.  A tensor holds one number, or one for
+            each row; it is learnt if it is a ``Parameter``.
         base: Base of the logarithm: None for nats, 2 for bits.
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` or ``"batchmean"`` (sum /
             ``input.size(0)``).
@@ -23,6 +25,7 @@ class EntropyLoss(nn.Module):
     Shape:
         * ``input``: logits of any shape and strides, with the :math:`C` classes on ``dim``;
           float32, bfloat16, float16 or float64.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row, of the shape of
           ``input`` without ``dim``.
 
@@ -38,7 +41,7 @@ class EntropyLoss(nn.Module):
         self,
         *,
         dim: int = -1,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         base: float | None = None,
         reduction: Reduction = "mean",
     ) -> None:
@@ -48,7 +51,7 @@ class EntropyLoss(nn.Module):
         self.base = base
         self.reduction = reduction
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, class_mask: Tensor | None = None) -> Tensor:
         """Compute the entropy of these logits."""
         return entropy(
             input,
@@ -56,11 +59,12 @@ class EntropyLoss(nn.Module):
             temperature=self.temperature,
             base=self.base,
             reduction=self.reduction,
+            class_mask=class_mask,
         )
 
     def extra_repr(self) -> str:
         """Return the options as text."""
         return (
-            f"dim={self.dim}, temperature={self.temperature}, base={self.base}, "
+            f"dim={self.dim}, temperature={as_text(self.temperature)}, base={self.base}, "
             f"reduction={self.reduction!r}"
         )

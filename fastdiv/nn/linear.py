@@ -9,23 +9,26 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable
-from typing import Any, ClassVar, TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._linear.cross_entropy import linear_cross_entropy, linear_log_prob_and_entropy
+from .._linear.cross_entropy import linear_cross_entropy
+from .._linear.several import apart, check_lists, check_shared, joined
 from .._losses.cross_entropy import cross_entropy
-from .._losses.entropy import log_prob_and_entropy
-from ..reference import Stats
-from ..reference.choices import Accumulate, Reduction, Smoothing
-from .layer import loss_through
+from ..reference.choices import Accumulate, Reduction, Smoothing, TokenWeight
+from .base import as_text
+from .layer import OfLayer, OfLogits, loss_through
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
 else:
     from typing_extensions import Unpack  # which torch brings along
+
+
+T = TypeVar("T")
 
 
 class CrossEntropyOptions(TypedDict, total=False):
@@ -35,12 +38,13 @@ class CrossEntropyOptions(TypedDict, total=False):
     label_smoothing: float
     options: Any
     smoothing: Smoothing
-    temperature: float
+    temperature: float | Tensor
     softcap: float | None
     z_loss: float
     return_stats: bool
     chunk_size: int | None
     accumulate: Accumulate | None
+    logits_dtype: torch.dtype | None
 
 
 class LinearModule(nn.Module):
@@ -65,17 +69,31 @@ class LinearModule(nn.Module):
         if unknown := options.keys() - known:
             raise TypeError(f"{type(self).__name__} has no options {sorted(unknown)}")
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        if isinstance(options.get("temperature"), nn.Parameter):
+            self.temperature = options.pop("temperature")  # torch registers it, to be learnt
         self.options = options
 
     @property
+    def _options_of_layer(self) -> dict[str, Any]:
+        """The options, with a temperature that is learnt."""
+        learnt = self._parameters.get("temperature")
+        return self.options if learnt is None else {**self.options, "temperature": learnt}
+
+    @property
     def options_of_logits(self) -> dict[str, Any]:
-        """The options without those that set how many logits are held."""
-        of_tiles = ("chunk_size", "accumulate", "options")
-        return {k: v for k, v in self.options.items() if k not in of_tiles}
+        """The options without those that set which logits are held, and how."""
+        of_tiles = ("chunk_size", "accumulate", "logits_dtype", "options")
+        return {k: v for k, v in self._options_of_layer.items() if k not in of_tiles}
+
+    def loss_of(self, input: Tensor, of_layer: OfLayer[T], of_logits: OfLogits[T]) -> T:
+        """Compute the loss of these hidden states through the layer."""
+        dtype = self.options.get("logits_dtype")
+        return loss_through(self.linear, input, of_layer, of_logits, dtype)
 
     def extra_repr(self) -> str:
         """Return the options as text."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        shown = self._options_of_layer.items()
+        return ", ".join(f"{name}={as_text(value)}" for name, value in shown)
 
 
 class LinearCrossEntropyLoss(LinearModule):
@@ -97,6 +115,8 @@ class LinearCrossEntropyLoss(LinearModule):
             weighted by ``token_weight`` and the class weight of the label; NaN if no row counts) or
             ``"batchmean"`` (sum / ``input.size(0)``).
         weight: Weights of the classes, shape ``(C,)``, kept as a buffer; 1 by default.
+        token_weight: ``"probability"`` weights a row by the probability of its label, where a call
+            gives no weights.
         ignore_index: Rows with this label do not count: their loss and gradient are 0, whatever
             they hold.  On a CPU their logits are not computed.  None means -100.
         label_smoothing: :math:`\varepsilon` in [0, 1].
@@ -104,7 +124,8 @@ class LinearCrossEntropyLoss(LinearModule):
             if ``chunk_size`` is None.
         smoothing: ``"all"`` spreads :math:`\varepsilon` over all classes, ``"others"`` over all but
             the label.
-        temperature: :math:`T`, which divides the logits.
+        temperature: :math:`T`, which divides the logits.  A tensor holds one number, or one for
+            each row; it is learnt if it is a ``Parameter``.
         softcap: Replace the logits by ``softcap * tanh(x / softcap)`` first; None for no cap.
         z_loss: :math:`z`, the factor of the squared log-sum-exp.
         return_stats: Also return :class:`fastdiv.Stats`: ``lse``, ``entropy``, ``argmax`` and
@@ -118,15 +139,20 @@ class LinearCrossEntropyLoss(LinearModule):
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
             where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
             on a GPU); else ``"rows"``.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are.  Their gradient is rounded only for the products that follow.  None
+            rounds logits to the dtype of the layer, where the device multiplies in it.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
           float64.
         * ``target``: class indices (int64, int32, uint8), shape ``(...)``, or probabilities
           (floating), shape ``(..., num_classes)``.
-        * ``token_weight``: weights of the rows, shape ``(...)``; optional.
+        * ``token_weight``: weights of the rows, shape ``(...)``, or ``"probability"``; optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * Result: a scalar, or with ``reduction="none"`` one value per row; with ``return_stats`` a
           pair of it and the statistics.
+        * With lists or tuples of the first three, the result is a tuple, of the loss of each input.
 
     Example:
         >>> import torch, fastdiv
@@ -152,6 +178,7 @@ class LinearCrossEntropyLoss(LinearModule):
         dtype: torch.dtype | None = None,
         reduction: Reduction = "mean",
         weight: Tensor | None = None,
+        token_weight: TokenWeight | None = None,
         **options: Unpack[CrossEntropyOptions],
     ) -> None:
         outputs = math.prod(out_features, start=num_classes)
@@ -166,70 +193,52 @@ class LinearCrossEntropyLoss(LinearModule):
         )
         self.register_buffer("weight", weight)
         self.shape = (num_classes, *out_features)
+        self.token_weight = token_weight
 
     def forward(
-        self, input: Tensor, target: Tensor, token_weight: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Stats]:
-        """Compute the loss of these hidden states."""
-        weights: dict[str, Any] = {"weight": self.weight, "token_weight": token_weight}
+        self,
+        input: Tensor | Sequence[Tensor],
+        target: Tensor | Sequence[Tensor],
+        token_weight: Tensor | Sequence[Tensor] | TokenWeight | None = None,
+        class_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Any, ...]:
+        """Compute the loss of these hidden states, or of each in a list."""
+        rows: Any = self.token_weight if token_weight is None else token_weight
+        of_call: dict[str, Any] = {"weight": self.weight, "class_mask": class_mask}
+        several = None if isinstance(input, Tensor) else input
+        if several is not None:
+            check_lists(several, target, rows)
+            check_shared(self._options_of_layer.get("temperature"), class_mask)
 
         def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            given: Any = input if several is None else apart(input, several)
             if len(self.shape) > 1:
                 weight = weight.unflatten(0, self.shape)
                 bias = None if bias is None else bias.unflatten(0, self.shape)
-            return self.function(input, weight, target, linear_bias=bias, **weights, **self.options)
+            tensors = {"linear_bias": bias, "token_weight": rows, **of_call}
+            labels: Any = target
+            return self.function(given, weight, labels, **tensors, **self._options_of_layer)
 
         def of_logits(logits: Tensor) -> Any:
             options = self.options_of_logits
             if options.get("ignore_index", 0) is None:  # which linear_cross_entropy takes for -100
                 del options["ignore_index"]
-            logits = logits.unflatten(-1, self.shape)
-            return self.of_logits(logits, target, dim=input.dim() - 1, **weights, **options)
 
-        return loss_through(self.linear, input, of_layer, of_logits)
+            def one(logits: Tensor, target: Any, token_weight: Any) -> Any:
+                dim, tensors = logits.dim() - 1, {"token_weight": token_weight, **of_call}
+                logits = logits.unflatten(-1, self.shape)
+                return self.of_logits(logits, target, dim=dim, **tensors, **options)
 
+            if several is None:
+                return one(logits, target, rows)
+            shared = rows is None or isinstance(rows, str)
+            weights = [rows] * len(several) if shared else rows
+            return tuple(map(one, apart(logits, several), target, weights))
 
-class LinearLogProbAndEntropy(LinearModule):
-    """Log-probability and entropy of the logits of a linear layer, as a module.
+        hidden = input if isinstance(input, Tensor) else joined(input)
+        return self.loss_of(hidden, of_layer, of_logits)
 
-    It holds the layer, ``linear``, and calls :func:`fastdiv.linear_log_prob_and_entropy`, which has
-    the formula and lists the errors.
-
-    Args:
-        in_features: Size :math:`H` of the hidden states.
-        num_classes: Number :math:`C` of classes.
-        bias: Whether the layer has a bias.
-        device: Device of the layer.
-        dtype: Dtype of the layer.
-        temperature: :math:`T`, which divides the logits.
-        chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
-            of the memory of all logits if those are more.
-
-    Shape:
-        * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
-          float64.
-        * ``index``: class indices (int64, int32, uint8), shape ``(...)``.
-        * Result: ``(log_prob, entropy)``, shape ``(...)`` each.
-
-    Example:
-        >>> import torch, fastdiv
-        >>> both = fastdiv.nn.LinearLogProbAndEntropy(2, 4)
-        >>> [v.item() for v in both(torch.zeros(1, 2), torch.tensor([2]))]
-        [-1.3863, 1.3863]
-
-    Source: :func:`fastdiv.linear_log_prob_and_entropy`.
-    """
-
-    function = staticmethod(linear_log_prob_and_entropy)
-    of_logits = staticmethod(log_prob_and_entropy)
-
-    def forward(self, input: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the log-probabilities and entropies of these hidden states."""
-
-        def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            return self.function(input, weight, index, linear_bias=bias, **self.options)
-
-        def of_logits(logits: Tensor) -> Any:
-            return self.of_logits(logits, index, **self.options_of_logits)
-
-        return loss_through(self.linear, input, of_layer, of_logits)
+    def extra_repr(self) -> str:
+        """Return the options as text."""
+        of_rows = f"token_weight={self.token_weight!r}" if self.token_weight else ""
+        return ", ".join(filter(None, (super().extra_repr(), of_rows)))

@@ -6,19 +6,19 @@ import sys
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .._engine.symbolic import term, times
+from .._engine.symbolic import times
 from .._linear.divergence import check_teacher, linear_js_div, linear_kl_div, linear_reverse_kl_div
+from .._linear.dtypes import whole_logits
 from .._losses.divergence import js_div, kl_div, reverse_kl_div
 from ..reference.choices import Accumulate, Reduction, TargetType
-from .layer import loss_through
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
 else:
     from typing_extensions import Unpack  # which torch brings along
+from .base import squared
 from .linear import LinearModule
 
 
@@ -28,9 +28,10 @@ class DivergenceOptions(TypedDict, total=False):
     target_type: TargetType | None
     beta: float
     reduction: Reduction
-    temperature: float
+    temperature: float | Tensor
     chunk_size: int | None
     accumulate: Accumulate | None
+    logits_dtype: torch.dtype | None
 
 
 class _LinearDivergenceLoss(LinearModule):
@@ -55,12 +56,14 @@ class _LinearDivergenceLoss(LinearModule):
         input: Tensor,
         target: Tensor,
         token_weight: Tensor | None = None,
+        class_mask: Tensor | None = None,
         *,
         target_linear_weight: Tensor | None = None,
         target_linear_bias: Tensor | None = None,
     ) -> Tensor:
         """Compute the divergence of these hidden states from the target, or from a teacher's."""
         teacher = (target_linear_weight, target_linear_bias)
+        of_call = {"token_weight": token_weight, "class_mask": class_mask}
 
         def of_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return self.function(
@@ -70,8 +73,8 @@ class _LinearDivergenceLoss(LinearModule):
                 linear_bias=bias,
                 target_linear_weight=target_linear_weight,
                 target_linear_bias=target_linear_bias,
-                token_weight=token_weight,
-                **self.options,
+                **of_call,
+                **self._options_of_layer,
             )
 
         def of_logits(logits: Tensor) -> Tensor:
@@ -81,15 +84,16 @@ class _LinearDivergenceLoss(LinearModule):
             )
             rows = target
             if target_linear_weight is not None:
-                rows = F.linear(target, target_linear_weight, target_linear_bias)
-            return self.of_logits(
-                logits, rows, target_type=target_type, token_weight=token_weight, **options
-            )
+                layer = (target, target_linear_weight, target_linear_bias)
+                rows = whole_logits(*layer, self.options.get("logits_dtype"))
+            return self.of_logits(logits, rows, target_type=target_type, **of_call, **options)
 
-        value = loss_through(self.linear, input, of_layer, of_logits)
+        value = self.loss_of(input, of_layer, of_logits)
         if not self.scale_by_temperature:
             return value
-        return times(value, term(self.options.get("temperature", 1.0)) ** 2)
+        options = self._options_of_layer
+        reduction, temperature = options.get("reduction", ""), options.get("temperature", 1.0)
+        return times(value, squared(temperature, value, reduction))
 
 
 class LinearKLDivLoss(_LinearDivergenceLoss):
@@ -110,7 +114,8 @@ class LinearKLDivLoss(_LinearDivergenceLoss):
             unless it holds hidden states.
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.
         chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
             of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
@@ -119,6 +124,9 @@ class LinearKLDivLoss(_LinearDivergenceLoss):
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
             where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
             on a GPU); else ``"rows"``.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are.  Their gradient is rounded only for the products that follow.  None
+            rounds logits to the dtype of the layer, where the device multiplies in it.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -126,6 +134,7 @@ class LinearKLDivLoss(_LinearDivergenceLoss):
         * ``target``: the teacher's rows, shape ``(..., num_classes)``, or its hidden states, shape
           ``(..., K)``.
         * ``token_weight``: weights of the rows, shape ``(...)``; optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * ``target_linear_weight``, ``target_linear_bias``: the teacher's layer, shapes
           ``(num_classes, K)`` and ``(num_classes,)``, if the target holds hidden states.
         * Result: a scalar, or with ``reduction="none"`` one value per row, shape ``(...)``.
@@ -161,7 +170,8 @@ class LinearReverseKLDivLoss(_LinearDivergenceLoss):
             unless it holds hidden states.
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.
         chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
             of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
@@ -170,6 +180,9 @@ class LinearReverseKLDivLoss(_LinearDivergenceLoss):
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
             where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
             on a GPU); else ``"rows"``.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are.  Their gradient is rounded only for the products that follow.  None
+            rounds logits to the dtype of the layer, where the device multiplies in it.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -177,6 +190,7 @@ class LinearReverseKLDivLoss(_LinearDivergenceLoss):
         * ``target``: the teacher's rows, shape ``(..., num_classes)``, or its hidden states, shape
           ``(..., K)``.
         * ``token_weight``: weights of the rows, shape ``(...)``; optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * ``target_linear_weight``, ``target_linear_bias``: the teacher's layer, shapes
           ``(num_classes, K)`` and ``(num_classes,)``, if the target holds hidden states.
         * Result: a scalar, or with ``reduction="none"`` one value per row, shape ``(...)``.
@@ -213,7 +227,8 @@ class LinearJSDivLoss(_LinearDivergenceLoss):
         beta: :math:`\beta` in [0, 1], the share of the target in the mixture.
         reduction: ``"none"`` (one value per row), ``"sum"``, ``"mean"`` (over the rows that count,
             weighted by ``token_weight``) or ``"batchmean"`` (sum / ``input.size(0)``).
-        temperature: :math:`T`, which divides all logits, also those of the target.
+        temperature: :math:`T`, which divides all logits, also those of the target.  A tensor holds
+            one number, or one for each row; it is learnt if it is a ``Parameter``.
         chunk_size: Rows whose logits are held at a time; by default 256, or as many as take a tenth
             of the memory of all logits if those are more.
         accumulate: Which gradient is summed over the tiles.  ``"weight"`` takes chunks of rows and
@@ -222,6 +237,9 @@ class LinearJSDivLoss(_LinearDivergenceLoss):
             takes blocks of classes and four products, without that sum.  None takes ``"weight"``
             where it needs no such sum, or one of at most 1/24 of all logits and 32 MB (256 MB
             on a GPU); else ``"rows"``.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are.  Their gradient is rounded only for the products that follow.  None
+            rounds logits to the dtype of the layer, where the device multiplies in it.
 
     Shape:
         * ``input``: hidden states, shape ``(..., in_features)``; float32, bfloat16, float16 or
@@ -229,6 +247,7 @@ class LinearJSDivLoss(_LinearDivergenceLoss):
         * ``target``: the teacher's rows, shape ``(..., num_classes)``, or its hidden states, shape
           ``(..., K)``.
         * ``token_weight``: weights of the rows, shape ``(...)``; optional.
+        * ``class_mask``: the classes that take part, as in the function; optional.
         * ``target_linear_weight``, ``target_linear_bias``: the teacher's layer, shapes
           ``(num_classes, K)`` and ``(num_classes,)``, if the target holds hidden states.
         * Result: a scalar, or with ``reduction="none"`` one value per row, shape ``(...)``.

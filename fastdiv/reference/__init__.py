@@ -4,13 +4,15 @@ It imports torch only.
 """
 
 from .divergences import DIVERGENCES
-from .losses import expected, loss, mean_weights, row_weights, stats
-from .spec import Spec, Stats, value_dtype
-from .topk import TOPK
+from .losses import OF_CLASSES, expected, loss, mean_weights, row_weights, stats
+from .spec import Rows, Spec, Stats, value_dtype
+from .topk import NAMED
 
 __all__ = [
     "DIVERGENCES",
-    "TOPK",
+    "NAMED",
+    "OF_CLASSES",
+    "Rows",
     "Spec",
     "Stats",
     "expected",

@@ -36,13 +36,22 @@ def log_of(p: Tensor) -> Tensor:
     return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, p)))
 
 
+def log_sum_exp(v: Tensor, dim: int) -> Tensor:
+    """Compute ``log(sum(exp(v)))``, which compiles for sizes that depend on data, unlike torch's.
+
+    The largest entry must be finite.
+    """
+    largest = v.detach().amax(dim, keepdim=True)
+    return (v - largest).exp().sum(dim).log() + largest.squeeze(dim)
+
+
 def log_mixture(lp: Tensor, lq: Tensor, share: float) -> Tensor:
     """Compute ``log(share p + (1 - share) q)``, also where a product underflows."""
     one = torch.ones((), dtype=torch.float64, device="cpu")  # a share may be a symbol
     log_share, log_rest = (one * share).log(), (one * (1 - share)).log()
     parts = torch.stack([lp + log_share, lq + log_rest])
     empty = torch.isinf(parts).all(0)
-    return torch.where(empty, -torch.inf, torch.logsumexp(torch.where(empty, 0.0, parts), 0))
+    return torch.where(empty, -torch.inf, log_sum_exp(torch.where(empty, 0.0, parts), 0))
 
 
 def kl_div(lq: Tensor, lp: Tensor, q: Tensor, p: Tensor, _: float) -> Tensor:

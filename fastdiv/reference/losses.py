@@ -1,7 +1,7 @@
 r"""Every loss of rows in plain torch operations: specification, fallback and oracle of the tests.
 
-``x`` and ``t`` are matrices ``[R, C]`` of input logits and targets.  ``label`` and ``row_weight``
-have one entry per row.  The reference defines these conventions, and the kernels follow them:
+The tensors are those of :class:`Rows`.  The reference defines these conventions, and the kernels
+follow them:
 
 * A class without mass adds nothing: :math:`0 \cdot \infty = 0`, in values and gradients.
 * An infinite term (mass of one distribution where the other has none) makes the value infinite.
@@ -19,24 +19,37 @@ import torch
 from torch import Tensor
 
 from .divergences import DIVERGENCES, FINALIZE, log_of, masked_product
-from .spec import Spec, Stats, value_dtype
-from .topk import TOPK, topk_kl_div
+from .masks import unpacked
+from .spec import Rows, Spec, Stats, value_dtype
+from .topk import REST, are_classes, named_log_probs
+
+OF_CLASSES = {"log_prob", *REST}  # losses that have a value for each of k classes
 
 
-def capped_and_scaled(spec: Spec, x: Tensor) -> Tensor:
-    """Return the logits after soft capping and division by the temperature."""
+def times_scale(spec: Spec, x: Tensor, scale: Tensor | None) -> Tensor:
+    """Divide rows by their temperatures; an infinite logit gives a temperature no gradient."""
+    if scale is None:
+        return x * spec.scale
+    scale, infinite = scale.unsqueeze(-1), torch.isinf(x)
+    return torch.where(infinite, x * scale.detach(), torch.where(infinite, 0.0, x) * scale)
+
+
+def scaled_logits(spec: Spec, x: Tensor, scale: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return the logits after soft capping, masking and division by the temperature."""
     if spec.softcap:
         x = spec.softcap * torch.tanh(x / spec.softcap)
-    return x * spec.scale
+    if mask is not None:
+        x = torch.where(mask, x, -torch.inf)
+    return times_scale(spec, x, scale)
 
 
 # --- divergences -------------------------------------------------------------------------------
 
 
-def divergence(spec: Spec, lq: Tensor, t: Tensor) -> Tensor:
+def divergence(spec: Spec, lq: Tensor, t: Tensor, scale: Tensor | None) -> Tensor:
     """Compute the divergence of rows with log-probabilities ``lq``, or all its terms."""
     if spec.target_type == "logits":
-        lp = torch.log_softmax(t * spec.scale, -1)
+        lp = torch.log_softmax(times_scale(spec, t, scale), -1)
         p = lp.exp()
     elif spec.target_type == "log_probs":
         lp, p = t, t.exp()
@@ -69,6 +82,15 @@ def of_class(v: Tensor, y: Tensor) -> Tensor:
     return v.gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
+def log_probs_of_classes(lq: Tensor, indices: Tensor) -> Tensor:
+    """Return the entries of k classes in every row; padding is 0, a wrong index makes NaN."""
+    y = indices.to(torch.int64).clamp(0, lq.shape[-1] - 1)
+    classes = are_classes(indices)
+    wrong = (classes & (indices != y)).any(-1, keepdim=True)
+    value = torch.where(classes, lq.gather(-1, y), 0.0)
+    return torch.where(wrong, torch.nan, value)
+
+
 def cross_entropy(
     spec: Spec,
     x: Tensor,
@@ -95,7 +117,12 @@ def cross_entropy(
         if isinstance(spec.smoothing_per_class, Tensor) or spec.smoothing_per_class:
             r = torch.zeros_like(lq) + spec.smoothing_per_class
             value = value - expected(r if class_weight is None else r * class_weight, lq).sum(-1)
-    return value + spec.z_loss * omega * torch.logsumexp(x, -1) ** 2 if spec.z_loss else value
+    if spec.z_loss:
+        value = value + spec.z_loss * omega * torch.logsumexp(x, -1) ** 2
+    if spec.by_probability:
+        assert y is not None
+        value = masked_product(of_class(lq, y).detach().exp(), value)
+    return value
 
 
 # --- rows and reductions ----------------------------------------------------------------------
@@ -127,34 +154,41 @@ def mean_weights(
     return torch.where(weight == 0, 0.0, weight * of_label)
 
 
-def rows(
-    spec: Spec,
-    x: Tensor,
-    t: Tensor | None,
-    label: Tensor | None,
-    class_weight: Tensor | None,
-    row_weight: Tensor | None,
-) -> Tensor:
+def rows(spec: Spec, tensors: Rows) -> Tensor:
     """Compute the weighted value of every row.
 
-    ``log_prob_and_entropy`` gives two rows of values, and ``reduction="pointwise"`` all terms.  A
-    label that is neither in ``[0, C)`` nor ``ignore_index`` makes its row NaN.
+    ``log_prob_and_entropy`` gives two rows of values, a loss of named classes k columns, and
+    ``reduction="pointwise"`` all terms.  A label that is neither in ``[0, C)`` nor ``ignore_index``
+    makes its row NaN.
     """
-    dtype = value_dtype(x.dtype)
+    x, t, scale, label, class_weight, row_weight, mask = tensors
+    dtype = torch.float64 if spec.loss in REST else value_dtype(x.dtype)
+    mask = None if mask is None else unpacked(mask, x.shape[-1])
     weight = row_weights(spec.ignore_index, x, label, row_weight)
+    if spec.loss in OF_CLASSES:
+        assert label is not None
+        weight = torch.where(are_classes(label).any(-1), weight, 0.0)
     counts = (weight != 0).unsqueeze(-1)
     # The values of a row that does not count must not reach its gradient: 0 * NaN is NaN.
     x = torch.where(counts, x.to(dtype), 0.0)
+    if scale is not None:
+        scale = torch.where(counts.squeeze(-1), scale, 1.0)
     if t is not None:
         t = torch.where(counts, t.to(dtype), 0.0)
-    x = capped_and_scaled(spec, x)
+        if mask is not None:
+            t = torch.where(mask, t, 0.0 if spec.target_type == "probs" else -torch.inf)
+    x = scaled_logits(spec, x, scale, mask)
     lq = torch.log_softmax(x, -1)
     if spec.loss in DIVERGENCES:
         assert t is not None
-        value = divergence(spec, lq, t)
-    elif spec.loss in TOPK:
-        assert t is not None and label is not None
-        value = topk_kl_div(TOPK[spec.loss], spec.target_type, spec.scale, lq, t, label)
+        value = divergence(spec, lq, t, scale)
+    elif spec.loss in OF_CLASSES:
+        assert label is not None
+        if spec.loss == "log_prob":
+            value = log_probs_of_classes(lq, label)
+        else:
+            value = named_log_probs(lq, label, REST[spec.loss])
+        return torch.where(counts, value, 0.0)
     elif spec.loss == "entropy":
         value = entropy(lq)
     elif label is None:
@@ -173,36 +207,32 @@ def rows(
     return torch.where(counts, value * weight, 0.0)
 
 
-def loss(
-    spec: Spec,
-    x: Tensor,
-    t: Tensor | None,
-    label: Tensor | None,
-    class_weight: Tensor | None,
-    row_weight: Tensor | None,
-) -> Tensor:
-    """Compute the reduced loss."""
-    value = rows(spec, x, t, label, class_weight, row_weight)
+def loss(spec: Spec, *tensors: Tensor | None) -> Tensor:
+    """Compute the reduced loss of the tensors of :class:`Rows`."""
+    given = Rows(*tensors)  # type: ignore[arg-type]
+    value = rows(spec, given)
     if spec.reduction in ("none", "pointwise"):
         return value
     total = value.sum()
     if spec.reduction == "mean":
+        x, _, _, label, class_weight, row_weight, _ = given
         return total / mean_weights(spec.ignore_index, x, label, class_weight, row_weight).sum()
     return total / spec.batch if spec.reduction == "batchmean" else total
 
 
-def stats(
-    spec: Spec, x: Tensor, t: Tensor | None, label: Tensor | None, row_weight: Tensor | None
-) -> Stats:
+def stats(spec: Spec, tensors: Rows) -> Stats:
     """Compute log-sum-exp, entropy, argmax and log-probability of the target of every row.
 
     Rows that do not count have them, too, but for the log-probability, which is 0 for labels.
     """
+    x, t, scale, label, _, row_weight, mask = tensors
     x = x.detach().to(value_dtype(x.dtype))
-    x = capped_and_scaled(spec, x)
+    mask = None if mask is None else unpacked(mask, x.shape[-1])
+    x = scaled_logits(spec, x, None if scale is None else scale.detach(), mask)
     lq = torch.log_softmax(x, -1)
     if t is not None:
-        log_prob = masked_product(t.detach().to(lq.dtype), lq).sum(-1)
+        p = t.detach().to(lq.dtype)
+        log_prob = masked_product(p if mask is None else torch.where(mask, p, 0.0), lq).sum(-1)
     else:
         assert label is not None
         y = label.clamp(0, x.shape[-1] - 1)

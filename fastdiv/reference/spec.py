@@ -1,4 +1,4 @@
-"""What a loss is given besides tensors (``Spec``), and what it returns besides its value."""
+"""What a loss is given, tensors (``Rows``) and options (``Spec``), and what it returns besides."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The tensors of a loss of rows, in the order of the ops.  The first three get gradients."""
+
+    x: Tensor  # logits [R, C]
+    t: Tensor | None = None  # target [R, C]
+    scale: Tensor | None = None  # 1 / temperature [R], beside the scale of the spec
+    label: Tensor | None = None  # class indices [R], or [R, k] of a loss of named classes
+    class_weight: Tensor | None = None  # [C]
+    row_weight: Tensor | None = None  # [R]
+    mask: Tensor | None = None  # [R, C], True where a class takes part; or its bits, [R, C / 8]
 
 
 class Spec(NamedTuple):
@@ -19,6 +31,8 @@ class Spec(NamedTuple):
     reduction: str = "none"  # "none", "sum", "mean", "batchmean" or "pointwise"
     batch: int = 1  # what "batchmean" divides by
     ignore_index: int = -100
+    first_class: int = 0  # that of column 0, for named classes of a block
+    by_probability: bool = False  # a row's weight is the probability of its label
     scale: float = 1.0  # 1 / temperature
     softcap: float = 0.0  # 0: none
     param: float = 0.0  # beta, skew or alpha of a divergence

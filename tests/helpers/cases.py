@@ -7,6 +7,7 @@ torch would write, in the dtype of the logits; where a bound fails, its error is
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiv
+from fastdiv.reference import topk
 from helpers.programs import DIVERGENCE_POLICIES
 
 Eager = Callable[[Tensor, Tensor], Tensor]
@@ -36,7 +38,7 @@ class Case:
 
     @property
     def divergence(self) -> bool:
-        dense = self.name not in ("cross_entropy", "topk_kl_div")
+        dense = self.name != "cross_entropy" and not self.name.startswith("topk_")
         return dense and self.target in ("logits", "log_probs", "probs")
 
     @property
@@ -97,9 +99,10 @@ class Case:
 
 @dataclass(frozen=True)
 class TopKCase(Case):
-    """topk_kl_div of the largest entries of a dense target, which stands in the table as others'.
+    """A loss of the largest entries of a dense target, which stands in the table as others'.
 
-    At most five, and fewer than there are classes where there are several.
+    At most five, and fewer than there are classes where there are several.  ``eager`` is what a
+    class adds, from log q and log p.
     """
 
     @staticmethod
@@ -113,7 +116,8 @@ class TopKCase(Case):
         assert t is not None
         options = {**self.options, **options}
         values, indices = self.largest(t, options.get("dim", -1))
-        return fastdiv.topk_kl_div(x, values, indices, values_type=self.target, **options)
+        function = getattr(fastdiv, self.name)
+        return function(x, values, indices, values_type=self.target, **options)
 
     def of_target(self, dt: Tensor, t: Tensor) -> Tensor:
         _, indices = self.largest(t, -1)
@@ -129,25 +133,42 @@ class TopKCase(Case):
         if missing == "renormalize":
             log_p = log_p - torch.logsumexp(log_p, -1, keepdim=True)
         lq = torch.log_softmax(x / temperature, -1)
-        value = (log_p.exp() * (log_p - lq.gather(-1, indices))).sum(-1)
         others = x.shape[-1] - indices.shape[-1]
-        if missing != "uniform" or not others:
+        value = self.eager(lq.gather(-1, indices), log_p).sum(-1)
+        if missing not in ("tail", "uniform") or not others or self.target == "logits":
             return value
-        rest = (1 - log_p.exp().sum(-1)).clamp(min=1e-30)  # of 0 the gradient would be NaN
+        # Of a rest of 0 the gradient would be NaN.
+        log_rest = (1 - log_p.exp().sum(-1)).clamp(min=1e-30).log()
+        if missing == "tail":
+            # The sum is at least that of one class: of none, the gradient would be NaN.
+            tail = lq.scatter(-1, indices, -torch.inf).logsumexp(-1)
+            return value + self.eager(tail, log_rest)
         mean = lq.scatter(-1, indices, 0.0).sum(-1) / others
-        return value + rest * ((rest / others).log() - mean)
+        return value + log_rest.exp() * (log_rest - math.log(others) - mean)
 
 
-def _divergence(terms: Callable[[Tensor, Tensor], Tensor]) -> Eager:
+def _divergence(terms: Eager) -> Eager:
     return lambda x, lp: terms(torch.log_softmax(x, -1), lp).sum(-1)
 
 
-def _js(beta: float) -> Eager:
+def _kl_terms(lq: Tensor, lp: Tensor) -> Tensor:
+    return lp.exp() * (lp - lq)
+
+
+def _reverse_kl_terms(lq: Tensor, lp: Tensor) -> Tensor:
+    return lq.exp() * (lq - lp)
+
+
+def _js_terms(beta: float) -> Eager:
     def terms(lq: Tensor, lp: Tensor) -> Tensor:
         lm = (beta * lp.exp() + (1 - beta) * lq.exp()).log()
         return beta * lp.exp() * (lp - lm) + (1 - beta) * lq.exp() * (lq - lm)
 
-    return _divergence(terms)
+    return terms
+
+
+def _js(beta: float) -> Eager:
+    return _divergence(_js_terms(beta))
 
 
 def _skew(skew: float, reverse: bool = False) -> Eager:
@@ -204,8 +225,8 @@ def _log_prob(x: Tensor, y: Tensor) -> Tensor:
     return torch.log_softmax(x, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
-_kl = _divergence(lambda lq, lp: lp.exp() * (lp - lq))
-_reverse_kl = _divergence(lambda lq, lp: lq.exp() * (lq - lp))
+_kl = _divergence(_kl_terms)
+_reverse_kl = _divergence(_reverse_kl_terms)
 _tv = _divergence(lambda lq, lp: (lp.exp() - lq.exp()).abs() / 2)
 _hellinger = _divergence(lambda lq, lp: (lp.exp().sqrt() - lq.exp().sqrt()) ** 2 / 2)
 
@@ -256,7 +277,7 @@ LOSSES: list[Case] = [
     Case("kl_div", "logits", _kl, {"temperature": 2.0}),
     Case("js_div", "logits", _js(0.5), {"temperature": 2.0}),
     *[
-        TopKCase("topk_kl_div", target, _kl, options)
+        TopKCase("topk_kl_div", target, _kl_terms, options)
         for target, options in (
             ("logits", {}),
             ("log_probs", {}),
@@ -265,13 +286,31 @@ LOSSES: list[Case] = [
             ("probs", {"missing": "renormalize"}),
             ("log_probs", {"missing": "uniform"}),
             ("probs", {"missing": "uniform"}),
+            ("log_probs", {"missing": "tail"}),
+            ("probs", {"missing": "tail"}),
+        )
+    ],
+    *[
+        TopKCase(name, target, terms, options)
+        for name, terms, target, options in (
+            ("topk_reverse_kl_div", _reverse_kl_terms, "logits", {}),
+            ("topk_reverse_kl_div", _reverse_kl_terms, "log_probs", {"missing": "tail"}),
+            ("topk_reverse_kl_div", _reverse_kl_terms, "probs", {"missing": "renormalize"}),
+            ("topk_js_div", _js_terms(0.5), "logits", {}),
+            ("topk_js_div", _js_terms(0.1), "log_probs", {"missing": "tail", "beta": 0.1}),
+            ("topk_js_div", _js_terms(0.5), "probs", {"missing": "renormalize"}),
         )
     ],
 ]
 
 
 def _kernel(case: Case) -> tuple[str, str]:
-    """What tells the kernel that computes a case from others: for divergences not the options."""
+    """What tells the kernel that computes a case from others: for divergences not the options.
+
+    For a top-k teacher it is what the kernel says of the other classes.
+    """
+    if isinstance(case, TopKCase):
+        return case.name, topk.rest_of(case.options.get("missing", "ignore"), case.target)
     if case.divergence:
         return DIVERGENCE_POLICIES[case.name], case.target
     return str(case), case.target

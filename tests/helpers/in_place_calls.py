@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastdiv
 import fastdiv.distributed as sharded
-from helpers.cases import LOSSES, Case, module_of
+from helpers.cases import LOSSES, Case, TopKCase, module_of
 
 # A loss of logits ``[4, C]``, of a target of their shape or labels, and of options.
 Call = Callable[..., Tensor]
@@ -24,7 +24,7 @@ def takes_it(function: Any) -> bool:
 
 def _in_a_module(kind: Any, case: Case) -> Call:
     def call(x: Tensor, t: Tensor, token_weight: Tensor | None = None, **options: Any) -> Tensor:
-        if case.name == "topk_kl_div":
+        if isinstance(case, TopKCase):
             module = kind(values_type=case.target, **case.options, **options)
             return module(x, *t, token_weight)
         options = {**case.options, **options}
@@ -56,7 +56,7 @@ for case in LOSSES:
     function = getattr(fastdiv, case.name)
     if not takes_it(function):
         continue
-    topk = case.name == "topk_kl_div"
+    topk = isinstance(case, TopKCase)
     PROGRAMS[str(case)] = (case, _of_values(function, case) if topk else case.call)
     module = module_of(case.name)
     PROGRAMS[f"nn.{module.__name__}-{case}"] = (case, _in_a_module(module, case))
@@ -68,7 +68,7 @@ PROGRAMS["nn.LabelSmoothingLoss"] = (LOSSES[0], _label_smoothing)
 
 def target_of(case: Case, t: Tensor) -> Any:
     """The target of a case from logits of a teacher."""
-    if case.name == "topk_kl_div":
+    if isinstance(case, TopKCase):
         values, indices = t.topk(3, -1)
         return (values if case.target == "logits" else values.log_softmax(-1).exp()), indices
     return case.make_target(t, t)

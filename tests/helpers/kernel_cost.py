@@ -166,25 +166,19 @@ def rare_loops(function: Function, passes: Passes, mains: list[MainLoop]) -> lis
     return [loop for loop in found if not any(loop.body < other.body for other in found)]
 
 
-def fixed_instructions(
-    function: Function, passes: Passes, mains: list[MainLoop], topk: bool
-) -> int:
+def fixed_instructions(function: Function, passes: Passes, mains: list[MainLoop]) -> int:
     """Return the instructions of a thread outside of the loops over tiles.
 
-    Rare passes, with what leads to them, are left out.  With a top-k teacher each kind of value has
-    one, which tells the kinds apart: only the longest is counted.
+    Rare passes, with what leads to them, are left out.
     """
     looped = set().union(*(loop.body for loop in function.loops))
     avoided = {n for n in function.order if n not in looped and is_edge(function.blocks[n])}
-    kinds: list[set[int]] = []
     if "first pass" in passes.counted:
         first = passes.counted["first pass"].loop.header
         after = function.reachable(first)
         rare = [a for a in rare_loops(function, passes, mains) if a.header in after]
         for loop in rare:
             avoided |= function.detour(first, loop)
-        if topk:
-            kinds = [function.branch(a, [b for b in rare if b is not a]) for a in rare]
 
     copies = {n for n in function.order for i in function.blocks[n] if i.opcode == "UBLKCP"}
 
@@ -194,10 +188,7 @@ def fixed_instructions(
             return 0
         return STEPS_OF_A_BUTTERFLY if merges(function, loop) else 1
 
-    if len(kinds) < 2:
-        return function.longest(times, avoided)
-    everything = set().union(*kinds)
-    return max(function.longest(times, avoided | (everything - kind)) for kind in kinds)
+    return function.longest(times, avoided)
 
 
 def describe(main: MainLoop, kind: str) -> dict[str, object]:
@@ -225,7 +216,7 @@ def cost(launch: Launch, text: str, used: dict[str, int]) -> Cost:
     per_element = sum(main.per_element for main in counted) + stages
     with_rebase = sum(main.with_rebase / main.elements for main in counted) + stages
     special = sum(main.path.special / main.elements for main in counted)
-    fixed = fixed_instructions(function, passes, mains, launch.target == "top-k")
+    fixed = fixed_instructions(function, passes, mains)
     spread = fixed / launch.elements_per_thread
 
     static = used["SHARED"] + (RESERVED_SHARED if launch.architecture < 90 else 0)

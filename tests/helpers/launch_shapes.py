@@ -14,8 +14,6 @@ from helpers.gpu_model import GPUS
 from helpers.programs import CUDA_FLAGS, build, run
 
 CLASSES = 32768
-# Public losses that have no entry in the registry, because they call the kernels of another.
-SAME_KERNELS = {"log_prob": "cross_entropy"}
 
 
 class Launch(NamedTuple):
@@ -23,7 +21,7 @@ class Launch(NamedTuple):
 
     loss: str
     policy: str
-    target: str  # "labels", "top-k", "none", or what a row of the target holds
+    target: str  # "labels", "named", "none", or what a row of the target holds
     dtype: str
     kernel: str  # "forward", "backward" or "forward_grad"
     architecture: int
@@ -70,6 +68,4 @@ def launches() -> list[Launch]:
         Launch(**entry | {"policy": without_namespaces(entry["policy"])})
         for entry in json.loads(printed.stdout)
     ]
-    for name, other in SAME_KERNELS.items():
-        listed += [launch._replace(loss=name) for launch in listed if launch.loss == other]
     return listed

@@ -15,7 +15,8 @@ from helpers.cases import rand, randn
 from helpers.values import value_and_gradients
 
 DIVERGENCES = ("kl_div", "reverse_kl_div", "js_div")
-NAMES = ("cross_entropy", *DIVERGENCES, "log_prob_and_entropy")
+TOPK = ("topk_kl_div", "topk_reverse_kl_div")
+OF_CLASSES = ("log_prob", "log_prob_and_entropy")  # which have no reduction
 
 
 @dataclass
@@ -34,27 +35,32 @@ class LinearCase:
     def call(self, leaves: Mapping[str, Tensor] | None = None, **options: Any) -> Tensor:
         """Our loss."""
         given = dict(leaves or self.leaves)
-        second = self.label if self.label is not None else given.pop("target")
-        arguments = (given.pop("input"), given.pop("linear_weight"), second)
+        arguments = (given.pop("input"), given.pop("linear_weight"), *self.second_of(given))
         value = getattr(fastdiv, f"linear_{self.name}")(
             *arguments, **given, **{**self.options, **options}
         )
         return torch.stack(value) if isinstance(value, tuple) else value
 
+    def second_of(self, given: dict[str, Tensor]) -> list[Tensor]:
+        """Take what follows hidden states and weight out of the leaves, and add the label."""
+        taken = [given.pop(k) for k in ("target", "values") if k in given]
+        return taken if self.label is None else [*taken, self.label]
+
     def unfused(self, leaves: Mapping[str, Tensor] | None = None, **options: Any) -> Tensor:
         """The row loss of logits that are held whole."""
-        v = leaves or self.leaves
+        v = dict(leaves or self.leaves)
         options = {**self.options, **options}
-        for of_tiles in ("chunk_size", "accumulate"):
+        for of_tiles in ("chunk_size", "accumulate", "logits_dtype"):
             options.pop(of_tiles, None)
         x = F.linear(v["input"], v["linear_weight"], v.get("linear_bias"))
-        second = v["target"] if self.label is None else self.label
+        second = self.second_of(v)
         if "target_linear_weight" in v:
-            second = F.linear(second, v["target_linear_weight"], v.get("target_linear_bias"))
+            layer = v["target_linear_weight"], v.get("target_linear_bias")
+            second = [F.linear(second[0], *layer)]
             options["target_type"] = "logits"
         if self.name == "cross_entropy":
             options["dim"] = -1
-        value = getattr(fastdiv, self.name)(x, second, **options)
+        value = getattr(fastdiv, self.name)(x, *second, **options)
         return torch.stack(value) if isinstance(value, tuple) else value
 
     def double(self) -> LinearCase:
@@ -102,7 +108,11 @@ def make_case(
     seed: int = 0,
     **options: Any,
 ) -> LinearCase:
-    """Random tensors; ``target`` is "labels", "probs", "logits", "log_probs" or "hidden"."""
+    """Random tensors; ``target`` is what follows them.
+
+    It is "labels", "several" (four classes in each row, one of them padding at times), "probs",
+    "logits", "log_probs" or "hidden".  A top-k teacher knows four classes of such a target.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -117,6 +127,8 @@ def make_case(
     label = None
     if target == "labels":
         label = (rand(rows, generator=generator) * classes).long()
+    elif target == "several":
+        label = (rand((*rows, 4), generator=generator) * (classes + 1)).long() - 1
     elif target == "hidden":
         leaves["target"] = random(*rows, teacher_hidden)
         leaves["target_linear_weight"] = random(classes, teacher_hidden)
@@ -125,7 +137,12 @@ def make_case(
     else:
         t = random(*rows, classes, scale=2.0).double()
         t = {"logits": t, "log_probs": t.log_softmax(-1), "probs": t.softmax(-1)}[target]
-        leaves["target"] = t.to(dtype)
+        if name in TOPK:
+            values, label = t.topk(min(4, classes))
+            leaves["values"] = values.to(dtype)
+            options = {"values_type": target, "missing": "tail", **options}
+        else:
+            leaves["target"] = t.to(dtype)
     if name in DIVERGENCES and target != "hidden":
         options["target_type"] = target
     return LinearCase(name, leaves, label, options)
@@ -134,6 +151,9 @@ def make_case(
 TARGETS = [
     ("cross_entropy", "labels"),
     ("cross_entropy", "probs"),
+    ("log_prob", "labels"),
+    ("log_prob", "several"),
     ("log_prob_and_entropy", "labels"),
+    *[(n, "log_probs") for n in TOPK],
     *[(n, t) for n in DIVERGENCES for t in ("logits", "log_probs", "probs", "hidden")],
 ]

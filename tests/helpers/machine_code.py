@@ -209,12 +209,6 @@ class Function:
                     return self.dominated(n)
         return set()
 
-    def branch(self, loop: Loop, others: Iterable[Loop]) -> set[int]:
-        """Return the blocks of the widest branch that has a loop and none of the others."""
-        elsewhere = set().union(*(self.dominators[other.header] for other in others))
-        own = self.dominators[loop.header] - elsewhere
-        return self.dominated(min(own, key=self.order.index)) if own else set()
-
     def dominated(self, by: int) -> set[int]:
         return {n for n in self.order if by in self.dominators[n]}
 

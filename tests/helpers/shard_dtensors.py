@@ -88,7 +88,10 @@ def functions_of_logits(group: Any, rank: int, where: str) -> None:
         "entropy": ([x], {}),
         "log_prob": ([x, index], {}),
         "log_prob_and_entropy": ([x, index], {}),
-        "topk_kl_div": ([x, top.values, top.indices], {"values_type": "log_probs"}),
+        **{
+            name: ([x, top.values, top.indices], {"values_type": "log_probs"})
+            for name in ("topk_kl_div", "topk_reverse_kl_div", "topk_js_div")
+        },
         "cross_entropy": ([x, y], {"label_smoothing": 0.1, "weight": weight, "z_loss": 0.1}),
     }
     cases = {n: c for n, c in cases.items() if not n.startswith("linear")}
@@ -209,7 +212,7 @@ def functions_of_layers(group: Any, rank: int) -> None:
 
 
 def fsdp(group: Any, rank: int) -> tuple[str, str]:
-    """A weight of data-parallel ranks and rows of each rank's own: refused, or as DDP computes."""
+    """Placed rows give the loss of all ranks; what is computed from a weight is refused."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     layer = nn.Linear(WIDTH, CLASSES)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
@@ -217,9 +220,7 @@ def fsdp(group: Any, rank: int) -> tuple[str, str]:
     h = make_inputs((8, WIDTH), torch.float32)[0]
     y = torch.arange(8)
     mine = slice(2 * rank, 2 * rank + 2)
-    refused = outcome(
-        lambda: fastdiv.linear_cross_entropy(h[mine], layer.weight, y[mine], linear_bias=layer.bias)
-    )
+    refused = outcome(lambda: fastdiv.linear_cross_entropy(h[mine], 2 * layer.weight, y[mine]))
     weight.requires_grad_(), bias.requires_grad_()
     expected = fastdiv.linear_cross_entropy(h, weight, y, linear_bias=bias)
     expected.backward()

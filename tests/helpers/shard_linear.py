@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiv
 import fastdiv.distributed as sharded
+from fastdiv._linear import tiles
 from fastdiv.distributed import infinite_rows
 from helpers.cases import make_inputs
 from helpers.shards import SIZES, classes_of, digest, size_of
@@ -83,6 +89,60 @@ def linear(group: Any, rank: int, dtype: torch.dtype) -> list[str]:
             found.append(digest(*ours[:n]))
     assert not wrong, "\n".join(wrong)
     return found
+
+
+def float_logits(group: Any, rank: int) -> None:
+    """Layers in half precision with float32 logits: near float64, in every path of the values."""
+    sizes, mine = SIZES[size_of(group)], classes_of(rank, SIZES[size_of(group)])
+    hidden, teacher = (v.bfloat16() for v in make_inputs((40, 24), torch.float32, seed=1))
+    w, v = (m.bfloat16() for m in make_inputs((sum(sizes), 24), torch.float32, scale=0.7, seed=2))
+    y = (hidden @ w.t()).argmax(-1)
+    # Every second tensor is a weight, of which a rank has its rows.
+    losses: dict[Callable[..., Tensor], tuple[Tensor, ...]] = {
+        lambda m, h, w, **o: m.linear_cross_entropy(h, w, y, **o): (hidden, w),
+        lambda m, h, w, g, v, **o: m.linear_kl_div(h, w, g, target_linear_weight=v, **o): (
+            hidden, w, teacher, v,
+        ),
+    }  # fmt: skip
+    # A new mesh of some ranks would wait for the others.
+    mesh = init_device_mesh("cpu", (4,)) if group is None else DeviceMesh.from_group(group, "cpu")
+    for reduction in ("none", "mean"):
+        for loss, leaves in losses.items():
+            truth, *exact = value_and_gradients(
+                lambda *a, f=loss, r=reduction: f(fastdiv, *a, reduction=r),
+                *(leaf.double() for leaf in leaves),
+            )
+            how = {"reduction": reduction, "logits_dtype": torch.float32}
+            ours = partial(loss, sharded, group=group, chunk_size=7, **how)
+            parts = [leaf[mine] if i % 2 else leaf for i, leaf in enumerate(leaves)]
+            exact = [g[mine] if i % 2 else g for i, g in enumerate(exact)]
+            for multiplies in (True, False):
+                with patch.object(tiles, "multiplies", lambda half, m=multiplies: m):
+                    value, *found = value_and_gradients(ours, *parts)
+                same(value.double(), truth, 1e-5)
+                for a, b in zip(found, exact, strict=True):
+                    same(a.double() / b.abs().max(), b / b.abs().max(), 1e-2)
+            with fastdiv.backend("reference"):
+                same(ours(*parts).double(), truth, 1e-5)
+            placed = [
+                distribute_tensor(leaf, mesh, [Shard(0)]) if i % 2 else leaf
+                for i, leaf in enumerate(leaves)
+            ]
+            with patch.object(tiles, "multiplies", lambda half: True):
+                value = loss(fastdiv, *placed, **how)
+            same(value.full_tensor().double(), truth, 1e-5)
+    h, own = hidden.clone().requires_grad_(), w[mine].clone().requires_grad_()
+    value = sharded.linear_cross_entropy(h, own, y, group=group, logits_dtype=torch.float32)
+    (first,) = torch.autograd.grad(value, h, create_graph=True)
+    second = torch.autograd.grad(first.float().square().sum(), own)[0]
+    assert second.dtype == torch.bfloat16 and second.isfinite().all() and second.any()
+    for wrong in (torch.float64, None if rank else torch.float32):
+        try:
+            sharded.linear_cross_entropy(hidden, own, y, group=group, logits_dtype=wrong)
+        except (ValueError, RuntimeError) as error:
+            assert "logits_dtype must be" in str(error) or "dtype of logits" in str(error), error
+        else:
+            raise AssertionError(f"{wrong} was accepted")
 
 
 def infinite(group: Any, rank: int, like_gpu: bool) -> list[str]:

@@ -20,6 +20,7 @@ int main(int argc, char** argv) {
     Problem problem(*kernels, loss, target, dtype, classes, setup, split, compare ? 5 : 2, report);
     problem.run();
     problem.check_forward_grad();
+    problem.check_in_place();
     if (compare) problem.check_against_plain_loops();
   };
   for (int i = 0; i < int(LossId::kCount); ++i)
@@ -37,6 +38,8 @@ int main(int argc, char** argv) {
           if (own || classes < 8193) run(loss, target, dtype, classes, {}, false);
         run(loss, target, dtype, 513, {0.5, 30, true, 3}, false);
         run(loss, target, dtype, 8197, {0.5, 30, true, 1}, true);
+        run(loss, target, dtype, 513, {0.5, 30, true, 3, Masks::kBits, true}, false);
+        run(loss, target, dtype, 1029, {0.5, 0, false, 1, Masks::kBytes, true}, true);
       }
   std::printf("%d checks, %d failures\n", report.checks, report.failures);
   return report.failures ? 1 : 0;

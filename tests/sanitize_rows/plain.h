@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "losses/row_args.h"
+#include "losses/named.h"
 
 namespace fastdiv {
 
@@ -19,6 +19,17 @@ constexpr double kGrad = 1.5, kGradEntropy = -0.5;
 struct Plain {
   double value = 0, entropy = 0;
   Doubles dx, dt;
+  Doubles values;  // of named classes
+};
+
+// A row and its options.
+struct PlainCall {
+  const RowArgs& a;
+  Doubles x, t;
+  int64_t y;
+  const Doubles& weight;
+  double scale = 1;
+  std::vector<bool> part = {};  // whether each class takes part
 };
 
 inline double times(double mass, double v) { return mass == 0 ? 0 : mass * v; }
@@ -109,11 +120,11 @@ inline bool has_order(const std::string& loss) {
 }
 
 inline Plain plain_divergence(const std::string& loss, Target target, const RowArgs& a,
-                              const Doubles& lq, const Doubles& t) {
+                              double scale, const Doubles& lq, const Doubles& t) {
   const size_t n = lq.size();
   const bool hellinger = loss == "hellinger_distance", probs = target == Target::kProbs;
   const double b = hellinger ? 0.5 : a.params.param;
-  Doubles lp = target == Target::kLogits ? log_softmax(t, a.scale) : t, p = t, u(n), v(n);
+  Doubles lp = target == Target::kLogits ? log_softmax(t, scale) : t, p = t, u(n), v(n);
   for (size_t i = 0; i < n; ++i) probs ? lp[i] = std::log(t[i]) : p[i] = std::exp(lp[i]);
   Plain out{0, entropy_of(lq), Doubles(n), Doubles(n)};
   double s = 0, sum_u = 0, sum_v = 0;
@@ -134,70 +145,79 @@ inline Plain plain_divergence(const std::string& loss, Target target, const RowA
   if (loss == "renyi_div") out.value = std::log(s) / (b - 1);
   for (size_t i = 0; i < n; ++i) {
     out.dx[i] = kGrad * (u[i] - times(std::exp(lq[i]), sum_u));
-    if (target == Target::kLogits) out.dt[i] = kGrad * a.scale * (v[i] - p[i] * sum_v);
+    if (target == Target::kLogits) out.dt[i] = kGrad * scale * (v[i] - p[i] * sum_v);
     if (target == Target::kLogProbs) out.dt[i] = kGrad * v[i];
     if (probs) out.dt[i] = p[i] == 0 ? 0 : kGrad * v[i] / p[i];
   }
   return out;
 }
 
-// Any loss without a top-k teacher, of the name without _stats.
-inline Plain plain_row(const std::string& loss, Target target, const RowArgs& a, const Doubles& raw,
-                       const Doubles& t, int64_t y, const Doubles& weight) {
-  Doubles x = raw;
-  if (a.softcap)
-    for (double& v : x) v = a.softcap * std::tanh(v / a.softcap);
-  const Doubles lq = log_softmax(x, a.scale);
+// Return the logits after soft capping and masking.
+inline Doubles plain_logits(const PlainCall& c) {
+  Doubles x = c.x;
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (c.a.softcap) x[i] = c.a.softcap * std::tanh(x[i] / c.a.softcap);
+    if (!c.part[i]) x[i] = -kInf;
+  }
+  return x;
+}
+// Scale the gradients of logits, and set those of classes that take no part to 0.
+inline void finish_gradients(Plain& out, const PlainCall& c) {
+  for (size_t i = 0; i < c.x.size(); ++i) {
+    const double slope = c.a.softcap ? 1 - std::pow(std::tanh(c.x[i] / c.a.softcap), 2) : 1;
+    out.dx[i] = c.part[i] ? out.dx[i] * c.scale * slope : 0;
+    if (!c.part[i] && !out.dt.empty()) out.dt[i] = 0;
+  }
+}
+
+// Any loss without named classes, of the name without _stats.
+inline Plain plain_row(const std::string& loss, Target target, const PlainCall& c) {
+  const Doubles x = plain_logits(c), lq = log_softmax(x, c.scale);
+  Doubles t = c.t;
+  for (size_t i = 0; i < t.size(); ++i)
+    if (!c.part[i]) t[i] = target == Target::kProbs ? 0 : -kInf;
   double lse = -kInf;
-  for (size_t i = 0; i < x.size(); ++i) lse = std::fmax(lse, x[i] * a.scale - lq[i]);
-  const bool cross = loss.find("cross_entropy") != std::string::npos;
-  Plain out = cross ? plain_cross_entropy(a.params, lq, lse,
-                                          target == Target::kNone ? Doubles{} : t, y, weight)
-              : target == Target::kNone ? plain_entropy(loss != "entropy", lq, y)
-                                        : plain_divergence(loss, target, a, lq, t);
   for (size_t i = 0; i < x.size(); ++i)
-    out.dx[i] *= a.scale * (a.softcap ? 1 - std::pow(std::tanh(raw[i] / a.softcap), 2) : 1);
+    if (c.part[i]) lse = std::fmax(lse, x[i] * c.scale - lq[i]);
+  const bool cross = loss.find("cross_entropy") != std::string::npos;
+  const bool hard = target == Target::kNone;
+  Plain out = cross  ? plain_cross_entropy(c.a.params, lq, lse, hard ? Doubles{} : t, c.y, c.weight)
+              : hard ? plain_entropy(loss != "entropy", lq, c.y)
+                     : plain_divergence(loss, target, c.a, c.scale, lq, t);
+  if (c.a.params.by_probability) {
+    const double own = std::exp(lq[size_t(c.y)]);
+    out.value *= own;
+    for (double& d : out.dx) d *= own;
+  }
+  finish_gradients(out, c);
   return out;
 }
 
-// topk_kl_div: t holds what the teacher has for all classes.
-inline Plain plain_topk(const std::string& loss, Target target, double scale, const Doubles& x,
-                        const Doubles& t, const int64_t* indices, int64_t k) {
-  const size_t n = x.size();
-  const bool logits = target == Target::kLogits, probs = target == Target::kProbs;
-  const bool normalised = logits || loss == "renormalized_topk_kl_div";
-  const double others = double(n) - double(k);
-  const Doubles lq = log_softmax(x, scale);
-  Doubles p(k), slope(k);
-  double sum = 0, mass = 0, common = 0, mean = 0;
+// The log-probabilities of k named classes, and of the rest.
+inline Plain plain_named(const PlainCall& c, Rest rest, const int64_t* indices, int64_t k,
+                         const Doubles& upstream) {
+  const size_t n = c.x.size();
+  const Doubles lq = log_softmax(plain_logits(c), c.scale);
+  Plain out{0, 0, Doubles(n), {}, Doubles(upstream.size())};
+  std::vector<bool> named(n);
+  double sum = 0, tail = 0, mean = 0, others = double(n);
   for (int64_t j = 0; j < k; ++j) {
-    const double v = t[indices[j]];
-    sum += p[j] = probs ? v : std::exp(logits ? v * scale : v);
-  }
-  Plain out{0, 0, Doubles(n), Doubles(k)};
-  std::vector<bool> among_k(n);
-  for (int64_t j = 0; j < k; ++j) {
-    if (normalised) p[j] /= sum;
-    const double q = lq[indices[j]], ratio = p[j] == 0 ? 0 : std::log(p[j]) - q;
-    among_k[indices[j]] = true, mass += p[j], out.value += times(p[j], ratio);
-    slope[j] = std::isinf(q) ? 0 : ratio + 1;
-    if (normalised) common += times(p[j], slope[j]);
-  }
-  const bool uniform = loss == "uniform_topk_kl_div" && !normalised && others > 0;
-  const double rest = uniform ? std::fmax(0, 1 - mass) : 0;
-  for (size_t i = 0; i < n && uniform; ++i) mean += among_k[i] ? 0 : lq[i] / others;
-  if (rest > 0) {
-    out.value += rest * (std::log(rest / others) - mean);
-    common = std::isinf(mean) ? 0 : std::log(rest / others) - mean + 1;
+    if (indices[j] < 0) continue;
+    const size_t y = size_t(indices[j]);
+    others -= !named[y], named[y] = true;
+    out.values[j] = lq[y], out.dx[y] += upstream[j], sum += upstream[j];
   }
   for (size_t i = 0; i < n; ++i)
-    out.dx[i] = kGrad * scale * (std::exp(lq[i]) * (mass + rest) - (uniform ? rest / others : 0));
-  for (int64_t j = 0; j < k; ++j) {
-    const double over_common = slope[j] - common;
-    out.dx[indices[j]] = kGrad * scale * (std::exp(lq[indices[j]]) * (mass + rest) - p[j]);
-    out.dt[j] = kGrad * (logits ? scale : 1) * times(p[j], over_common);
-    if (probs) out.dt[j] = p[j] == 0 ? 0 : kGrad * over_common / (normalised ? sum : 1);
+    if (!named[i]) tail += std::exp(lq[i]), mean += lq[i] / others;
+  if (rest != Rest::kNone) {
+    const double g = upstream[k];
+    out.values[k] = rest == Rest::kTail ? std::log(tail) : mean, sum += g;
+    for (size_t i = 0; i < n; ++i)
+      if (!named[i])
+        out.dx[i] += g * (rest == Rest::kTail ? times(std::exp(lq[i]), 1 / tail) : 1 / others);
   }
+  for (size_t i = 0; i < n; ++i) out.dx[i] -= times(std::exp(lq[i]), sum);
+  finish_gradients(out, c);
   return out;
 }
 

@@ -5,15 +5,20 @@
 #include <random>
 
 #include "kernels.h"
+#include "losses/named.h"
 #include "memory.h"
 #include "plain.h"
 
 namespace fastdiv {
 
+enum class Masks { kNone, kBytes, kBits };
+
 struct Setup {
   double scale = 1, softcap = 0;
   bool weights = false;
   int64_t padding = 0;  // elements between rows
+  Masks masks = Masks::kNone;
+  bool own_scales = false;  // a scale for each row
 };
 
 // Counts checks and failures, and prints the first failures.
@@ -42,7 +47,9 @@ class Problem {
         dtype(dtype),
         rows(rows),
         classes(classes),
+        once(traits.named && names_once(loss)),
         k(classes > 2 ? classes / 3 : 1),
+        values(traits.named ? k + (rest_of(loss) != Rest::kNone) : 1),
         setup(setup),
         report(report) {
     if (!traits.softcap) this->setup.softcap = 0;
@@ -56,14 +63,24 @@ class Problem {
     if (!traits.stats) call(kernels.backward, a);
   }
 
+  // A backward of named classes writes the same in place.
+  void check_in_place() {
+    if (!traits.named) return;
+    RowBuffer over = x;
+    Reals overwritten(f64, rows * k, 555);
+    RowArgs b = a;
+    b.x = b.dx = over.matrix(), b.overwritten = overwritten.data();
+    b.split_columns = nullptr, b.scratch = nullptr;
+    call(kernels.backward, b);
+    expect("the gradient in place", dx.same(over), 1, 0);
+  }
+
   // Both kernels in one, in place and without threads, give the same bits.
   void check_forward_grad() {
-    if (traits.stats) return;
+    if (traits.stats || traits.named) return;
     RowBuffer over = x, dt_again = t;
     Reals value_again(f64, rows, 555), record_again(f64, rows * 8, 555);
-    Reals overwritten(f64, rows * k, 555);
     RowArgs f = a;
-    if (traits.topk) f.overwritten = overwritten.data();
     f.split_columns = nullptr, f.scratch = nullptr;
     f.x = f.dx = over.matrix();
     if (target != Target::kNone) f.dt = dt_again.matrix();
@@ -91,7 +108,9 @@ class Problem {
   const std::string name;
   const Target target;
   const DType dtype;
-  const int64_t rows, classes, k;
+  const int64_t rows, classes;
+  const bool once;          // a class has one name, and values are in double
+  const int64_t k, values;  // names and values of a row
   Setup setup;
   Report& report;
   const bool f64 = dtype == DType::kF64;
@@ -100,16 +119,22 @@ class Problem {
                               std::to_string(int(dtype)) + " classes " + std::to_string(classes);
 
   RowBuffer x{dtype, rows, classes, setup.padding};
-  RowBuffer t{dtype, rows, traits.topk ? k : classes, setup.padding};
+  RowBuffer t{dtype, rows, classes, setup.padding};
   RowBuffer dx = x, dt = t;      // sizes; the constructor copies the numbers
   std::vector<Doubles> teacher;  // what t has for all classes
   std::vector<int64_t> indices = std::vector<int64_t>(rows * k);
   std::vector<int64_t> labels = std::vector<int64_t>(rows), argmax = labels;
   Doubles class_weight = Doubles(classes, 1.0);
   Reals weight{f64, classes, 1}, row_weight{f64, rows, 1};
-  Reals value{f64, rows, 777}, entropy = value, record{f64, rows * 8, 777};
+  Reals scales{f64, rows, 1};
+  // Nothing is read beyond the last byte of a mask.
+  const bool bits = setup.masks == Masks::kBits;
+  const int64_t mask_bytes = bits ? (classes + 7) / 8 : classes;
+  std::vector<uint8_t> mask = std::vector<uint8_t>(size_t(rows * mask_bytes));
+  Reals value{f64 || once, rows * values, 777}, entropy{f64, rows, 777};
+  Reals record{f64, rows * 8, 777};
   Reals stats{f64, 3 * rows, 777};
-  Reals grad{f64, rows, kGrad}, grad_entropy{f64, rows, kGradEntropy};
+  Reals grad{f64 || once, rows * values, kGrad}, grad_entropy{f64, rows, kGradEntropy};
   std::vector<char> scratch = std::vector<char>(segment_count(classes) * kScratchPerSegment);
   RowArgs a;
 
@@ -137,10 +162,13 @@ class Problem {
         // No smaller than what a half and the reciprocals in the gradients can hold.
         for (double& v : target_row)
           if (v == v) v = v == -kInf ? 0 : std::fmax(std::exp(v), 1e-3);
-      for (int64_t i = 0; i < classes; ++i) x.set(r, i, logits[i]);
-      traits.topk ? fill_topk(r, target_row) : fill_target(r, target_row);
-      teacher.push_back(target_row);
       labels[r] = r == kIgnored ? -100 : (r * 7) % (classes > 2 ? classes - 1 : 1);
+      for (int64_t i = 0; i < classes; ++i) x.set(r, i, logits[i]);
+      fill_target(r, target_row);
+      fill_names(r);
+      fill_mask(r);
+      if (setup.own_scales) scales.set(r, setup.scale * (1 + 0.25 * double(r)));
+      teacher.push_back(target_row);
     }
     if (setup.weights)
       for (int64_t i = 0; i < classes; ++i) weight.set(i, class_weight[i] = 0.5 + double(i % 4));
@@ -151,12 +179,26 @@ class Problem {
     for (int64_t i = 0; i < classes; ++i) t.set(r, i, target_row[i]);
     target_row = t.row(r);
   }
-  void fill_topk(int64_t r, Doubles& target_row) {
+  // Some names are padding; without `once`, two are of one class.
+  void fill_names(int64_t r) {
     for (int64_t j = 0; j < k; ++j) {
-      const int64_t y = indices[r * k + j] = (3 * j + r) % classes;
-      t.set(r, j, target_row[y]);
-      target_row[y] = t.get(r, j);
-      if (r == kIgnored) indices[r * k + j] = j % 2 ? -1 : INT64_MAX;
+      int64_t& y = indices[r * k + j] = (3 * j + r) % classes;
+      if (j == 2) y = once ? -1 : indices[r * k];
+      if (r == kIgnored) y = j % 2 ? -1 : INT64_MAX;
+      if (traits.named) grad.set(r * values + j, kGrad * (0.5 + double(j % 4)));
+    }
+  }
+  bool takes_part(int64_t r, int64_t i) const {
+    const bool has_nan = r >= kNaN && (i == 0 || i == classes / 2);
+    return setup.masks == Masks::kNone || has_nan || i == labels[r] || (i + r) % 3 != 1;
+  }
+  void fill_mask(int64_t r) {
+    for (int64_t i = 0; i < classes; ++i) {
+      if (!takes_part(r, i)) continue;
+      if (bits)
+        mask[size_t(r * mask_bytes + i / 8)] |= uint8_t(1 << (i % 8));
+      else
+        mask[size_t(r * mask_bytes + i)] = 1;
     }
   }
 
@@ -164,13 +206,16 @@ class Problem {
     a.rows = rows, a.classes = classes, a.dtype = dtype;
     a.x = x.matrix(), a.dx = dx.matrix();
     if (target != Target::kNone) a.t = t.matrix(), a.dt = dt.matrix();
-    if (traits.topk) a.k = k, a.t_dtype = dtype, a.indices = {indices.data(), k};
+    if (traits.named) a.k = k, a.indices = {indices.data(), k, IndexType::kI64};
+    if (setup.masks != Masks::kNone) a.mask = {mask.data(), mask_bytes, bits};
+    if (setup.own_scales) a.row_scale = scales.data();
     if (traits.reads_label) a.labels = labels.data(), a.ignore_index = -100;
     if (setup.weights) a.class_weight = weight.data();
     a.row_weight = row_weight.data();
     a.scale = setup.scale, a.softcap = setup.softcap;
-    a.params = {loss, 0.3, 1, 0, 0, target};
+    a.params = {loss, 0.3, 1, 0, 0, false, target};
     if (plain_name.find("cross_entropy") != std::string::npos) a.params.z_loss = 1e-2;
+    a.params.by_probability = plain_name == "cross_entropy" && setup.own_scales;
     if (plain_name == "smoothed_cross_entropy" || plain_name == "soft_cross_entropy")
       a.params.confidence = 0.9, a.params.smoothing_per_class = 0.1 / double(classes);
     a.value = value.data(), a.record = record.data();
@@ -181,23 +226,41 @@ class Problem {
   }
 
   Plain plain_of(int64_t r) {
-    if (r == kIgnored) return {0, 0, Doubles(classes), Doubles(t.classes)};
-    Plain plain =
-        traits.topk
-            ? plain_topk(name, target, a.scale, x.row(r), teacher[r], &indices[r * k], k)
-            : plain_row(plain_name, target, a, x.row(r), teacher[r], labels[r], class_weight);
+    if (r == kIgnored) return {0, 0, Doubles(classes), Doubles(classes), Doubles(values)};
+    PlainCall of_row{a, x.row(r), teacher[r], labels[r], class_weight};
+    of_row.scale = setup.own_scales ? scales[r] : a.scale;
+    for (int64_t i = 0; i < classes; ++i) of_row.part.push_back(takes_part(r, i));
+    Plain plain;
+    if (traits.named) {
+      Doubles upstream(values);
+      for (int64_t j = 0; j < values; ++j) upstream[j] = grad[r * values + j];
+      plain = plain_named(of_row, rest_of(a.params.loss), &indices[r * k], k, upstream);
+    } else {
+      plain = plain_row(plain_name, target, of_row);
+    }
     if (r == kNaN) plain.value = plain.entropy = NAN;
+    if (r == kNaN && traits.named)
+      for (int64_t j = 0; j < k; ++j)
+        if (indices[r * k + j] >= 0) plain.values[j] = NAN;
     return plain;
   }
 
   void check_value(int64_t r, const Plain& plain) {
     const double digits = f64 ? 1e-11 : 2e-5;
+    if (traits.named) {
+      for (int64_t j = 0; j < values; ++j) {
+        const double v = plain.values[j];
+        if (r != kNaN || j < k)
+          expect("value", value[r * values + j], v, digits * (10 + std::abs(v)));
+      }
+      return;
+    }
     expect("value", value[r], plain.value, digits * (10 + std::abs(plain.value)));
     if (traits.two_outputs) expect("second output", entropy[r], plain.entropy, digits * 20);
     if (!traits.stats || r >= kNaN) return;
     expect("entropy", stats[rows + r], plain.entropy, digits * 20);
     for (int64_t i = 0; i < classes; ++i)
-      expect("maximum", x.get(r, argmax[r]) >= x.get(r, i), 1, 0);
+      if (takes_part(r, i)) expect("maximum", x.get(r, argmax[r]) >= x.get(r, i), 1, 0);
   }
   void check_gradients(int64_t r, const Plain& plain) {
     const double digits = f64 ? 1e-11 : 2e-5;

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..._linear.cross_entropy import linear_cross_entropy
+from ..._linear.dtypes import whole_logits
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,16 @@ class Formula:
     dtype: torch.dtype
     scale: float = 1.0
     gain: float | None = None
+    logits_dtype: torch.dtype | None = None  # as linear_cross_entropy has it
 
     def logits(self, *tensors: Tensor) -> Tensor:
         """Compute the logits of these hidden states, weights and bias."""
         layers, bias = _layers(tensors)
         (first, weight), *others = layers
-        x = F.linear(first, weight, None if bias is None else bias.to(first.dtype))
+        bias = None if bias is None else bias.to(first.dtype)
+        x = whole_logits(first, weight, bias, self.logits_dtype)
         for hidden, weight in others:
-            x = x + F.linear(hidden, weight)
+            x = x + whole_logits(hidden, weight, None, self.logits_dtype)
         if self.scale != 1:
             x = x * self.scale
         if self.gain is not None:
@@ -48,6 +50,7 @@ class Formula:
             linear_bias=bias,
             softcap=cap,
             temperature=temperature,
+            logits_dtype=self.logits_dtype,
             **options,
         )
 

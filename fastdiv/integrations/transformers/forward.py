@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._linear.dtypes import whole_logits
 from ..handle import replaced_forward
 from .logits import DeferredLogits, HeldLogits, Step
 
@@ -29,7 +30,14 @@ def is_running() -> bool:
 
 
 def run(
-    model: Any, forward: Callable[..., Any], linear: bool, keep: bool, /, *args: Any, **kwargs: Any
+    model: Any,
+    forward: Callable[..., Any],
+    linear: bool,
+    logits_dtype: torch.dtype | None,
+    keep: bool,
+    /,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Run a model's forward; its logits are deferred in training if ``linear``, and else held.
 
@@ -46,7 +54,8 @@ def run(
     step = Step()
     _here.running = True
     try:
-        with replaced_forward(layers, partial(_deferred if deferring else _held, step)):
+        logits = partial(_deferred if deferring else _held, step, logits_dtype)
+        with replaced_forward(layers, logits):
             output = forward(*args, **kwargs)
     finally:
         _here.running = step.running = False
@@ -95,31 +104,33 @@ def _layers_of(head: nn.Module) -> list[nn.Linear]:
 
 
 @contextmanager
-def deferred_logits(head: nn.Module) -> Iterator[None]:
+def deferred_logits(head: nn.Module, logits_dtype: torch.dtype | None) -> Iterator[None]:
     """Let a head return deferred logits, where nothing replaced its layers' forward."""
     layers = [layer for layer in _layers_of(head) if "forward" not in vars(layer)]
     step = Step()
     try:
-        with replaced_forward(layers, partial(_deferred, step)):
+        with replaced_forward(layers, partial(_deferred, step, logits_dtype)):
             yield
     finally:
         step.running = False
 
 
-def _held(step: Step, layer: nn.Linear, input: Tensor) -> Tensor:
+def _held(step: Step, logits_dtype: torch.dtype | None, layer: nn.Linear, input: Tensor) -> Tensor:
     step.called = True
-    logits = nn.Linear.forward(layer, input)
+    logits = whole_logits(input, layer.weight, layer.bias, logits_dtype)
     return logits.as_subclass(HeldLogits) if type(logits) is Tensor else logits
 
 
-def _deferred(step: Step, layer: nn.Linear, input: Tensor) -> Tensor:
+def _deferred(
+    step: Step, logits_dtype: torch.dtype | None, layer: nn.Linear, input: Tensor
+) -> Tensor:
     step.called = True
     if type(input) is not Tensor:
         step.trouble = f"its output layer is given a {type(input).__qualname__}"
     elif type(layer.weight) not in (Tensor, nn.Parameter) or hasattr(layer.weight, "ds_id"):
         step.trouble = "its output layer's weight is sharded"
     else:
-        return DeferredLogits.of_layer(input, layer.weight, layer.bias, step)
+        return DeferredLogits.of_layer(input, layer.weight, layer.bias, step, logits_dtype)
     return nn.Linear.forward(layer, input)
 
 

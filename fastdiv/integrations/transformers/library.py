@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._engine.torch_private import is_jit_traced, is_transformed
+from ..._linear.dtypes import check_logits_dtype
 from ..handle import Patch, require_kernels
 from . import forward as model_forward
 from .logits import DeferredLogits, HeldLogits
@@ -25,13 +26,17 @@ _smoothing: ContextVar[bool] = ContextVar("fastdiv_smoothing", default=False)
 class TransformersPatch(Patch):
     """The handle that ``apply()`` returns."""
 
-    def __init__(self, model: nn.Module | None, linear: bool) -> None:
+    def __init__(
+        self, model: nn.Module | None, linear: bool, logits_dtype: torch.dtype | None
+    ) -> None:
         _check_version()
+        check_logits_dtype(logits_dtype)
         found = None if model is None else _find_model(model)
         if found is not None:
             model_forward.output_layers(found)
         self._model = None if found is None else weakref.ref(found)
         self.linear = linear
+        self.logits_dtype = logits_dtype
         super().__init__()
 
     def fits(self, model: nn.Module) -> bool:
@@ -135,7 +140,8 @@ def _with_labels(
         if patch is None or (labels is None and not _smoothing.get()):
             return original(self, *args, **kwargs)
         call = partial(original, self)
-        return model_forward.run(self, call, patch.linear, _smoothing.get(), *args, **kwargs)
+        how = (patch.linear, patch.logits_dtype, _smoothing.get())
+        return model_forward.run(self, call, *how, *args, **kwargs)
 
     return method
 

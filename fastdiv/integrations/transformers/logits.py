@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._engine.torch_private import parse_to, tree_map_only
-from ..._linear.head import as_autocast
+from ..._linear.dtypes import as_autocast, widens
 from ..torch import cross_entropy
 from .formula import Formula, one_product
 
@@ -59,11 +59,20 @@ class DeferredLogits(Tensor):
     _held: Tensor | None
 
     @staticmethod
-    def of_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, step: Step) -> DeferredLogits:
+    def of_layer(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        step: Step,
+        logits_dtype: torch.dtype | None = None,
+    ) -> DeferredLogits:
         """Return the deferred result of ``F.linear``, also under autocast."""
         given = (hidden, weight) if bias is None else (hidden, weight, bias)
         tensors = tuple(as_autocast(v) for v in given)
-        return _defer(Formula(tensors[0].dtype), tensors, step)
+        dtype = tensors[0].dtype
+        if logits_dtype is not None and widens(tensors[0], logits_dtype):
+            dtype = logits_dtype
+        return _defer(Formula(dtype, logits_dtype=logits_dtype), tensors, step)
 
     def held(self, user: str) -> Tensor:
         """Compute the logits, with a graph whether or not one is being recorded."""
@@ -195,7 +204,8 @@ def _added(x: DeferredLogits, other: Any) -> Any:
     biases = [v[-1] for v in both if len(v) % 2]
     layers = [v for w in both for v in w[: len(w) - len(w) % 2]]
     tensors = [*layers, sum(biases[1:], biases[0])] if biases else layers
-    return _defer(Formula(torch.promote_types(x.dtype, other.dtype)), tensors, x.step)
+    dtype = torch.promote_types(x.dtype, other.dtype)
+    return _defer(replace(x.formula, dtype=dtype, scale=1.0), tensors, x.step)
 
 
 def _unscaled(x: DeferredLogits) -> tuple[Tensor, ...]:

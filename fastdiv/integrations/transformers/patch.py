@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from .library import TransformersPatch
 
 
-def apply(model: nn.Module | None = None, linear: bool = True) -> TransformersPatch:
+def apply(
+    model: nn.Module | None = None,
+    linear: bool = True,
+    logits_dtype: torch.dtype | None = None,
+) -> TransformersPatch:
     """Train language models of Transformers on :func:`fastdiv.linear_cross_entropy`.
 
     The patch lasts until it is undone, or for a ``with`` block.  While it does, training steps of
@@ -31,6 +36,8 @@ def apply(model: nn.Module | None = None, linear: bool = True) -> TransformersPa
         model: The only model to patch, possibly wrapped (PEFT, DDP).  None patches all models, also
             those made later.
         linear: False holds the logits in training, too.
+        logits_dtype: ``torch.float32`` keeps logits of layers in half precision as the float32 sums
+            that they are, in every call with labels.  ``outputs.logits`` are float32 then.
 
     Returns:
         A handle.  Its ``undo()``, or leaving a ``with`` block of it, undoes this patch.  Several
@@ -42,7 +49,8 @@ def apply(model: nn.Module | None = None, linear: bool = True) -> TransformersPa
         RuntimeError: if fastdiv does not know this version (it knows 4.57 and 5), or the kernels
             are not built.
         TypeError: if ``model`` holds no model of Transformers.
-        ValueError: if ``model`` has no output layer, or one that fastdiv does not know.
+        ValueError: if ``model`` has no output layer, or one that fastdiv does not know; or
+            if ``logits_dtype`` is neither None nor ``torch.float32``.
 
     Example:
         >>> import torch, fastdiv.integrations.transformers
@@ -54,4 +62,4 @@ def apply(model: nn.Module | None = None, linear: bool = True) -> TransformersPa
         >>> patch = fastdiv.integrations.transformers.apply(model)
         >>> patch.undo()
     """
-    return TransformersPatch(model, linear)
+    return TransformersPatch(model, linear, logits_dtype)
