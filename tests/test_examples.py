@@ -73,6 +73,16 @@ def test_gkd_of_trl(tmp_path: Path) -> None:
     assert "same curve" in done.stdout and picture.stat().st_size > 10_000
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_grpo_of_trl() -> None:
+    """The same completions as without the one line, hence the same rewards."""
+    pytest.importorskip("trl", exc_type=ImportError)
+    done = run("grpo_trl.py", "--steps", "3", "--vocab", "200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same curve" in done.stdout and "NOT" not in done.stdout
+
+
 @pytest.mark.slow
 def test_sharded_vocabulary() -> None:
     """Two processes, with an odd number of classes."""

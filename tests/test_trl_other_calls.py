@@ -57,6 +57,8 @@ OTHERS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "a class too many": ("log_prob", (X, INDEX + CLASSES), {}),
     "a negative class": ("log_prob", (X, INDEX - CLASSES), {}),
     "k classes, one too many": ("log_prob", (X, INDEX[..., None] + CLASSES), {}),
+    "class -1": ("log_prob", (X, torch.where(INDEX == 0, -1, INDEX).fill_diagonal_(-1)), {}),
+    "k classes, one of them -1": ("log_prob", (X, torch.stack([INDEX, 0 * INDEX - 1], -1)), {}),
     "int32 classes": ("log_prob", (X, INDEX.int()), {}),
     "classes of fewer tokens": ("log_prob", (X, INDEX[:, :4]), {}),
     "integer logits": ("log_prob", (X.long(), INDEX), {}),

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,19 +270,3 @@ def test_in_one_graph() -> None:
             torch.testing.assert_close(got, expected)
             for a, b in zip(*(torch.autograd.grad(v, x) for v in (got, expected)), strict=True):
                 torch.testing.assert_close(a, b)
-
-
-@pytest.mark.cpu_only("a Trainer finds its own device")
-@pytest.mark.filterwarnings("ignore")
-def test_gkd_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny student learns the same from its teacher, off and on policy."""
-    from helpers.trl_trainer import train
-
-    expected = train(tmp_path)
-    calls, js_div = [], losses.js_div
-    monkeypatch.setattr(losses, "js_div", lambda *a, **k: calls.append(k) or js_div(*a, **k))
-    with integration.apply():
-        calls.clear()
-        got = train(tmp_path)
-    assert len(calls) >= 3 and {call["beta"] for call in calls} == {0.3}
-    assert got == pytest.approx(expected, rel=1e-3) and got[-1] != got[0]

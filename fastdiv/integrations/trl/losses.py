@@ -6,19 +6,16 @@ the original: no kernel fits, fastdiv has no such loss, or the arguments are wro
 
 from __future__ import annotations
 
-import math
 from types import NoneType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._engine.arguments import FLOATS, are_plain, is_number
+from ..._engine.arguments import FLOATS, are_plain, is_number, values_may_be_read
 from ..._engine.backend import use_kernel
 from ..._losses.divergence import js_div
 from ..._losses.entropy import entropy, log_prob, log_prob_and_entropy
-from ...reference import value_dtype
-from .original import PADDING, Function, least_count, result_dtype
+from .original import PADDING, Function, is_positive, least_count, result_dtype
 
 
 def generalized_jsd_loss(
@@ -44,7 +41,7 @@ def generalized_jsd_loss(
         or x.dim() < 2
         or (labels is not None and labels.shape != x.shape[:-1])
         or not (is_number(beta) and 0 <= beta <= 1)
-        or not _is_temperature(temperature)
+        or not is_positive(temperature)
         or (num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean"))
         or not isinstance(num_items_in_batch, (Tensor, int, float, NoneType))
         or logits_are_probs  # which TRL does not normalise
@@ -91,7 +88,7 @@ def selective_log_softmax(
     if not _fit_index(logits, index, temperature, row_mask):
         return None
     try:
-        value = _log_probs(logits, index, temperature)
+        value = log_prob(logits, index, temperature=temperature)
     except IndexError:  # an index out of range, for which TRL has its own error
         if not logits.is_cpu:
             raise
@@ -129,18 +126,6 @@ def entropy_from_logits(original: Function, logits: Tensor, chunk_size: int = 12
     return entropy(logits).to(result_dtype(original, logits))
 
 
-def _log_probs(x: Tensor, index: Tensor, temperature: float) -> Tensor:
-    if index.dim() < x.dim():
-        return log_prob(x, index, temperature=temperature)
-    # The kernel computes the most likely of the indexed classes.  The others follow from the
-    # difference of their logits, which is not defined if all of them are at -inf.
-    logits = x.gather(-1, index).to(value_dtype(x.dtype))
-    best, place = logits.max(-1, keepdim=True)
-    of_best = log_prob(x, index.gather(-1, place).squeeze(-1), temperature=temperature)
-    difference = torch.where(best == -torch.inf, 0.0, logits - best)
-    return of_best.unsqueeze(-1) + difference / temperature
-
-
 def _masked(value: Tensor, row_mask: Tensor | None) -> Tensor:
     return value if row_mask is None else value.masked_fill(row_mask == 0, 0.0)
 
@@ -166,9 +151,6 @@ def _fit_index(x: Tensor, index: Tensor, temperature: float, row_mask: Tensor | 
         and index.dim() in (x.dim() - 1, x.dim())
         and index.shape[: x.dim() - 1] == x.shape[:-1]
         and (row_mask is None or row_mask.shape == index.shape)
-        and _is_temperature(temperature)
+        and is_positive(temperature)
+        and not (values_may_be_read(index) and bool((index == -1).any()))  # TRL has no padding
     )
-
-
-def _is_temperature(value: Any) -> bool:
-    return is_number(value) and 0 < value < math.inf
