@@ -136,6 +136,7 @@ __device__ __forceinline__ void write_named_gradients(const Reader& reader,
   threads.sync();
   for_own([&](int64_t j, int64_t column) {
     if (reader.mask && !a.mask.has(reader.mask, column)) return;  // it keeps its 0
+    if (!names.is_first(j)) return;                               // one thread writes it
     const real raw = overwritten ? overwritten[j] : reader.raw_logit(column);
     const real x = Reader::kIsCapped ? reader.cap.value(raw) : raw;
     real d = real(named_gradient(row, x, reader.scale, names.upstream_of_class(j), g.sum));

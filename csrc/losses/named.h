@@ -92,6 +92,13 @@ struct NamedRow {
     return names_once(a.params.loss) ? static_cast<const double*>(a.grad)[i]
                                      : double(static_cast<const real*>(a.grad)[i]);
   }
+  // Whether no earlier name is of the same class.
+  FD_FN bool is_first(int64_t j) const {
+    if (names_once(a.params.loss)) return true;
+    for (int64_t i = 0; i < j; ++i)
+      if (a.indices.at(r, i) == a.indices.at(r, j)) return false;
+    return true;
+  }
   // Return the sum of the upstream gradients of the class that has name j.
   FD_FN double upstream_of_class(int64_t j) const {
     if (names_once(a.params.loss)) return upstream(j);
