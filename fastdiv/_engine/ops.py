@@ -78,7 +78,7 @@ def value_shape(spec: Spec, rows: int, label: Tensor | None = None) -> tuple[int
     """Return the shape of the value of so many rows; ``label`` has k columns for named classes."""
     if spec.loss in OF_CLASSES:
         assert label is not None
-        return rows, label.shape[1] + (spec.loss in WITH_REST)
+        return rows, label.shape[1] + int(spec.loss in WITH_REST)  # a bool is no number to sympy
     if spec.reduction != "none":
         return ()
     return (2, rows) if spec.loss == "log_prob_and_entropy" else (rows,)
