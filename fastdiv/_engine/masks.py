@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..reference.topk import PADDING
 from . import arguments
 from .arguments import row_count, row_shape, same_device
 from .backend import use_kernel
 from .symbolic import is_true, same_shape
 
 INDICES = (torch.int64, torch.int32, torch.int16, torch.uint8)
-PADDING = -1  # the index of no class
 
 
 def mask_rows(x: Tensor, dim: int, mask: Tensor | None) -> Tensor | None:
@@ -64,6 +64,15 @@ def _fits(shape: Sequence[int], to: Sequence[int]) -> bool:
     return all(is_true(n == 1) or same_shape((n,), (m,)) for n, m in pairs)
 
 
+def check_integers(index: Tensor, name: str) -> None:
+    """Raise TypeError unless a tensor has a dtype of class indices."""
+    arguments.check_tensor(index, name)
+    if index.dtype not in INDICES:
+        raise TypeError(
+            f"{name} must hold int64, int32, int16 or uint8 class indices, got {index.dtype}"
+        )
+
+
 def index_rows(x: Tensor, dim: int, index: Tensor, several: bool) -> Tensor:
     """Return indices of classes, k in each row and on the last dimension, as a matrix.
 
@@ -71,11 +80,7 @@ def index_rows(x: Tensor, dim: int, index: Tensor, several: bool) -> Tensor:
     kernels check the range.  Elsewhere an index out of range makes its row NaN, or raises with
     ``FASTDIV_CHECK=1``.
     """
-    arguments.check_tensor(index, "index")
-    if index.dtype not in INDICES:
-        raise TypeError(
-            f"index must hold int64, int32, int16 or uint8 class indices, got {index.dtype}"
-        )
+    check_integers(index, "index")
     if index.dim() != x.dim() or not same_shape(index.shape[:-1], row_shape(x, dim)):
         given = tuple(index.shape if several else index.shape[:-1])
         raise ValueError(

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import OF_CLASSES, Rows, Spec, Stats, value_dtype
+from ..reference.topk import REST
 from . import backend
 from .symbolic import as_tensor, is_symbolic
 
 RECORD_SIZE = 8  # numbers per row that the forward keeps for the backward: csrc/losses/record.h
-WITH_REST = ("topk_log_prob_and_tail", "topk_log_prob_and_mean")  # a value more than classes
 TERM_SUMS = 5  # of a divergence: TermSums in divergence.h
 
 LOSSES = () if backend._C is None else tuple(backend._C.loss_names())
@@ -78,7 +78,8 @@ def value_shape(spec: Spec, rows: int, label: Tensor | None = None) -> tuple[int
     """Return the shape of the value of so many rows; ``label`` has k columns for named classes."""
     if spec.loss in OF_CLASSES:
         assert label is not None
-        return rows, label.shape[1] + int(spec.loss in WITH_REST)  # a bool is no number to sympy
+        rest = REST.get(spec.loss, "none")
+        return rows, label.shape[1] + (0 if rest == "none" else 1)  # a bool is no number to sympy
     if spec.reduction != "none":
         return ()
     return (2, rows) if spec.loss == "log_prob_and_entropy" else (rows,)
@@ -86,8 +87,7 @@ def value_shape(spec: Spec, rows: int, label: Tensor | None = None) -> tuple[int
 
 def value_dtype_of(spec: Spec, x: Tensor) -> torch.dtype:
     """Return the dtype of the value: what top-k losses are computed from is float64."""
-    wide = spec.loss in OF_CLASSES and spec.loss != "log_prob"
-    return torch.float64 if wide else value_dtype(x.dtype)
+    return torch.float64 if spec.loss in REST else value_dtype(x.dtype)
 
 
 # --- fakes: what torch.compile and torch.export need to know ----------------------------------

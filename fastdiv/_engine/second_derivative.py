@@ -25,7 +25,7 @@ class BackwardCall:
 
     @property
     def needed(self) -> tuple[bool, bool, bool]:
-        """Which of the first three tensors of ``Rows`` get a gradient."""
+        """Return which of the first three tensors of ``Rows`` get a gradient."""
         return self.need_x, self.need_t, self.need_scale
 
 

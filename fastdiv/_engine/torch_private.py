@@ -235,7 +235,7 @@ def hooks_of(module: torch.nn.Module) -> list[list[Any]] | None:
 
 
 class FullyShardedWeight(NamedTuple):
-    """What ``fully_shard`` knows of a parameter, and what gathering it takes."""
+    """Hold what ``fully_shard`` knows of a parameter, and what gathering it takes."""
 
     parameter: Any  # a DTensor, the leaf whose gradient the optimizer reads
     dim: int  # which dimension is sharded

@@ -22,7 +22,7 @@ from .._engine import arguments
 from .._engine.dtensor import dispatch_dtensor
 from .._engine.masks import mask_rows
 from .._engine.recording import size_of
-from .._losses.cross_entropy import cross_entropy, cross_entropy_spec, is_by_probability
+from .._losses.cross_entropy import cross_entropy, cross_entropy_spec
 from ..reference import Stats
 from ..reference.choices import Accumulate, Reduction, Smoothing, TokenWeight
 from .dtypes import check_logits_dtype, whole_logits
@@ -309,10 +309,10 @@ def linear_cross_entropy(
         smoothing=smoothing,
         softcap=softcap,
         z_loss=z_loss,
+        token_weight=token_weight,
     )
     number, scale = arguments.scales(logits, dim, temperature)
-    by_probability = is_by_probability(token_weight, target.is_floating_point())
-    spec = spec._replace(scale=number, by_probability=by_probability)
+    spec = spec._replace(scale=number)
     row_values = token_weight if isinstance(token_weight, Tensor) else None
     t = y = None
     if target.is_floating_point():

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .._engine import arguments
 from .._engine.dtensor import dispatch_dtensor
-from .._engine.masks import PADDING, index_rows, mask_rows
+from .._engine.masks import index_rows, mask_rows
 from ..reference import Spec
+from ..reference.topk import PADDING
 from .head import checked_head, loss_of_head
 
 

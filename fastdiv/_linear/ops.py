@@ -180,9 +180,9 @@ def forward(
 def _(x, w, b, t, tw, tb, scale, label, cw, rw, mask, ints, floats, symbolic, stats, *others):  # type: ignore[no-untyped-def]
     rows, dtype, needed = x.shape[0], dtype_of_value(x, t), others[-1]
     with_stats, spec = rows if stats else 0, ops.spec_of(ints)
-    wide = torch.float64 if ops.value_dtype_of(spec, x) is torch.float64 else None
+    of_value = torch.promote_types(dtype, ops.value_dtype_of(spec, x))
     return [
-        x.new_empty(ops.value_shape(spec, rows, label), dtype=wide or dtype),
+        x.new_empty(ops.value_shape(spec, rows, label), dtype=of_value),
         x.new_empty((), dtype=torch.float64),
         x.new_empty((0 if any(needed) else rows, ops.RECORD_SIZE), dtype=dtype),
         x.new_empty((3, with_stats), dtype=dtype),

@@ -63,6 +63,7 @@ def cross_entropy_spec(
     temperature: float = 1.0,
     softcap: float | None,
     z_loss: float,
+    token_weight: object = None,
     inplace: bool = False,
 ) -> Spec:
     """Check the options of a cross entropy; a floating target holds probabilities."""
@@ -82,6 +83,7 @@ def cross_entropy_spec(
         confidence=confidence,
         smoothing_per_class=smoothing_per_class,
         z_loss=arguments.check_finite(z_loss, "z_loss"),
+        by_probability=is_by_probability(token_weight, soft),
         inplace=inplace,
     )
 
@@ -248,10 +250,10 @@ def cross_entropy(
         smoothing=smoothing,
         softcap=softcap,
         z_loss=z_loss,
+        token_weight=token_weight,
         inplace=inplace_backward,
     )
     given, soft = (input, target), target.is_floating_point()
-    by_probability = is_by_probability(token_weight, soft)
     row_values = None if isinstance(token_weight, str) else token_weight
     if soft:
         arguments.check_logits(target, "target")
@@ -260,7 +262,7 @@ def cross_entropy(
     row_weight = arguments.token_weights(input, dim, row_values)
     mask = mask_rows(input, dim, class_mask)
     number, scale = arguments.scales(input, dim, temperature)
-    spec = spec._replace(scale=number, by_probability=by_probability)
+    spec = spec._replace(scale=number)
     t = y = None
     if soft:
         x, t = arguments.same_rows(input, target, dim)

@@ -7,10 +7,11 @@ from torch import Tensor
 from .._engine import arguments
 from .._engine.autograd import row_loss
 from .._engine.dtensor import dispatch_dtensor
-from .._engine.masks import PADDING, index_rows, mask_rows
+from .._engine.masks import index_rows, mask_rows
 from .._engine.remember import remember_checks
 from ..reference import Spec
 from ..reference.choices import Reduction
+from ..reference.topk import PADDING
 
 
 @remember_checks

@@ -1,4 +1,4 @@
-"""What the losses of a top-k teacher share: checks, named log-probabilities, values of rows.
+"""Check a top-k teacher, and compute its loss of rows from named log-probabilities.
 
 A loss of a layer differs from one of logits only in where its named log-probabilities come from.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 from .._engine import arguments
 from .._engine.autograd import row_loss
 from .._engine.backend import use_kernel
+from .._engine.masks import check_integers
 from .._engine.symbolic import same_shape
 from ..reference import NAMED, Spec, topk, value_dtype
 from ..reference.choices import KLMissing, Missing, check_choice
 
 MISSING, KL_MISSING = get_args(Missing), get_args(KLMissing)
-INDICES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 Scales = tuple[float, Tensor | None]  # what ``arguments.scales`` returns
@@ -72,11 +72,7 @@ def make_loss(
 def check_teacher(values: Tensor, indices: Tensor) -> None:
     """Check the types of the teacher's tensors."""
     arguments.check_logits(values, "values")
-    arguments.check_tensor(indices, "indices")
-    if indices.dtype not in INDICES:
-        raise TypeError(
-            f"indices must hold int64, int32, int16 or uint8 class indices, got {indices.dtype}"
-        )
+    check_integers(indices, "indices")
 
 
 def check_shapes(x: Tensor, classes: int, values: Tensor, indices: Tensor, dim: int) -> None:

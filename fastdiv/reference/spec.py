@@ -1,4 +1,4 @@
-"""What a loss is given, tensors (``Rows``) and options (``Spec``), and what it returns besides."""
+"""Define what a loss takes, ``Rows`` of tensors and a ``Spec`` of options, and its ``Stats``."""
 
 from __future__ import annotations
 

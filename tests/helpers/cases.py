@@ -305,7 +305,7 @@ LOSSES: list[Case] = [
 
 
 def _kernel(case: Case) -> tuple[str, str]:
-    """What tells the kernel that computes a case from others: for divergences not the options.
+    """Return what tells the kernel of a case from others: for divergences not the options.
 
     For a top-k teacher it is what the kernel says of the other classes.
     """

@@ -1,4 +1,4 @@
-"""What ranks do with linear losses whose weights FSDP2 shards, beside one process without it."""
+"""Run linear losses whose weights FSDP2 shards, and compare with one process without it."""
 
 from __future__ import annotations
 
